@@ -35,6 +35,7 @@ from modeling_moma.data.templates import Template
 from modeling_moma.data.workers import run_tasks
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training.image_sources import candidates
+from tokenization.chat_template_moma import message_text
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,38 @@ def test_special_tokens_in_a_role_are_characters(role):
     assert not {processor.tokenizer.eos_token_id, processor.tokenizer.convert_tokens_to_ids("<image>")} & set(
         ids[1:-1]
     )
+
+
+@pytest.mark.parametrize(
+    "turn, written", [("{% if message['role'] != 'system' %}{{ turn }}{% endif %}", 1), ("{{ turn * 2 }}", 4)]
+)
+def test_a_chat_whose_template_leaves_a_turn_out_or_repeats_it_is_left_out(tmp_path, turn, written):
+    processor, images = tiny_processor(), noise_images(2)
+    processor.chat_template = (
+        "{{ bos_token }}{% for message in messages %}"
+        + message_text()
+        + turn.replace("turn ", "turn.text ")
+        + "{% endfor %}"
+    )
+    processor.save_pretrained(tmp_path / "processor")
+    for place, image in enumerate(images):
+        image.save(tmp_path / f"{place}.png")
+    chat = [
+        {"role": role, "content": [{"type": "image", "path": f"{place}.png"}]}
+        for place, role in enumerate(("system", "user"))
+    ]
+    rows = [{"messages": chat}, {"messages": [{"role": "user", "content": "red"}]}]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sources = read_sources({"chats": {"data": str(tmp_path / "chats.jsonl"), "messages": "messages", "held_out": 0}})
+    job = plan_job(sources, str(tmp_path / "processor"), 64, True, 0)
+    write_job(tmp_path / "tokens", job)
+    run_tasks(tmp_path / "tokens", job, 1)
+    read = write_manifest(tmp_path / "tokens", job)["sources"]["chats"]["read"]["train"]
+    assert read["left_out"] == {"chat not readable": 1}
+    assert f"the chat template wrote {written} images and sounds of 2" in read["named"][0]["detail"]
+    write_job(tmp_path / "strict", job)
+    with pytest.raises(InputError, match="'chats', split 'train', row 0: chat not readable: the chat template"):
+        run_tasks(tmp_path / "strict", job, 1, strict=True)
 
 
 @pytest.mark.parametrize("missing", [None, []])

@@ -184,6 +184,13 @@ class _InterleavedWriter:
         # of one token it is a number
         placeholder_id: Any = processor.tokenizer.convert_tokens_to_ids
         placeholders = {placeholder_id(f"<{name}>") for name in processor.frames}
+        written = [token for token in ids if token in placeholders]
+        # a template that leaves a turn out, or repeats it, would give the others' images to the wrong turns
+        if written != [placeholder_id(f"<{segment.modality}>") for segment in segments]:
+            message = (
+                f"the chat template wrote {len(written)} images and sounds of {len(segments)}, or in another order"
+            )
+            raise LeftOut("chat not readable", message)
         items = iter([self._read_item(segment) for segment in segments])
         parts: list[Any] = [[]]
         for token in ids:
