@@ -397,6 +397,8 @@ class MomaProcessor(CodeConversionMixin):
             raise InputError(
                 "text: it holds marks of `escape_special_tokens`, which need `sanitize_control_tokens=True`."
             )
+        for name, rows in {"images": images, **self._codec_items}.items():
+            _check_nesting(name, rows)
         if not text and images is None:
             raise InputError(f"text: you need to provide at least one text to call {type(self).__name__}.")
         # the base class counts images, and would open each: it gets one small image that often
@@ -570,6 +572,15 @@ def _check_texts(texts: Any) -> None:
                     f"text: half a pair of surrogates (\\u{ord(text[error.start]):04x}) at character {error.start} of "
                     f"{text[:40]!r} is no text."
                 ) from None
+
+
+def _check_nesting(name: str, rows: Any) -> None:
+    """Raise `ValueError` where only some rows are lists, from which the texts of the others would not be known."""
+    kinds = {isinstance(row, (list, tuple)) for row in rows} if isinstance(rows, (list, tuple)) else set()
+    if len(kinds) > 1:
+        raise InputError(
+            f"{name}: some rows are lists and others are not; give one list for each text, or one flat list."
+        )
 
 
 def _flatten(rows: list) -> list:

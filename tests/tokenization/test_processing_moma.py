@@ -23,6 +23,7 @@ from tokenization import (
     add_image_tokens,
     train_text_tokenizer,
 )
+from tokenization.processor_errors_moma import InputError
 
 
 CODES = 32
@@ -223,6 +224,10 @@ def test_wrong_number_of_images_raises(processor, images, count, text, message):
 def test_images_in_the_wrong_row_raise_though_the_total_is_right(processor, images):
     with pytest.raises(ValueError, match=r"text\[0\]: the number of <image> tokens in the prompts should be the same"):
         processor(images=[[], images[:2]], text=["<image>", "<image>"])
+    with pytest.raises(
+        InputError, match="images: some rows are lists and others are not; give one list for each text"
+    ):
+        processor(images=[[images[0], images[1]], images[2]], text=["<image>", "<image><image>"])
     with pytest.raises(ValueError, match="one list per text"):
         processor(images=[images[:2]], text=["<image>", "<image>"])
 
