@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A third modality through every door: the commands from a recipe to a sound, pipeline, chats."""
 
+import base64
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, pipeline
 from helpers.sounds import RATE, THREE, as_file, processor_of_sounds, tiny_library_model, tone
 from helpers.tiny import noise_images, tiny_model, tiny_processor, tiny_vq_model
 from modeling_moma.cli.main import main as moma
+from tokenization.processor_errors_moma import InputError
 
 
 TONES = {"low": 400, "middle": 900, "high": 1900}
@@ -91,7 +94,11 @@ def test_chats_hear(model, processor, sound_file):
     (expected,) = processor.encode_items("audio", [sound_file])
     shown = [part for part in processor.decode_parts(inputs["input_ids"][0]) if not isinstance(part, str)]
     assert np.array_equal(shown[0], processor.decode_items("audio", [expected])[0]) and shown[1].size == (16, 16)
-    for way in ({"url": sound_file}, {"path": sound_file}, {"audio": read(sound_file)}):
+    samples, content = read(sound_file), Path(sound_file).read_bytes()
+    ways = [{"url": sound_file}, {"path": sound_file}, {"audio": None, "path": Path(sound_file)}]
+    given = [samples, torch.from_numpy(samples), {"array": samples, "sampling_rate": RATE}, content]
+    given += [base64.b64encode(content).decode(), "data:application/ogg;base64," + base64.b64encode(content).decode()]
+    for way in [*ways, *({"audio": sound} for sound in given)]:
         other = [{"role": "user", "content": [parts[0], {"type": "audio", **way}, parts[2]]}]
         again = processor.apply_chat_template(other, add_generation_prompt=True, tokenize=True, return_dict=True)
         assert again["input_ids"][0] == inputs["input_ids"][0].tolist()
@@ -101,6 +108,24 @@ def test_chats_hear(model, processor, sound_file):
     assert answer["generated_text"] == processor.batch_decode(ids, skip_special_tokens=True)[0]
     with pytest.raises(Exception, match="must be of type text, image or audio, got video"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}])
+
+
+@pytest.mark.parametrize(
+    "part, message",
+    [
+        ({"path": "nowhere.wav"}, r"^conversation\[1\]\['content'\]\[0\]: sound missing: .* file 'nowhere.wav'"),
+        ({"path": __file__}, r"sound damaged: .*test_audio_doors.py' cannot be decoded"),
+        ({"audio": tone(500) * 32767}, "sound not readable: float samples are in"),
+        ({"audio": None}, "the number of <audio> tokens .* got 1 and 0"),
+    ],
+)
+def test_a_chat_names_the_part_whose_sound_cannot_be_read(processor, part, message):
+    chat = [{"role": "system", "content": "hear"}, {"role": "user", "content": [{"type": "audio", **part}]}]
+    with pytest.raises(InputError, match=message):
+        processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    with pytest.raises(InputError, match=message.replace("^conversation", r"^conversation\[1\]")):
+        processor.apply_chat_template([[chat[0]], chat], tokenize=True, return_dict=True)
+    assert chat[1]["content"] == [{"type": "audio", **part}]
 
 
 def test_a_chat_at_another_rate_is_resampled(processor, tmp_path):

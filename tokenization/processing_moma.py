@@ -13,6 +13,7 @@
 # limitations under the License.
 """The processor: texts, images and items of other modalities to token ids, and back."""
 
+import base64
 import copy
 import os
 from pathlib import Path
@@ -29,6 +30,7 @@ from transformers.utils import is_torchvision_available
 
 # registers its classes: a saved processor of sounds is loaded with no module of its own
 from .audio_codecs_moma import AUDIO
+from .audio_input_moma import SoundError, read_sound
 from .chat_template_moma import default_chat_template
 from .code_conversion_moma import CodeConversionMixin, as_list
 from .codecs_moma import ModalityCodec, check_codec, check_registered, codec_types, load_codecs, save_codecs
@@ -348,6 +350,21 @@ class MomaProcessor(CodeConversionMixin):
         given = {} if wanted is None else {"sampling_rate": wanted}
         return super()._resolve_audio_loading_params({**given, "load_audio_backend": "soundfile", **processor_kwargs})
 
+    def _multimodal_inputs_from_conversations(self, conversations: list, audio_loading_params: dict, *args, **kwargs):
+        wanted = getattr(self.codecs.get(AUDIO), "sampling_rate", None)
+        # another backend that the call asks for reads them itself
+        if wanted is not None and audio_loading_params.get("backend") == "soundfile":
+            # as arrays they pass the base class, which reads texts alone
+            numbers = [f"[{index}]" if len(conversations) > 1 else "" for index in range(len(conversations))]
+            conversations = [
+                [
+                    _with_read_sounds(message, wanted, f"conversation{number}[{index}]")
+                    for index, message in enumerate(messages)
+                ]
+                for number, messages in zip(numbers, conversations)
+            ]
+        return super()._multimodal_inputs_from_conversations(conversations, audio_loading_params, *args, **kwargs)
+
     def escape_special_tokens(self, text: str) -> str:
         """Mark the special tokens in untrusted text, such as `<eos>`, `<image>` or `<|image_7|>`.
 
@@ -572,6 +589,38 @@ def _check_texts(texts: Any) -> None:
                     f"text: half a pair of surrogates (\\u{ord(text[error.start]):04x}) at character {error.start} of "
                     f"{text[:40]!r} is no text."
                 ) from None
+
+
+def _with_read_sounds(message: dict, sampling_rate: int, where: str) -> dict:
+    """Return a message whose parts of type `audio` hold samples, or nothing where they hold no sound."""
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        return message
+    parts = []
+    for index, part in enumerate(content):
+        if isinstance(part, dict) and part.get("type") == AUDIO:
+            sound = next((part[name] for name in (AUDIO, "url", "path") if part.get(name) is not None), None)
+            part = {"type": AUDIO}
+            if sound is not None:
+                try:
+                    part = {**part, AUDIO: _read_part_sound(sound, sampling_rate)}
+                except SoundError as error:
+                    raise InputError(f"{where}['content'][{index}]: {error}") from error
+        parts.append(part)
+    return {**message, "content": parts}
+
+
+def _read_part_sound(sound: Any, sampling_rate: int) -> np.ndarray:
+    try:
+        return read_sound(sound, sampling_rate)
+    except SoundError as error:
+        if error.reason != "sound missing" or not isinstance(sound, str):
+            raise
+        try:
+            # a file's bytes in base64, bare or behind `data:`, which Transformers takes in chats
+            return read_sound(base64.b64decode(sound.rpartition(",")[2], validate=True), sampling_rate)
+        except ValueError:
+            raise error from None
 
 
 def _check_nesting(name: str, rows: Any) -> None:
