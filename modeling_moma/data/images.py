@@ -17,6 +17,9 @@ from tokenization.renamed_moma import renamed
 from ..errors_moma import InputError
 
 
+_ADDRESSES = ("http://", "https://", "data:image/")
+
+
 class LeftOut(InputError):
     """A row that cannot be trained on.
 
@@ -73,6 +76,22 @@ def read_image(value: Any, root: str | None = None, min_side: int = 1) -> tuple[
     return image, changes
 
 
+def image_file(value: Any, root: str | None = None) -> Path | None:
+    """Return the file that an image is read from, `None` where the row holds it itself or its address.
+
+    Args:
+        value (`Any`):
+            see [`read_image`].
+        root (`str`, *optional*):
+            folder that relative paths start from.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, (str, os.PathLike)) or not str(value) or os.fspath(value).startswith(_ADDRESSES):
+        return None
+    return Path(root or "", value)
+
+
 def _open(value: Any, root: str | None) -> Image.Image:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -88,7 +107,7 @@ def _open(value: Any, root: str | None) -> Image.Image:
     if isinstance(value, np.ndarray):
         return Image.fromarray(value)
     text = os.fspath(value)
-    if text.startswith(("http://", "https://", "data:image/")):
+    if text.startswith(_ADDRESSES):
         return open_image(text)
     path = Path(root or "", text)
     if not path.is_file():
@@ -117,4 +136,4 @@ def _is_bomb(error: BaseException | None) -> bool:
 
 read_picture = renamed("read_picture", read_image)
 
-__all__ = ["LeftOut", "read_image"]
+__all__ = ["LeftOut", "image_file", "read_image"]

@@ -80,12 +80,14 @@ def measure_drawings(
         ValueError: there are too few images, or the image tokenizer has no decoder.
     """
     check_drawings(processor, len(rows))
+    # before the drawings, which take long: an image that cannot be read ends them
+    real = None if rows.images is None else all_features(extract, rows.images)
+    if real is not None and len(real) != len(rows):
+        raise InputError(f"`images` holds {len(real)} images, but `codes` {len(rows)}: one for each is needed.")
     drawn_codes = draw_images(model, processor, rows.captions, batch_size, sampling, seed)
     drawn = all_features(extract, decode_images(processor, drawn_codes, batch_size))
     reconstructed = all_features(extract, decode_images(processor, rows.codes, batch_size))
-    real = reconstructed if rows.images is None else all_features(extract, rows.images)
-    if len(real) != len(rows):
-        raise InputError(f"`images` holds {len(real)} images, but `codes` {len(rows)}: one for each is needed.")
+    real = reconstructed if real is None else real
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     half = len(rows) // 2
     one, other = order[:half], order[half : 2 * half]

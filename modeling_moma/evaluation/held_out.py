@@ -15,7 +15,7 @@ from tokenization.renamed_moma import renamed
 
 from ..data.documents import CaptionDocuments, Documents
 from ..data.examples import open_documents, shuffled_held_out
-from ..data.images import read_image
+from ..data.images import LeftOut, image_file, read_image
 from ..data.jobs import JOB_FILE, read_job
 from ..data.sources import TRAIN, undecoded_rows
 from ..errors_moma import InputError
@@ -163,19 +163,33 @@ def real_images(
         size = (job.file_sizes or {}).get(documents.name)
         if len(opened) != plan["rows"] or size not in (None, opened.info.download_size):  # pyright: ignore[reportArgumentType]
             raise InputError(f"{source.data!r} has changed since it was tokenized")
-        # whoever moves images moves all of them
         for value in values(numbers[:1]):
             read_image(value, source.image_root())
+            # all of a column are files, or none is; those that the rows hold themselves are there
+            if image_file(value, source.image_root()) is not None:
+                _check_files(values(numbers), source.image_root())
     except ValueError as error:
         logger.warning(f"Reconstructions stand in for the images of {documents.name!r}: {error}")
         return None
-    return _pixel_batches(processor, values(numbers), source.image_root())
+    named = zip((f"{source.name!r}, row {number}" for number in numbers), values(numbers), strict=True)
+    return _pixel_batches(processor, named, source.image_root())
 
 
-def _pixel_batches(processor: MomaProcessor, values: Iterable[Any], root: str) -> Iterator[torch.Tensor]:
-    batch = []
+def _check_files(values: Iterable[Any], root: str) -> None:
+    """Raise [`LeftOut`] for the first of the images that is a file and is not there."""
     for value in values:
-        image, _ = read_image(value, root)
+        path = image_file(value, root)
+        if path is not None and not path.is_file():
+            raise LeftOut("image missing", f"there is no file {str(path)!r}")
+
+
+def _pixel_batches(processor: MomaProcessor, values: Iterable[tuple[str, Any]], root: str) -> Iterator[torch.Tensor]:
+    batch = []
+    for name, value in values:
+        try:
+            image, _ = read_image(value, root)
+        except LeftOut as error:
+            raise InputError(f"{name}: {error}; it was tokenized, so its file has changed since.") from error
         batch.append(processor.image_processor([image], return_tensors="pt")["pixel_values"])
         if len(batch) == IMAGE_BATCH:
             yield torch.cat(batch)

@@ -301,7 +301,7 @@ def test_other_captions_than_the_tokenized_ones_have_to_fit(tagged, tmp_path, ca
     assert "1 of 4 rows hold nothing in a column of ['tags']" in caplog.text
 
 
-@pytest.mark.parametrize("change", ["fewer rows", "other rows", "no images", "nothing"])
+@pytest.mark.parametrize("change", ["fewer rows", "other rows", "no images", "one image", "nothing"])
 def test_held_out_images_are_those_that_were_tokenized_or_none(run, tmp_path, caplog, change):
     def write(rows):
         (tmp_path / "d.csv").write_text("file,text\n" + "".join(f"{row % 6}.png,caption {row}\n" for row in rows))
@@ -317,9 +317,16 @@ def test_held_out_images_are_those_that_were_tokenized_or_none(run, tmp_path, ca
         for path in tmp_path.glob("*.png"):
             path.unlink()
     processor = tiny_processor()
+    if change == "one image":
+        first, *others = read_held_out(str(tmp_path / "tokens"), processor, "validation")["mine"].captioned.captions
+        numbers = [int(caption.removeprefix("caption ")) % 6 for caption in (first, *others)]
+        (tmp_path / f"{next(number for number in numbers if number != numbers[0])}.png").unlink()
     captioned = read_held_out(str(tmp_path / "tokens"), processor, "validation")["mine"].captioned
     assert len(captioned) == len(documents["validation"]) > 2
-    said = {"no images": "image missing", "nothing": None}.get(change, "d.csv' has changed since it was tokenized")
+    missing = "image missing: there is no file '"
+    said = {"no images": missing, "one image": missing, "nothing": None}.get(
+        change, "d.csv' has changed since it was tokenized"
+    )
     assert (captioned.images is None) == (said is not None)
     if said is None:
         numbers = [int(caption.removeprefix("caption ")) % 6 for caption in captioned.captions]
@@ -329,6 +336,18 @@ def test_held_out_images_are_those_that_were_tokenized_or_none(run, tmp_path, ca
         torch.testing.assert_close(torch.cat(list(captioned.images)), expected)
     else:
         assert "Reconstructions stand in for the images of 'mine'" in caplog.text and said in caplog.text
+
+
+def test_a_held_out_image_that_is_damaged_is_named_by_its_row(run, tmp_path):
+    for index, image in enumerate(noise_images(6)):
+        image.save(tmp_path / f"{index}.png")
+    (tmp_path / "d.csv").write_text("file,text\n" + "".join(f"{row}.png,caption {row}\n" for row in range(6)))
+    run(data=str(tmp_path / "d.csv"), image="file", text="text", held_out=0.5)
+    captioned = read_held_out(str(tmp_path / "tokens"), tiny_processor(), "validation")["mine"].captioned
+    row = captioned.captions[-1].removeprefix("caption ")
+    (tmp_path / f"{row}.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=f"^'mine', row {row}: image damaged: .* has changed since"):
+        list(captioned.images)
 
 
 @pytest.mark.parametrize("load", [{}, {"load": {"streaming": True}}])
