@@ -23,6 +23,8 @@ MAX_SAMPLES = 1 << 26
 MIN_RATE, MAX_RATE = 1_000, 384_000
 # Of float samples, which are in [-1, 1] but for what resampling and filters add.
 MAX_PEAK = 16.0
+# what libsndfile says of a length that a file does not tell is above any
+_UNKNOWN_FRAMES = 1 << 60
 _REMOTE = ("http://", "https://", "data:audio/")
 _EXTRA = 'pip install "modeling-moma[audio]"'
 
@@ -49,9 +51,9 @@ def read_sound(
 
     Args:
         item (`Any`):
-            Bytes of a file (WAV, FLAC, Ogg, MP3), its path, an `http(s)` address or `data:audio/` text; samples in
-            [-1, 1] of shape `(num_samples,)`, or integers of 8, 16 or 32 bits and their full range, at
-            `sampling_rate`; or what `datasets` has of one, `{"bytes": ..., "path": ...}` or
+            Bytes of a file (WAV, FLAC, Ogg, MP3), also as a `memoryview`; its path, an `http(s)` address or
+            `data:audio/` text; samples in [-1, 1] of shape `(num_samples,)`, or integers of 8, 16 or 32 bits and
+            their full range, at `sampling_rate`; or what `datasets` has of one, `{"bytes": ..., "path": ...}` or
             `{"array": ..., "sampling_rate": ...}`.
         sampling_rate (`int`):
             Samples of one second that are asked for; files and arrays with a rate of their own are resampled.
@@ -73,14 +75,16 @@ def read_sound(
         rate = item.get("sampling_rate")
         samples = item.get("array")
         item = next((item[name] for name in ("bytes", "path") if item.get(name)), None) if samples is None else samples
-    if item is None or (isinstance(item, (str, bytes)) and not item):
+    if isinstance(item, memoryview) and item.format == "B":
+        item = item.tobytes()
+    if item is None or (isinstance(item, (str, bytes, bytearray)) and not item):
         raise SoundError("sound missing", "there is nothing to read")
     if isinstance(item, (bytes, bytearray, str, os.PathLike)):
         samples = _read_file(item, sampling_rate, root, max_samples)
     else:
-        if rate:
+        if rate is not None:
             _check_rate(rate)
-        samples = _resampled(_read_samples(item), rate or sampling_rate, sampling_rate)
+        samples = _resampled(_read_samples(item), sampling_rate if rate is None else rate, sampling_rate)
     if not len(samples):
         raise SoundError("sound empty", "it has no samples")
     if not np.isfinite(samples).all():
@@ -153,19 +157,34 @@ def _read_file(item: Any, sampling_rate: int, root: "str | os.PathLike | None", 
         place, source = repr(str(item)), str(path)
     try:
         with soundfile.SoundFile(source) as file:
-            _check_rate(file.samplerate)
-            if file.frames > MAX_SECONDS * file.samplerate:
-                raise SoundError("sound too long", f"{file.frames / file.samplerate:.0f} s, over {MAX_SECONDS}")
-            held = max(file.frames * file.channels, file.frames * sampling_rate // file.samplerate)
-            if held > max_samples:
-                raise SoundError("sound too large", f"{held:,} samples, over {max_samples:,}")
-            samples, rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
+            samples, rate = _decoded(file, sampling_rate, max_samples), file.samplerate
     except SoundError:
         raise
     # a decoder may fail in any way
     except Exception as error:
         raise SoundError("sound damaged", f"{place} cannot be decoded as a sound ({error})") from error
     return _resampled(samples, rate, sampling_rate)
+
+
+def _decoded(file: Any, sampling_rate: int, max_samples: int) -> np.ndarray:
+    """Return the samples of an open file, channels averaged, at its own rate."""
+    _check_rate(file.samplerate)
+    count, samples, least = file.frames, None, ""
+    # of a FLAC that was written as a stream, whose header tells no length
+    if count >= _UNKNOWN_FRAMES:
+        # it would look for a place behind the end
+        file.seekable = lambda: False
+        most = min(MAX_SECONDS * file.samplerate, max_samples // file.channels) + 1
+        samples = file.read(most, dtype="float32", always_2d=True)
+        count, least = len(samples), "at least "
+    if count > MAX_SECONDS * file.samplerate:
+        raise SoundError("sound too long", f"{least}{count / file.samplerate:.0f} s, over {MAX_SECONDS}")
+    held = max(count * file.channels, count * sampling_rate // file.samplerate)
+    if held > max_samples:
+        raise SoundError("sound too large", f"{least}{held:,} samples, over {max_samples:,}")
+    if samples is None:
+        samples = file.read(dtype="float32", always_2d=True)
+    return samples.mean(axis=1)
 
 
 def _check_rate(rate: Any) -> None:

@@ -41,6 +41,7 @@ def test_files_of_several_formats_are_read(kind, tmp_path):
     content = as_file(tone(440, 0.5), kind=kind)
     (tmp_path / "sound.file").write_bytes(content)
     ways = [content, str(tmp_path / "sound.file"), tmp_path / "sound.file", {"bytes": content, "path": None}]
+    ways += [memoryview(content), bytearray(content), {"bytes": memoryview(content), "path": None}]
     ways += [{"bytes": None, "path": str(tmp_path / "sound.file")}]
     sounds = [read_sound(way, RATE) for way in ways]
     for sound in sounds:
@@ -61,6 +62,18 @@ def test_samples_are_taken_as_they_are_or_resampled():
     doubled = read_sound({"array": tone(440, 0.5, 2 * RATE), "sampling_rate": 2 * RATE}, RATE)
     assert len(doubled) == len(samples) and np.abs(doubled - samples)[200:-200].max() < 1e-2
     assert np.abs(read_sound(as_file(tone(440, 0.5, 11025), 11025), RATE) - samples)[200:-200].max() < 1e-2
+
+
+def test_a_flac_that_tells_no_length_is_read_to_its_end():
+    content = as_file(np.stack([tone(440), np.zeros_like(tone(440))], axis=1), kind="FLAC")
+    # the number of samples in its header
+    streamed = content[:21] + bytes([content[21] & 0xF0, 0, 0, 0, 0]) + content[26:]
+    assert np.array_equal(read_sound(streamed, RATE), read_sound(content, RATE))
+    with pytest.raises(ValueError, match=f"sound too large: at least 798 samples, over {2 * len(tone(440)) - 3}"):
+        read_sound(streamed, RATE, max_samples=2 * len(tone(440)) - 3)
+    content = as_file(np.zeros(601 * RATE, np.int16), kind="FLAC")
+    with pytest.raises(ValueError, match="sound too long: at least 600 s, over 600"):
+        read_sound(content[:21] + bytes([content[21] & 0xF0, 0, 0, 0, 0]) + content[26:], RATE)
 
 
 def test_channels_are_averaged_and_roots_are_folders(tmp_path):
@@ -87,6 +100,7 @@ def test_channels_are_averaged_and_roots_are_folders(tmp_path):
         (as_file(np.zeros(600, np.int16), rate=1), "sound not readable: sampling_rate = 1: expected 1,000 to 384,000"),
         (as_file(np.zeros(600, np.int16), rate=384_001), "sound not readable: sampling_rate = 384001"),
         ({"array": np.zeros(600), "sampling_rate": 1}, "sound not readable: sampling_rate = 1:"),
+        ({"array": np.zeros(600), "sampling_rate": 0}, "sound not readable: sampling_rate = 0:"),
         (
             {"array": np.zeros(600), "sampling_rate": "16000"},
             "sampling_rate = '16000' is no number",
