@@ -87,6 +87,8 @@ class Arguments:
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:
     args = parse_fields(Arguments, __doc__, arguments, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = args.mode or ("text" if args.image or args.audio else "image")
+    if mode == "text" and args.output is not None:
+        raise InputError(f"--output {args.output!r}: the mode 'text' writes no file; texts are printed.")
     output = args.output or ("sound.wav" if mode == "audio" else "image.png")
     return dataclasses.replace(args, mode=mode, output=output)
 

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from ..data.workers import Workers
     from ..training.recipe import DataFields
 
+# flags that only some engines read
+ENGINES_OF = {
+    "processes": ("processes", "datatrove", "ray"),
+    "threads": ("processes", "ray"),
+    "tasks": ("datatrove", "slurm"),
+    "partition": ("slurm",),
+    "time": ("slurm",),
+}
 CLUSTER = "on a cluster, shards as tasks of datatrove (extra `scale`) or of Ray (extra `ray`)"
 
 
@@ -31,9 +39,9 @@ class Arguments:
         output (`str`):
             folder for the tokens; a second start goes on in it.
         processes (`int`, *optional*):
-            of this machine; by default one for every core.
+            of this machine, not of Slurm; by default one for every core.
         threads (`int`, *optional*, defaults to `1`):
-            of each process.
+            of each process; datatrove and Slurm have one.
         rows_per_shard (`int`, *optional*):
             by default about 64 shards a split, of 256 images and more.
         splits (`list[str]`, *optional*):
@@ -45,7 +53,7 @@ class Arguments:
         engine (`Literal["processes", "datatrove", "slurm", "ray"]`, *optional*, defaults to `"processes"`):
             what starts the tasks, shards of the tokens: this command, datatrove on this machine, Slurm, or Ray.
         tasks (`int`, *optional*, defaults to `64`):
-            of datatrove, among which the shards are divided.
+            of datatrove, on this machine or on Slurm, among which the shards are divided.
         partition (`str`, *optional*):
             of Slurm.
         time (`str`, *optional*, defaults to `"24:00:00"`):
@@ -73,11 +81,17 @@ class Arguments:
 
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:
     parser = FlagParser(Arguments, description=__doc__)
-    args = Arguments(**parser.read(arguments))
+    given = parser.read(arguments)
+    args = Arguments(**given)
     if args.engine == "slurm" and not args.partition:
         parser.error("--engine slurm needs --partition")
     if args.address is not None and args.engine != "ray":
         parser.error(f"--address {args.address!r} is that of a Ray cluster: give --engine ray with it")
+    for name in given:
+        engines = ENGINES_OF.get(name, (args.engine,))
+        if args.engine not in engines:
+            where = " or ".join(engines)
+            parser.error(f"--{name} {given[name]}: --engine {args.engine} does not read it, but {where}")
     return args
 
 

@@ -141,6 +141,8 @@ BAD = {
     "upcycle --output out --model begun": "its training has not come to a checkpoint yet",
     "upcycle --output out --model vq": "a model of type 'moma_vq', not of a model",
     "generate --prompt x --model mdoel": f"`--model` 'mdoel': .*{UNREACHED}",
+    "generate --prompt x --model model --mode text --output x.txt": "--output 'x.txt': the mode 'text' writes no file",
+    "generate --image x.png --model model --output x.png": "--output 'x.png': the mode 'text' writes no file; texts a",
     "demo nowhere/at/all": "`FOLDER` 'nowhere/at/all': there is no folder",
     "convert llama --output out --processor proc --source ./none": "./none: there is no folder './none'",
     "convert chameleon --output out --source ./none": "./none: no such folder",
@@ -218,3 +220,19 @@ def test_a_seed_below_zero_is_refused(line, capsys):
     with pytest.raises(SystemExit):
         main([*shlex.split(line), "--seed", "-1"])
     assert "--seed = '-1' must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--tasks 3", "--tasks 3: --engine processes does not read it, but datatrove or slurm"),
+        ("--partition cpu", "--partition cpu: --engine processes does not read it, but slurm"),
+        ("--engine ray --time 1:00:00", "--time 1:00:00: --engine ray does not read it, but slurm"),
+        ("--engine datatrove --threads 2", "--threads 2: --engine datatrove does not read it, but processes or ray"),
+        ("--engine slurm --partition cpu --processes 2", "--processes 2: --engine slurm does not read it, but "),
+    ],
+)
+def test_flags_of_other_engines_are_refused(flags, said, capsys):
+    with pytest.raises(SystemExit):
+        main(shlex.split(f"tokenize r.yaml --processor proc --output out {flags}"))
+    assert said in capsys.readouterr().err
