@@ -10,8 +10,10 @@ import importlib
 import os
 import select
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from .. import register_auto_classes
 from ..utils.messages import one_line
@@ -69,16 +71,32 @@ def main(arguments: list[str] | None = None) -> int:
         disk is full, 130 after Ctrl-C, 141 where nobody reads its output any more, as after `| head`. Any other error
         passes, with its traceback.
     """
+    with _escaped_output(sys.stdout):
+        try:
+            status = _run(arguments)
+            # what is still to be written fails here, and not when the process ends
+            sys.stdout.flush()
+        except BrokenPipeError:
+            if not _is_unread(sys.stdout):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        return status
+
+
+@contextmanager
+def _escaped_output(stream: Any) -> Iterator[None]:
+    """Write characters that the encoding of a stream lacks as escapes; they would end a command after its work."""
+    # other ways than an error are the user's, or those of the C locale; a notebook's stream has none
+    if getattr(stream, "errors", None) != "strict" or not hasattr(stream, "reconfigure"):
+        yield
+        return
+    stream.reconfigure(errors="backslashreplace")
     try:
-        status = _run(arguments)
-        # what is still to be written fails here, and not when the process ends
-        sys.stdout.flush()
-    except BrokenPipeError:
-        if not _is_unread(sys.stdout):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    return status
+        yield
+    finally:
+        if not stream.closed:
+            stream.reconfigure(errors="strict")
 
 
 def _is_unread(stream: TextIO) -> bool:

@@ -2,6 +2,7 @@
 """The command `moma`: its subcommands, what it does with a name that is none, and where it finds their modules."""
 
 import importlib
+import io
 import json
 import os
 import re
@@ -46,6 +47,17 @@ def test_unknown_subcommand_is_named_with_the_known_ones(capsys):
     assert main(["trian"]) == 2
     error = capsys.readouterr().err
     assert "'trian'" in error and all(subcommand in error for subcommand in SUBCOMMANDS)
+
+
+@pytest.mark.parametrize("errors, printed", [("strict", b"\\u65e5.png \xe9\n"), ("replace", b"?.png \xe9\n")])
+def test_names_that_the_encoding_of_the_output_lacks_are_escaped(errors, printed, monkeypatch):
+    module = importlib.import_module("modeling_moma.cli.label")
+    monkeypatch.setattr(module, "parse_arguments", lambda: None)
+    monkeypatch.setattr(module, "run", lambda args: print("日.png é"))
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", errors=errors, newline="\n")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["label"]) == 0
+    assert stream.buffer.getvalue() == printed and stream.errors == errors
 
 
 def stop(args):
