@@ -292,8 +292,7 @@ def write_tables(document: str) -> int:
         table = overview(args) if args.overview else to_table(args, *compute(args))
         return f"{match[1]}{table}\n{match[3]}"
 
-    # a link stays one
-    path = Path(document).resolve()
+    path = Path(document)
     try:
         text = path.read_bytes().decode()
     except (ValueError, OSError) as error:

@@ -6,8 +6,10 @@ are nested too deeply or by the memory that it asks for. For each file it writes
 bytes that follow (`size`) or why there are none (`error`), and those bytes, a PNG.
 """
 
+import gzip
 import json
 import sys
+from pathlib import Path
 
 import resvg_py
 
@@ -26,6 +28,16 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
 
 
+def source_of(path: str) -> dict[str, str]:
+    """Return what the renderer takes of a file: its path, or its text where the path is none in UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        content = Path(path).read_bytes()
+        return {"svg_string": (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()}
+    return {"svg_path": path}
+
+
 def main(side: int) -> None:
     """Answer until the input ends; `side` is that of images in pixels."""
     limit_memory()
@@ -33,11 +45,9 @@ def main(side: int) -> None:
         image, answer = b"", {}
         try:
             # with one side alone the other may be as long as the file wants it
-            image = bytes(
-                resvg_py.svg_to_bytes(
-                    svg_path=json.loads(line), width=side, height=side, background="#ffffff", skip_system_fonts=True
-                )
-            )
+            size = {"width": side, "height": side}
+            source = source_of(json.loads(line))
+            image = bytes(resvg_py.svg_to_bytes(**source, **size, background="#ffffff", skip_system_fonts=True))
         # a panic of the renderer is no Exception
         except BaseException as error:
             answer["error"] = str(error)

@@ -25,18 +25,18 @@ def write_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
 
     Args:
         path (`str | Path`):
-            the target; its folder is made where missing.
+            the target; its folder is made where missing. Of a link, that to which it leads: it stays one.
         write (`Callable`):
             writes to the path that it is given.
 
     Returns:
         `Path`: the target.
     """
-    path = Path(path)
-    with _aside(path) as aside:
+    target = Path(os.path.realpath(path))
+    with _aside(target) as aside:
         write(aside)
-        os.replace(aside, path)
-    return path
+        os.replace(aside, target)
+    return Path(path)
 
 
 def write_folder_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -162,9 +162,10 @@ def check_place(path: str | Path) -> None:
     Raises:
         ValueError: it is a folder, or its folder can neither be made nor written into.
     """
-    path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"--output: {str(path)!r} is a folder; name a file in it.")
+    # where a link leads to is what is written
+    path = Path(os.path.realpath(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -13,6 +13,7 @@ import pytest
 from helpers.processes import start_process
 from modeling_moma.utils.atomic_files import (
     check_new_folder,
+    check_place,
     path_aside,
     replace_folder,
     write_aside,
@@ -39,6 +40,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_aside(path, fail_after(lambda aside: aside.write_text("half")))
     assert path.read_text() == "old"
     assert [child.name for child in path.parent.iterdir()] == ["report.txt"]
+
+
+def test_a_link_to_a_file_stays_one_and_its_target_is_written(tmp_path):
+    (tmp_path / "far").mkdir()
+    for name in ("there.csv", "not-yet.csv"):
+        target, link = tmp_path / "far" / name, tmp_path / name
+        link.symlink_to(target)
+        target.write_text("old") if name == "there.csv" else None
+        check_place(link)
+        assert write_aside(link, lambda aside: aside.write_text("new")) == link
+        assert link.is_symlink() and target.read_text() == "new" and not target.is_symlink()
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["far", "not-yet.csv", "there.csv"]
 
 
 def test_a_failed_folder_leaves_the_old_files(tmp_path):
