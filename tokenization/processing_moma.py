@@ -283,9 +283,11 @@ class MomaProcessor(CodeConversionMixin):
         Raises:
             ValueError: there is no text, the number of images or items differs from the number of placeholders
                 (in total, or in a row of a nested list), truncation would cut an image or item, a row holds no
-                token, or escaped text comes without `sanitize_control_tokens=True`.
+                token, escaped text comes without `sanitize_control_tokens=True`, or there is a second text
+                (`text_pair`, `text_target`).
         """
         given: dict[str, Any] = dict(kwargs)
+        _refuse_second_texts(given)
         processor = self._with_codec_items(given, text)
         if text is None and images is not None:
             raise InputError(
@@ -576,6 +578,15 @@ class MomaProcessor(CodeConversionMixin):
             )
         # the chat template is among the settings
         return [image_processor, tokenizer, vq_model, None, codecs]
+
+
+def _refuse_second_texts(kwargs: dict) -> None:
+    """Raise `ValueError` for texts beside `text`, in which placeholders would stay: no image is put into them."""
+    for name in ("text_pair", "text_target", "text_pair_target"):
+        if kwargs.get(name) is not None or (kwargs.get("text_kwargs") or {}).get(name) is not None:
+            raise InputError(
+                f"{name}: a row has one text, so write both into `text`; no image would be put into a second one."
+            )
 
 
 def _check_texts(texts: Any) -> None:

@@ -232,6 +232,14 @@ def test_images_in_the_wrong_row_raise_though_the_total_is_right(processor, imag
         processor(images=[images[:2]], text=["<image>", "<image>"])
 
 
+@pytest.mark.parametrize("name", ["text_pair", "text_target", "text_pair_target"])
+def test_second_texts_are_refused(processor, name):
+    with pytest.raises(InputError, match=f"^{name}: .* write both into `text`"):
+        processor(text=["red"], **{name: ["<image>"]})
+    with pytest.raises(InputError, match=f"^{name}:"):
+        processor(text=["red"], text_kwargs={name: ["<image>"]})
+
+
 def test_truncation_that_cuts_an_image_raises(processor, images):
     with pytest.raises(ValueError, match="would cut one"):
         processor(images=images[0], text="<image> red", truncation=True, max_length=LENGTH)
