@@ -107,6 +107,8 @@ class ImageLabeler:
     ):
         if not 1 <= views <= MOST_VIEWS:
             raise InputError(f"`views` is {views}: an image can have 1 to {MOST_VIEWS} of them.")
+        if batch_size < 1:
+            raise InputError(f"`batch_size` is {batch_size}: it must be at least 1.")
         self.model, self.processor, self.form = model, processor, form
         self.batch_size, self.views = batch_size, views
         self._encoder = DocumentEncoder(processor)
@@ -126,7 +128,12 @@ class ImageLabeler:
 
         Returns:
             `torch.Tensor`: `[N, image_seq_length]`, or `[N, views, image_seq_length]` of several views.
+
+        Raises:
+            ValueError: there is no image.
         """
+        if not len(images):
+            raise InputError("`images` is empty: give the images to encode.")
         return self.encode_pixels(torch.cat([self.pixel_values(image) for image in images]))
 
     def pixel_values(self, image: Image.Image) -> torch.Tensor:
@@ -148,6 +155,9 @@ class ImageLabeler:
             count (`int`, *optional*, defaults to `5`):
                 of names at most, up to 100; fewer where different beams write the same one. A name that is not among
                 the likeliest of a view counts there as impossible.
+
+        Raises:
+            ValueError: the count is none of these, or these are no codes of images.
         """
         return self._guesses(codes, self.form.name_prompt, self._name_ends, count, self._tag_begins)
 
@@ -170,9 +180,10 @@ class ImageLabeler:
             different queries depend on how frequent their words are.
 
         Raises:
-            ValueError: a query has no words.
+            ValueError: a query has no words, or these are no codes of images.
         """
         check_queries(queries)
+        self._check_codes(codes)
         words = [" ".join(query.split()) for query in queries]
         scores, views = [], self._views(codes)
         for prefix, ids_BT in self._prefixes(codes, self.batch_size):
@@ -193,6 +204,7 @@ class ImageLabeler:
         """Return texts after a prompt, none of which begins with the ids `never`, and their shares of all others."""
         if not 1 <= count <= MOST_GUESSES:
             raise InputError(f"`count` is {count}: ask for 1 to {MOST_GUESSES} names or tags.")
+        self._check_codes(codes)
         beams = max(LEAST_BEAMS, BEAMS_EACH * count)
         prompt_ids = self._encoder.text_ids(prompt)
         batch_size = max(1, min(self.batch_size, self.batch_size * FULL_BATCH_BEAMS // beams))
@@ -236,6 +248,14 @@ class ImageLabeler:
             if length is not None and (text := self.processor.decode(row[:length], skip_special_tokens=True).strip()):
                 texts[text] += share
         return texts
+
+    def _check_codes(self, codes: torch.Tensor) -> None:
+        length = self.processor.image_seq_length
+        if codes.ndim not in (2, 3) or not codes.numel() or codes.shape[-1] != length:
+            raise InputError(
+                f"`codes` has the shape {list(codes.shape)}: give {length} codes of each image, one image at "
+                "least, as `encode` returns them."
+            )
 
     @staticmethod
     def _views(codes: torch.Tensor) -> int:
@@ -340,7 +360,9 @@ def mean_guesses(views: Sequence[dict[str, float]]) -> list[Guess]:
 
 
 def check_queries(queries: Sequence[str]) -> None:
-    """Raise `ValueError` where there is no query, or one has no words or is no text."""
+    """Raise `ValueError` where there is no list of queries, or one of them has no words or is no text."""
+    if isinstance(queries, str):
+        raise InputError(f"`queries` is the text {queries!r}: give a list of texts, [{queries!r}].")
     if not queries:
         raise InputError("`queries` is empty: give the words to look for.")
     if blank := [query for query in queries if not query.strip()]:

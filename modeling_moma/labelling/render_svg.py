@@ -28,14 +28,14 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
 
 
-def source_of(path: str) -> dict[str, str]:
+def path_and_text(path: str) -> tuple[str | None, str | None]:
     """Return what the renderer takes of a file: its path, or its text where the path is none in UTF-8."""
     try:
         path.encode()
     except UnicodeEncodeError:
         content = Path(path).read_bytes()
-        return {"svg_string": (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()}
-    return {"svg_path": path}
+        return None, (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
+    return path, None
 
 
 def main(side: int) -> None:
@@ -44,10 +44,18 @@ def main(side: int) -> None:
     for line in sys.stdin:
         image, answer = b"", {}
         try:
+            path, text = path_and_text(json.loads(line))
             # with one side alone the other may be as long as the file wants it
-            size = {"width": side, "height": side}
-            source = source_of(json.loads(line))
-            image = bytes(resvg_py.svg_to_bytes(**source, **size, background="#ffffff", skip_system_fonts=True))
+            image = bytes(
+                resvg_py.svg_to_bytes(
+                    svg_path=path,
+                    svg_string=text,
+                    width=side,
+                    height=side,
+                    background="#ffffff",
+                    skip_system_fonts=True,
+                )
+            )
         # a panic of the renderer is no Exception
         except BaseException as error:
             answer["error"] = str(error)

@@ -205,6 +205,20 @@ def test_queries_without_words_are_refused(labeler, codes, queries, said):
         labeler.match(codes, queries)
 
 
+def test_what_are_no_images_or_codes_of_images_is_refused(labeler, codes, processor):
+    for wrong in (codes[:0], codes[0], codes[:, :-1], codes[None, None]):
+        for use in (labeler.names, labeler.tags, lambda codes: labeler.match(codes, ["house"])):
+            with pytest.raises(InputError, match=rf"`codes` has the shape {re.escape(str(list(wrong.shape)))}: give"):
+                use(wrong)
+    with pytest.raises(InputError, match="`images` is empty"):
+        labeler.encode([])
+    with pytest.raises(InputError, match=r"`queries` is the text 'house': give a list of texts, \['house'\]"):
+        labeler.match(codes, "house")
+    for size in (0, -1):
+        with pytest.raises(InputError, match=f"`batch_size` is {size}: it must be at least 1"):
+            ImageLabeler(labeler.model, processor, batch_size=size)
+
+
 def test_a_space_at_the_end_of_a_prompt_changes_nothing(labeler, codes, processor):
     form = CaptionForm(name_prompt="red", tag_prompt="tags:")
     spaced = CaptionForm(name_prompt="red ", tag_prompt="tags:  ")
