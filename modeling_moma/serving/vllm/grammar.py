@@ -9,6 +9,7 @@ Shape suffixes: V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,6 +23,20 @@ from ...generation_moma import INTERLEAVED, TextOnlyLogitsProcessor
 FREE = "free"
 # modes of the models that this process has been asked to serve
 SERVED_MODES: set[str] = set()
+
+
+def check_served(name: str, mode: Any) -> None:
+    """Raise `ValueError` for a mode that no model has that this process has been asked to serve.
+
+    Args:
+        name (`str`):
+            of the argument.
+        mode (`Any`):
+            what a request brings, which may be any JSON.
+    """
+    # of a list a set cannot be asked
+    if SERVED_MODES and mode not in sorted(SERVED_MODES):
+        raise InputError(f"`{name}` must be one of {sorted(SERVED_MODES)}, got {mode!r}.")
 
 
 @dataclass(frozen=True)
@@ -174,4 +189,4 @@ class FrameRow:
         return any(start <= token < stop for start, stop in ranges)
 
 
-__all__ = ["FREE", "SERVED_MODES", "FrameGrammar", "FrameRow", "Verdict"]
+__all__ = ["FREE", "SERVED_MODES", "FrameGrammar", "FrameRow", "Verdict", "check_served"]

@@ -9,9 +9,8 @@ from vllm.logger import init_logger  # pyright: ignore[reportMissingImports]
 from vllm.v1.sample.logits_processor import LogitsProcessor  # pyright: ignore[reportMissingImports]
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates  # pyright: ignore[reportMissingImports]
 
-from ...errors_moma import InputError
 from ...frames_moma import TEXT
-from .grammar import FREE, SERVED_MODES, FrameGrammar, FrameRow
+from .grammar import FREE, FrameGrammar, FrameRow, check_served
 
 
 MODE = "generation_mode"
@@ -54,9 +53,7 @@ class MomaLogitsProcessor(LogitsProcessor):
         Raises:
             ValueError: the model has no such mode.
         """
-        mode = _mode(sampling_params)
-        if SERVED_MODES and mode not in SERVED_MODES:
-            raise InputError(f"`{MODE}` must be one of {sorted(SERVED_MODES)}, got {mode!r}.")
+        check_served(MODE, _mode(sampling_params))
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
         config = vllm_config.model_config.hf_config

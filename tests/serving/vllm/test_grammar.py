@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The grammar row by row allows what the processors of `generate` allow, without vLLM."""
 
+import re
+
 import pytest
 import torch
 
 from helpers.tiny import tiny_config
+from modeling_moma.errors_moma import InputError
 from modeling_moma.frames_moma import IMAGE, TEXT
 from modeling_moma.generation_moma import (
     INTERLEAVED,
@@ -13,7 +16,7 @@ from modeling_moma.generation_moma import (
     OneFrameLogitsProcessor,
     TextOnlyLogitsProcessor,
 )
-from modeling_moma.serving.vllm import FREE, FrameGrammar, FrameRow
+from modeling_moma.serving.vllm import FREE, FrameGrammar, FrameRow, grammar
 
 
 AUDIO = "audio"
@@ -110,3 +113,13 @@ def test_modes_of_a_model():
     assert FrameGrammar.modes(text_alone) == [TEXT, FREE]
     with pytest.raises(ValueError, match="`mode` must be one of.*got 'video'"):
         FrameRow(FrameGrammar(CONFIG), "video", [1], 8)
+
+
+@pytest.mark.parametrize("mode", ["video", ["image"], {"image": 1}, 3])
+def test_a_mode_of_a_request_that_no_model_has_is_refused(monkeypatch, mode):
+    monkeypatch.setattr(grammar, "SERVED_MODES", set())
+    grammar.check_served("generation_mode", mode)
+    grammar.SERVED_MODES.update(FrameGrammar.modes(CONFIG))
+    grammar.check_served("generation_mode", "image")
+    with pytest.raises(InputError, match="`generation_mode` must be one of .*got " + re.escape(repr(mode))):
+        grammar.check_served("generation_mode", mode)
