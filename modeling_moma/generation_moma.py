@@ -164,6 +164,41 @@ class FittingFrameLogitsProcessor(LogitsProcessor):
         return scores
 
 
+class CaptionBeginLogitsProcessor(LogitsProcessor):
+    """Some tokens never begin the text behind a frame that stands alone: what a caption of its own is not to be.
+
+    Args:
+        config (`MomaConfig`):
+            gives the frames.
+        token_ids (`Sequence[int]`):
+            tokens that do not begin it.
+        prompt_length (`int`):
+            positions of the prompt.
+        pad_token_id (`int`, *optional*):
+            token that is none of the prompt.
+    """
+
+    def __init__(self, config: MomaConfig, token_ids: Sequence[int], prompt_length: int, pad_token_id: int | None):
+        self.frames = config.frames
+        self.token_ids, self.prompt_length = list(token_ids), prompt_length
+        self.is_text_V = ~_all_codes(config)
+        around = [token for frame in self.frames.values() for token in (frame.begin, frame.end)]
+        others = [token for token in (config.bos_token_id, pad_token_id) if token is not None]
+        self.is_text_V[[*around, *others]] = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Give these tokens a score of minus infinity in rows that are one frame and nothing else yet, `[B, V]`."""
+        if input_ids.shape[1] != self.prompt_length:
+            return scores
+        self.is_text_V = self.is_text_V.to(input_ids.device)
+        ends_BT = torch.stack([input_ids == frame.end for frame in self.frames.values()]).any(dim=0)
+        is_alone_B = ends_BT[:, -1] & (ends_BT.sum(dim=1) == 1) & ~self.is_text_V[input_ids].any(dim=1)
+        scores = scores.clone()
+        for token_id in self.token_ids:
+            scores[:, token_id].masked_fill_(is_alone_B, -torch.inf)
+        return scores
+
+
 class FrameEndCriteria(StoppingCriteria):
     """A row ends with its frame: for beams, whose scores are means over all their tokens, a forced one included.
 
@@ -221,6 +256,7 @@ class MomaGenerationMixin(GenerationCompat):
         logits_processor: Sequence[LogitsProcessor] | None = None,
         *,
         generation_mode: str | None = None,
+        caption_suppress_tokens: Sequence[int] | None = None,
         **kwargs,
     ) -> GenerateOutput | torch.Tensor:
         r"""Generate as the stock method does, under a grammar for images and other modalities.
@@ -244,6 +280,10 @@ class MomaGenerationMixin(GenerationCompat):
                   frame needs; one of any length may go on to the end of the context.
                 - `"interleaved"`: text, with frames where the model begins one. A frame that no longer fits into
                   `max_new_tokens` is not begun.
+            caption_suppress_tokens (`Sequence[int]`, *optional*):
+                Tokens that do not begin the text behind an image, or another frame, that stands alone: the end of a
+                document where some have no caption, or what begins other texts than names. By default those of
+                `generation_config`, or of the model's; `[]` for none.
             kwargs (`Any`):
                 As in the stock method. With `guidance_scale` other than 1 the unconditional branch sees
                 `negative_prompt_ids`, by default the beginning token, then what the prompt holds of a frame that it
@@ -256,11 +296,12 @@ class MomaGenerationMixin(GenerationCompat):
             `config.max_position_embeddings`, whatever length is asked for.
 
         Raises:
-            ValueError: an unknown mode; an empty, all-padding or too long prompt; a cache that holds all of it; a
-                paged cache; a modality that the configuration has no frame for; too few tokens for a frame; a prompt
-                that ends inside a frame of a modality that the mode does not write, or in embeddings without ids, or
-                that begins inside one, behind a cache; guidance together with `routing`, or with a decoding strategy
-                whose unconditional branch would go wrong; `prefill_chunk_size` together with `inputs_embeds`.
+            ValueError: an unknown mode; a suppressed token that is none; an empty, all-padding or too long prompt; a
+                cache that holds all of it; a paged cache; a modality that the configuration has no frame for; too few
+                tokens for a frame; a prompt that ends inside a frame of a modality that the mode does not write, or in
+                embeddings without ids, or that begins inside one, behind a cache; guidance together with `routing`, or
+                with a decoding strategy whose unconditional branch would go wrong; `prefill_chunk_size` together with
+                `inputs_embeds`.
         """
         mode = self._option("generation_mode", generation_config, {"generation_mode": generation_mode})
         mode = TEXT if mode is None else mode
@@ -288,6 +329,13 @@ class MomaGenerationMixin(GenerationCompat):
             kwargs["mm_token_type_ids"] = token_modalities(self.config, prompt)
         if self.config.modality_token_ranges:
             generation_config = self._follow_grammar(mode, prompt, num_before, generation_config, processors, kwargs)
+            suppressed = {"caption_suppress_tokens": caption_suppress_tokens}
+            ids = self._option("caption_suppress_tokens", generation_config, suppressed)
+            # behind a cache nothing tells whether a frame stands alone
+            if ids is not None and len(_checked_tokens(ids, self.config)) and not num_before and prompt.shape[1]:
+                pad_token_id = self._option("pad_token_id", generation_config, kwargs)
+                begin = CaptionBeginLogitsProcessor(self.config, ids, prompt.shape[1], pad_token_id)
+                processors += [begin] if mode in (TEXT, INTERLEAVED) else []
         if num_before:
             width = _width(prompt, kwargs)
             context = self._context_left(num_before + width)
@@ -572,6 +620,16 @@ class MomaGenerationMixin(GenerationCompat):
         }
 
 
+def _checked_tokens(ids: Any, config: MomaConfig) -> Sequence[int]:
+    """Return token ids, or raise where they are none of the model's."""
+    are_ids = isinstance(ids, (list, tuple)) and all(
+        type(token) is int and 0 <= token < config.vocab_size for token in ids
+    )
+    if not are_ids:
+        raise InputError(f"`caption_suppress_tokens` = {ids!r} must be a list of ids below {config.vocab_size}.")
+    return ids
+
+
 def _width(prompt: torch.Tensor, kwargs: dict) -> int:
     return prompt.shape[1] or kwargs["inputs_embeds"].shape[1]
 
@@ -690,6 +748,7 @@ def _with_open_frames(
 
 
 __all__ = [
+    "CaptionBeginLogitsProcessor",
     "FittingFrameLogitsProcessor",
     "FrameEndCriteria",
     "FrameLogitsProcessor",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modeling_moma.cli.arguments import add_renamed
-from quickstart import add_data_flags, load, open_source, pick_rows, show_both_ways
+from quickstart import add_data_flags, check_number, load, open_source, pick_rows, show_both_ways
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -19,6 +19,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images, and of the drawings")
     parser.add_argument("--output", type=Path, required=True, help="PNG file")
     args = parser.parse_args(arguments)
+    check_number(parser, args, "images", 1)
     args.source = open_source(parser, args)
     return args
 

@@ -52,7 +52,12 @@ def make_space(output: Path, model: Path = MODEL) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
-    parser.add_argument("--model", type=Path, default=MODEL, help="folder of the model; by default the released one")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=MODEL,
+        help="folder of the model; by default moma-icons, which README, examples and the form of captions are of",
+    )
     args = parser.parse_args(arguments)
     try:
         print(make_space(args.output, args.model))

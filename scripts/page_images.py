@@ -153,6 +153,10 @@ def use(page, name: str) -> None:
 def shoot(page, path: Path) -> Path:
     """Writes what the page shows."""
     page.mouse.move(0, 0)
+    # images of a gallery come after what is said of them
+    page.wait_for_function(
+        "[...document.images].filter(image => image.offsetParent).every(image => image.complete && image.naturalWidth)"
+    )
     page.wait_for_timeout(500)
     page.screenshot(path=path, full_page=True)
     with Image.open(path) as shot:

@@ -21,9 +21,9 @@ from modeling_moma.data.examples import HeldOutExamples
 from modeling_moma.data.kinds.captions import CaptionDocuments
 from modeling_moma.data.sources import Source
 from modeling_moma.data.stream import DocumentExamples
-from modeling_moma.labelling.labeler import CaptionForm, ImageLabeler
+from modeling_moma.labelling.labeler import CaptionForm, ImageLabeler, check_queries
 from modeling_moma.training.recipe import read_recipe
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import check_writable, write_aside
 from tokenization import MomaDataCollator
 
 
@@ -51,11 +51,21 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="examples of a fine-tuning step")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    # a folder that is missing would be looked for on the Hub
-    if not Path(args.model).is_dir():
-        parser.error(f"--model: there is no folder {args.model!r}; run from the root of the repository.")
+    for name, least in (("images", 1), ("fine_tune_steps", 1), ("batch_size", 1), ("seed", 0)):
+        check_number(parser, args, name, least)
+    try:
+        check_queries([args.query])
+        check_writable(args.output)
+    except ValueError as error:
+        parser.error(str(error))
     args.source = open_source(parser, args)
     return args
+
+
+def check_number(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str, least: int):
+    """Refuses a number that is too small."""
+    if getattr(args, name) < least:
+        parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
 
 
 def add_data_flags(parser: argparse.ArgumentParser):
@@ -67,7 +77,10 @@ def add_data_flags(parser: argparse.ArgumentParser):
 
 
 def open_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Source:
-    """The first source of `args.recipe`, of the data in `args.data` where it is given."""
+    """The first source of `args.recipe`, of the data in `args.data` where it is given; there has to be a model."""
+    # a folder that is missing would be looked for on the Hub
+    if not (Path(args.model) / "config.json").is_file():
+        parser.error(f"--model: there is no model in a folder {args.model!r}; run from the root of the repository.")
     try:
         source = read_recipe(args.recipe, needs=("sources",)).sources[0]
     except ValueError as error:

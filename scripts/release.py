@@ -23,7 +23,7 @@ def main(arguments=None) -> int:
     parser.add_argument(
         "--never-first",
         metavar="WORD",
-        help="token that no text of `generate` begins with by default, as no text is empty then",
+        help="token that no caption of `generate` begins with by default, as none is empty then",
     )
     args = parser.parse_args(arguments)
     try:
@@ -51,7 +51,7 @@ def release(
         output: the folder that is written.
         earlier: folder of an earlier stage of the same model. The weights become means of both.
         earlier_share: its share of the weights.
-        never_first: a token that no text of `generate` begins with by default, as no text is empty then. Where names
+        never_first: a token that no caption of `generate` begins with by default, as none is empty then. Where names
             follow images at once, the end of a document and the word before tags are each likelier than any name.
 
     Raises:
@@ -75,7 +75,7 @@ def release(
             raise InputError(f"--never-first {never_first!r}: it is {len(word)} tokens of the tokenizer, and not one.")
         # no longer what Transformers made of the model's configuration
         model.generation_config._from_model_config = False
-        model.generation_config.begin_suppress_tokens = [processor.tokenizer.eos_token_id, *word]
+        model.generation_config.caption_suppress_tokens = [processor.tokenizer.eos_token_id, *word]
 
     def save(folder: Path):
         model.save_pretrained(folder)

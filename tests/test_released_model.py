@@ -82,7 +82,7 @@ def test_the_model_of_icons_says_a_name_of_every_image():
     model = AutoModelForCausalLM.from_pretrained(ICONS, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(ICONS)
     (tags,) = processor.tokenizer("tags", add_special_tokens=False)["input_ids"]
-    assert model.generation_config.begin_suppress_tokens == [processor.tokenizer.eos_token_id, tags]
+    assert model.generation_config.caption_suppress_tokens == [processor.tokenizer.eos_token_id, tags]
     images = load_dataset(str(ROOT / "data" / "icons"), split="test")[:24]["image"]
     inputs = processor(images=[[image] for image in images], text=["<image>"] * len(images), return_tensors="pt")
 
@@ -93,7 +93,7 @@ def test_the_model_of_icons_says_a_name_of_every_image():
     said = captions()
     assert all(" (" in caption and not caption.startswith("tags") for caption in said), said
     # what the model would say by itself
-    own = captions(begin_suppress_tokens=[])
+    own = captions(caption_suppress_tokens=[])
     assert any(not caption for caption in own) and any(caption.startswith("tags: ") for caption in own), own
     # an image is begun as ever
     inputs = processor(text=["house (tabler, outline, red)"], return_tensors="pt")

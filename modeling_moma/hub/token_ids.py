@@ -67,6 +67,13 @@ def _generation_problems(generation: dict, vocab_size: int) -> Iterator[str]:
         for token_id in value if isinstance(value, list) else [value]:
             if token_id is not None and not (type(token_id) is int and 0 <= token_id < vocab_size):
                 yield f"{GENERATION_FILE}: {name} = {token_id!r} is no token of the model, which has {vocab_size}."
+    for name in ("caption_suppress_tokens", "begin_suppress_tokens", "suppress_tokens"):
+        ids = generation.get(name)
+        are_ids = isinstance(ids, list) and all(
+            type(token_id) is int and 0 <= token_id < vocab_size for token_id in ids
+        )
+        if ids is not None and not are_ids:
+            yield f"{GENERATION_FILE}: {name} = {ids!r} is no list of tokens of the model, which has {vocab_size}."
 
 
 def _token_facts(config: dict, vq_config: dict, tokenizer: dict) -> list[tuple[str, Any, Any]]:

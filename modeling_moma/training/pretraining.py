@@ -172,6 +172,8 @@ def build_model(
     if args.model:
         # fp32 whatever the saved dtype: steps are too small for bf16 weights
         model = open_model(args.model, config=config, dtype=torch.float32)
+        # its captions may begin otherwise after this training
+        vars(model.generation_config).pop("caption_suppress_tokens", None)
     else:
         model = MomaForCausalLM(config)
         initialize_code_embeddings(model, processor.vq_model.quantize.embedding.weight)

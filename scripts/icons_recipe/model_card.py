@@ -524,8 +524,8 @@ processor.decode_images(model.decode_image_tokens(ids))[0].save("house.png")
 ```
 
 Likewise `generation_mode="text"` writes the caption of an image (`text=["<image>"]`). At its beginning the end of the
-document is often likelier than any one name, and so is `tags`, the beginning of other captions: by
-`begin_suppress_tokens` in `generation_config.json` neither comes first. vLLM does not read that.
+document is often likelier than any one name, and so is `tags`, the beginning of other captions: where an image stands
+alone neither comes first, by `caption_suppress_tokens` in `generation_config.json`. vLLM does not read that.
 
 Without the package, load it from the Hub, or from a folder that `moma push --output` wrote: its code is there, so pass
 `trust_remote_code=True` and leave out the import. Names, tags and search need the package.

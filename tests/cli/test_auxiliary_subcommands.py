@@ -265,7 +265,7 @@ def test_a_released_model_begins_texts_with_a_name_where_it_is_told_to(inputs, t
     released.save_pretrained(tmp_path / "again")
     for folder in ("released", "again"):
         settings = GenerationConfig.from_pretrained(tmp_path / folder)
-        assert settings.begin_suppress_tokens == [processor.tokenizer.eos_token_id, *word]
+        assert settings.caption_suppress_tokens == [processor.tokenizer.eos_token_id, *word]
         assert not settings._from_model_config
     assert release([*call, "--never-first", "two words"]) == 2
     assert "--never-first 'two words': it is" in capsys.readouterr().err

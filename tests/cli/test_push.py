@@ -119,6 +119,9 @@ def test_a_name_that_no_repository_can_hold_stays_here(folder, name, capsys):
         ({"eos_token_id": [2, 10**6]}, "eos_token_id = 1000000 is no token of the model, which has"),
         ({"pad_token_id": "x"}, "generation_config.json: "),
         ({"bos_token_id": 99999}, "bos_token_id = 99999 is no token"),
+        ({"caption_suppress_tokens": [2, "tags"]}, r"caption_suppress_tokens = [2, 'tags'] is no list of tokens"),
+        ({"begin_suppress_tokens": 2}, "begin_suppress_tokens = 2 is no list of tokens of the model"),
+        ({"suppress_tokens": [10**6]}, "suppress_tokens = [1000000] is no list of tokens"),
         ({"max_new_tokens": -3}, "generation_config.json: Transformers cannot use it"),
     ],
 )

@@ -94,6 +94,50 @@ def assert_grammar(rows):
         assert grammar_violation(row) is None, row
 
 
+# an image alone, with words before and behind it, two of them, and words alone
+CAPTIONED = batch([BOS, *IMAGE], [BOS, *IMAGE, 30, 31], [BOS, 20, *IMAGE], [BOS, *IMAGE, *IMAGE], [BOS, 20, 21])
+
+
+@pytest.mark.parametrize("mode", ["text", "interleaved"])
+@pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}], ids=str)
+def test_what_begins_no_caption_is_left_out_behind_an_image_alone(model, mode, more):
+    rows = range(len(CAPTIONED["input_ids"]))
+    call = {"generation_mode": mode, "do_sample": False, "max_new_tokens": 9, **more}
+
+    def first_tokens(row, **settings):
+        inputs = {name: values[row : row + 1] for name, values in CAPTIONED.items()}
+        return model.generate(**inputs, **call, **settings)[0, CAPTIONED["input_ids"].shape[1] :].tolist()
+
+    plain = [first_tokens(row) for row in rows]
+    banned = [EOS, *sorted({tokens[0] for tokens in plain} - {EOS})]
+    suppressed = [first_tokens(row, caption_suppress_tokens=banned) for row in rows]
+    assert suppressed[0][0] not in banned and suppressed[1:] == plain[1:]
+    # as a setting of the model, which an argument goes before
+    own = copy.deepcopy(model)
+    own.generation_config.caption_suppress_tokens = banned
+    inputs = {name: values[:1] for name, values in CAPTIONED.items()}
+    start = CAPTIONED["input_ids"].shape[1]
+    assert own.generate(**inputs, **call)[0, start:].tolist() == suppressed[0]
+    assert own.generate(**inputs, **call, caption_suppress_tokens=[])[0, start:].tolist() == plain[0]
+    given = GenerationConfig(caption_suppress_tokens=banned, eos_token_id=EOS, pad_token_id=PAD)
+    assert model.generate(**inputs, **call, generation_config=given)[0, start:].tolist() == suppressed[0]
+
+
+def test_captions_of_a_padded_batch_begin_as_those_of_rows_alone(model):
+    call = {"do_sample": False, "max_new_tokens": 1, "caption_suppress_tokens": list(range(2, 100))}
+    together = model.generate(**CAPTIONED, **call)[:, -1].tolist()
+    assert together[0] < 2 or together[0] > 99
+    for row, token in enumerate(together):
+        alone = {name: values[row : row + 1] for name, values in CAPTIONED.items()}
+        assert model.generate(**alone, **call)[0, -1] == token
+
+
+@pytest.mark.parametrize("ids", ["tags", 2, [2, "tags"], [160], [-1]])
+def test_suppressed_tokens_that_are_none_are_refused(model, ids):
+    with pytest.raises(InputError, match="`caption_suppress_tokens` = .* must be a list of ids below 160"):
+        model.generate(**TEXTS, caption_suppress_tokens=ids)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
 def test_image_mode_gives_every_row_exactly_one_image(model, strategy):
     torch.manual_seed(0)

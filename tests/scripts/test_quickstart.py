@@ -64,7 +64,7 @@ def recipe(tmp_path):
 
 @pytest.fixture
 def source(recipe, data_folder):
-    arguments = ["--model", str(ROOT), "--recipe", str(recipe), "--data", str(data_folder)]
+    arguments = ["--model", str(EMOJI), "--recipe", str(recipe), "--data", str(data_folder)]
     return quickstart.parse_arguments(arguments).source
 
 
@@ -96,16 +96,22 @@ def test_rows_depend_on_the_seed_alone(source):
     assert len(quickstart.pick_rows(source, "test", 100, 0)) == 6
 
 
-def test_bad_arguments_are_one_line(data_folder, recipe, tmp_path, capsys):
+def test_bad_arguments_are_one_line(model_folder, data_folder, recipe, tmp_path, capsys):
     text = tmp_path / "text.yaml"
     text.write_text("sources: {words: {data: words, text: text}}")
     for arguments, told in (
-        (["--model", "no/such/model"], "--model: there is no folder 'no/such/model'"),
+        (["--model", "no/such/model"], "--model: there is no model in a folder 'no/such/model'"),
+        (["--images", "-1"], "--images -1: it must be at least 1"),
+        (["--fine-tune-steps", "0"], "--fine-tune-steps 0: it must be at least 1"),
+        (["--batch-size", "0"], "--batch-size 0: it must be at least 1"),
+        (["--seed", "-1"], "--seed -1: it must be at least 0"),
+        (["--query", " "], "query ' ': there are no words in it"),
+        (["--output", text], f"'{text}'"),
         (["--recipe", "no/such.yaml"], "RECIPE 'no/such.yaml' is no file"),
         (["--recipe", text], "its first source, 'words', has no images with captions"),
         (["--data", "no/such/data"], "--data: there is no folder 'no/such/data'"),
     ):
-        defaults = ["--model", data_folder, "--recipe", recipe, "--data", data_folder]
+        defaults = ["--model", model_folder, "--recipe", recipe, "--data", data_folder]
         with pytest.raises(SystemExit):
             quickstart.parse_arguments(list(map(str, [*defaults, *arguments])))
         assert told in capsys.readouterr().err

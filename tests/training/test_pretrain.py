@@ -274,6 +274,18 @@ def test_deeper_model_goes_on_with_the_data_that_the_stage_before_has_not_seen(s
     assert continued.num_states == 0
 
 
+def test_a_training_from_a_model_is_not_told_how_its_captions_begin(inputs, tmp_path):
+    model = tiny_model(tiny_processor(), **TRAINED)
+    model.generation_config.caption_suppress_tokens = [2, 30]
+    model.save_pretrained(tmp_path / "released")
+    trainer = build_trainer(
+        parse_arguments(arguments(inputs, tmp_path / "out", start=("--model", tmp_path / "released")))
+    )
+    assert getattr(trainer.model.generation_config, "caption_suppress_tokens", None) is None
+    trainer.save_model(str(tmp_path / "saved"))
+    assert "caption_suppress_tokens" not in (tmp_path / "saved" / "generation_config.json").read_text()
+
+
 def test_upcycled_model_has_a_fresh_optimizer_and_a_whole_schedule(stages):
     assert stages.continued.num_states == 0
     parameter = torch.nn.Parameter(torch.zeros(1))
