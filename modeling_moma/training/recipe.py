@@ -13,7 +13,7 @@ from ..configuration_moma import MomaConfig
 from ..data.sources import Source, read_sources
 from ..errors_moma import InputError
 from ..utils.fields import Count, Float, FormerName, Int, NotNegative, read_fields, refuse_unknown
-from ..utils.messages import without_import_notices
+from ..utils.messages import one_line, without_import_notices
 
 
 # the command line decides these, not the recipe
@@ -35,6 +35,8 @@ UNCOUNTED = {
 }
 # what a stream of documents without an end has no sense for
 NOT_COUNTED = {"num_train_epochs": "a training is as long as `max_steps` says, whose documents come from a stream"}
+# the tag of the key `<<`
+MERGE = "tag:yaml.org,2002:merge"
 # orders of rows that a run which goes on finds its place in
 STRATEGIES = ("random", "sequential")
 
@@ -166,6 +168,24 @@ class Recipe:
 SECTIONS = {"processor": ProcessorFields, "data": DataFields, "samples": SampleFields, "contrast": ContrastFields}
 
 
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML as it is, but for a key that stands twice in a mapping: all but its last value would be lost."""
+
+    # as the mapping is read: later the keys that `<<` merges stand beside its own
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in lines and key.tag != MERGE:
+                raise yaml.YAMLError(
+                    f"{key.value!r} stands twice in one mapping, in line {lines[name]} and in line {line}, and all "
+                    "but the last one would be lost. Was it copied, and not renamed?"
+                )
+            lines[name] = line
+        return node
+
+
 def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe.
 
@@ -180,16 +200,17 @@ def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
         are not checked yet.
 
     Raises:
-        ValueError: the file is missing or no such mapping, or has a section or field that nothing knows.
+        ValueError: the file is missing or no such mapping, gives a key twice, or has a section or field that nothing
+            knows.
     """
     path = Path(path)
     where = f"RECIPE {str(path)!r}"
     if not path.is_file():
         raise InputError(f"{where} is no file.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{where} cannot be read as YAML: {error}") from error
+        raise InputError(f"{where} cannot be read as YAML: {one_line(error)}") from error
     sections = [entry.name for entry in dataclasses.fields(Recipe)]
     if not isinstance(content, dict) or not content.keys() <= set(sections):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__

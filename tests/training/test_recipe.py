@@ -120,6 +120,31 @@ def test_what_nothing_knows_is_refused_by_name(tmp_path, text, message):
         read_recipe(write(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    "text, key, lines",
+    [
+        ("sources:\n  notes: {data: a, text: b}\n  notes: {data: c, text: d}\n", "notes", (2, 3)),
+        ("data: {packed: true}\nmodel: {}\ndata: {sequence_length: 8}\n", "data", (1, 3)),
+        ("model:\n  hidden_size: 8\n  'hidden_size': 16\n", "hidden_size", (2, 3)),
+        ('{"trainer": {"seed": 1, "seed": 1}}', "seed", (1, 1)),
+    ],
+    ids=["source", "section", "field", "json"],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path, text, key, lines):
+    with pytest.raises(InputError, match=f"recipe.yaml.*: '{key}' stands twice") as raised:
+        read_recipe(write(tmp_path, text))
+    assert "in line {} and in line {}".format(*lines) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_what_a_mapping_merges_may_stand_in_it_too(tmp_path):
+    text = (
+        "model: &small {hidden_size: 8, num_hidden_layers: 2}\nimage_tokenizer: &more {<<: *small, hidden_size: 16}\n"
+    )
+    read = read_recipe(write(tmp_path, text + "audio_tokenizer: {<<: *more, num_hidden_layers: 4}\n"))
+    assert read.image_tokenizer == {"hidden_size": 16, "num_hidden_layers": 2}
+    assert read.audio_tokenizer == {"hidden_size": 16, "num_hidden_layers": 4}
+
+
 def test_settings_of_accelerate_that_change_no_document_are_taken(tmp_path):
     fields = "{split_batches: false, dispatch_batches: null, even_batches: true, non_blocking: true}"
     read = read_recipe(write(tmp_path, f"model: {{}}\ntrainer: {{accelerator_config: {fields}}}\n"))
@@ -186,6 +211,12 @@ def test_sizes_that_no_training_has_are_refused(tmp_path, capsys, flag, value):
     with pytest.raises(SystemExit):
         parse_arguments([*PATHS, write(tmp_path, "model: {}\n"), flag, value])
     assert f"{flag} = '{value}' must be a" in capsys.readouterr().err
+
+
+def test_what_is_no_yaml_is_told_in_one_line(tmp_path):
+    with pytest.raises(InputError, match="cannot be read as YAML: .*line 2") as raised:
+        read_recipe(write(tmp_path, "model: {\n"))
+    assert "\n" not in str(raised.value)
 
 
 def test_missing_recipes_and_sections_are_named(tmp_path):
