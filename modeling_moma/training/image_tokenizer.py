@@ -18,6 +18,7 @@ from tokenization.augmentation_moma import augment_images
 from tokenization.modeling_moma_vq import MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
+from ..data.jobs import source_digest
 from ..data.sources import Source, warn_of_shared_rows
 from ..errors_moma import InputError
 from ..utils.atomic_files import check_new_folder, is_of_model, replace_folder, write_folder_aside
@@ -156,7 +157,10 @@ class TokenizerTraining:
                 settings.adversarial_weight, settings.adversarial_start, self.model.config, settings.seed, self.device
             )
         self._make_optimizer()
-        self.facts: dict[str, Any] = {"sources": [image_fields(source) for source in sources]}
+        self.facts: dict[str, Any] = {
+            "sources": [image_fields(source) for source in sources],
+            "files": {source.name: source_digest(source) for source in sources},
+        }
         begun = None if state is None else state.get("pictures")
         # check first: opening the store may replace the images of the first start
         check_same_images(str(output), self.facts, begun)

@@ -221,17 +221,25 @@ def check_same_images(output: str, now: Mapping[str, Any], begun: Mapping[str, A
         output (`str`):
             folder of the run.
         now (`Mapping[str, Any]`):
-            facts about its images, by name.
+            facts about its images, by name; `files` has a hash of each source's files, by the source's name.
         begun (`Mapping[str, Any] | None`):
-            what they were at the first start, or `None` in checkpoints of earlier versions.
+            what they were at the first start, or `None` in checkpoints of earlier versions, of which others lack
+            `files`.
 
     Raises:
         ValueError: they are others.
     """
+    begun = {**now, **(begun or {})}
+    ways = "Resume with the data of the first start, or give a new `--output`."
     for name, fact in now.items():
-        then = fact if begun is None else begun[name]
-        if fact != then:
+        if name != "files" and fact != begun[name]:
             raise InputError(
-                f"--resume: the run in `--output` {output!r} was begun with {name} = {then!r}, and now it is "
-                f"{fact!r}. Resume with the data of the first start, or give a new `--output`."
+                f"--resume: the run in `--output` {output!r} was begun with {name} = {begun[name]!r}, and now it is "
+                f"{fact!r}. {ways}"
+            )
+    for source, digest in now.get("files", {}).items():
+        if digest != begun["files"][source]:
+            raise InputError(
+                f"--resume: the files of source {source!r} have changed since the run in `--output` {output!r} was "
+                f"begun. {ways}"
             )

@@ -14,6 +14,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from modeling_moma.cli.train_image_tokenizer import main, parse_arguments
+from modeling_moma.errors_moma import InputError
 from modeling_moma.training import image_tokenizer
 from modeling_moma.training.reconstruction_measures import PERCEPTUAL_DISTANCE
 from modeling_moma.training.tokenizer_settings import read_config
@@ -214,6 +215,28 @@ def test_a_run_is_not_resumed_with_other_images(folder, tmp_path):
     # fewer held-out images change nothing of the training
     main([*command, "--held-out-images", "5"])
     assert json.loads((tmp_path / "out" / "report.json").read_text())["held_out"] == 5
+
+
+def test_a_run_is_not_resumed_with_other_files_of_as_many_images(folder, tmp_path):
+    data = shutil.copytree(folder / "data", tmp_path / "data")
+    command = [str(data), *arguments(folder, tmp_path / "out")[1:]]
+    with pytest.raises(Killed):
+        main(command, kill_after(4))
+    stored = {path: path.stat() for path in (tmp_path / "out" / "pictures").iterdir()}
+    (file,) = data.glob("train-*")
+    kept = file.read_bytes()
+    # the same images in another order
+    Dataset.from_parquet(str(file)).select(range(19, -1, -1)).to_parquet(file)
+    with pytest.raises(InputError, match="--resume: the files of source 'pictures' have changed since the run"):
+        main([*command, "--resume"])
+    assert {path: path.stat() for path in stored} == stored
+    file.write_bytes(kept)
+    # a checkpoint of an earlier version
+    state_file = tmp_path / "out" / "checkpoint-0000003" / image_tokenizer.STATE_FILE
+    state = torch.load(state_file)
+    del state["pictures"]["files"]
+    torch.save(state, state_file)
+    assert [entry["step"] for entry in main([*command, "--resume"])] == [3, 6, 8]
 
 
 def test_a_run_is_resumed_in_the_size_of_its_checkpoint_without_its_configuration(folder, tmp_path):
