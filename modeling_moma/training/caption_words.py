@@ -4,6 +4,7 @@
 import math
 import re
 from collections import Counter
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -161,9 +162,41 @@ class CaptionTraining:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs."""
-        return {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {
+            "vocabulary": self.vocabulary,
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from [`CaptionTraining.state_dict`]."""
+        """Go on from [`CaptionTraining.state_dict`].
+
+        Args:
+            state (`dict[str, Any]`):
+                of the checkpoint; those of earlier versions lack `vocabulary`.
+
+        Raises:
+            ValueError: the captions have other words than at the first start.
+        """
+        self._check_same_words(state)
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def _check_same_words(self, state: dict[str, Any]) -> None:
+        # a score belongs to the word of its number, so the order has to be the same, too
+        now, then = self.vocabulary, state.get("vocabulary")
+        if then is None:
+            count = len(state["head"]["scores.bias"])
+            difference = f"{count:,} words were told from codes then, {len(now):,} now" if count != len(now) else None
+        else:
+            pairs = enumerate(zip_longest(then, now), 1)
+            difference = next(
+                (f"word {number} was {old!r} then and is {new!r} now" for number, (old, new) in pairs if old != new),
+                None,
+            )
+        if difference is not None:
+            raise InputError(
+                f"--resume: caption_weight={self.weight}: the captions have other words than at the first start, "
+                f"{difference}. Has a source another `text`? Resume with that of the first start, or give a new "
+                "`--output`."
+            )

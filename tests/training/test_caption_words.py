@@ -3,6 +3,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from modeling_moma.cli.train_image_tokenizer import main, parse_arguments
+from modeling_moma.errors_moma import InputError
 from modeling_moma.training import image_tokenizer
 from modeling_moma.training.caption_words import CaptionTraining, caption_words, read_captions
 from modeling_moma.training.image_sources import read_image_sources
@@ -156,6 +158,28 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(recipe, tmp_path):
     assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
     with pytest.raises(ValueError, match="begun with --caption-weight = 0.5"):
         main([str(recipe), "--output", str(tmp_path / "whole"), "--steps", "8", "--resume"])
+
+
+@pytest.mark.parametrize(
+    "text, difference, told",
+    [
+        ("a {colour} circle", "word 2 was 'square' then and is 'circle' now", None),
+        ("a square of {colour}", "word 3 was '[a-z]*' then and is 'of' now", "5 words were told .* then, 6 now"),
+    ],
+    ids=["as many words", "more words"],
+)
+def test_a_run_is_not_resumed_with_captions_of_other_words(recipe, tmp_path, text, difference, told):
+    training, _, _ = training_of(recipe, tmp_path)
+    other = tmp_path / "recipe.yaml"
+    other.write_text(recipe.read_text().replace("a {colour} square", text))
+    later, _, _ = training_of(other, tmp_path)
+    state = training.state_dict()
+    with pytest.raises(InputError, match=f"--resume: caption_weight=0.5: .*{difference}"):
+        later.load_state_dict(state)
+    # a checkpoint of an earlier version has the number of words alone
+    del state["vocabulary"]
+    with nullcontext() if told is None else pytest.raises(InputError, match=told):
+        later.load_state_dict(state)
 
 
 def test_images_without_captions_are_refused(recipe, tmp_path):
