@@ -255,7 +255,7 @@ def source_files(source: Source) -> list[Path]:
             of a recipe.
     """
     files = []
-    for found in map(Path, glob(source.pattern(), recursive=True)):
+    for found in {Path(path) for pattern in _file_patterns(source) for path in glob(pattern, recursive=True)}:
         if found.is_file():
             files.append(found)
             continue
@@ -264,6 +264,16 @@ def source_files(source: Source) -> list[Path]:
             files += [Path(parent, name) for name in names if not name.startswith(".")]
     # a link may lead nowhere
     return sorted(file for file in files if file.suffix.lower() not in OTHER_FILES and file.is_file())
+
+
+def _file_patterns(source: Source) -> list[str]:
+    """Return patterns of a source's files: `data`, or where that names a reader, what `load` says that it reads."""
+    names = source.load.get("data_files") or ""
+    if not {"data_files", "data_dir"} & source.load.keys() or "/" in source.data or Path(source.data).exists():
+        return [source.pattern()]
+    entries = names.values() if isinstance(names, dict) else [names]
+    flat = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
+    return [os.path.join(source.load.get("data_dir") or "", str(name)) for name in flat]
 
 
 def source_digest(source: Source) -> str | None:
@@ -359,6 +369,9 @@ def write_job(folder: str | Path, job: Job) -> Path:
 
 def _compare(folder: str | Path, then: dict, now: dict) -> None:
     now = json.loads(json.dumps(now))
+    if then.get("files"):
+        # earlier versions found no files that `load` names
+        then = {**then, "files": {**now["files"], **{name: one for name, one in then["files"].items() if one}}}
     # by its fingerprint a processor is the same wherever it lies, and the draw matters to few shards
     alike = ["processor", "held_out_rule", *(name for name in _LATER if then.get(name) is None)]
     different = [name for name in now if name not in alike and then.get(name) != now[name]]

@@ -504,6 +504,20 @@ def test_rows_of_the_same_size_that_changed_do_not_mix_into_a_folder(processor, 
     assert tokenize(lines, processor, output) == written
 
 
+def test_files_that_load_names_are_known_again(processor, tmp_path):
+    data, output = tmp_path / "t.txt", tmp_path / "tokens"
+    data.write_text("one\ntwo\n")
+    lines = {"lines": {"data": "text", "text": "text", "held_out": 0, "load": {"data_files": str(data)}}}
+    written = tokenize(lines, processor, output)
+    job = json.loads((output / "job.json").read_text())
+    data.write_text("two\none\n")
+    with pytest.raises(ValueError, match="tokens of 'lines', whose files have changed since"):
+        tokenize(lines, processor, output)
+    # earlier versions found none
+    (output / "job.json").write_text(json.dumps({**job, "files": {"lines": None}}))
+    assert tokenize(lines, processor, output) == written
+
+
 def test_images_that_changed_their_place_do_not_mix_into_a_folder(processor, tmp_path):
     folder = tmp_path / "fruit"
     for name in ("apple", "pear"):

@@ -195,6 +195,19 @@ def test_images_that_came_later_are_read(tmp_path):
             assert len(store.train) + len(store.held_out) == number + 1
 
 
+@pytest.mark.parametrize("named", ["text", "list", "mapping", "data_dir"])
+def test_files_that_load_names_are_read_anew_where_they_changed(tmp_path, named):
+    file = tmp_path / "data" / "all.parquet"
+    files = {"text": str(file), "list": [str(file)], "mapping": {"train": [str(file)]}}
+    load = {"data_dir": str(file.parent)} if named == "data_dir" else {"data_files": files[named]}
+    source = Source("numbers", "parquet", ImageKind("image"), load=load)
+    for colours in (range(12), range(20, 32), range(15)):
+        images = [Image.fromarray(np.full((16, 16, 3), colour, dtype=np.uint8)) for colour in colours]
+        Dataset.from_dict({"image": images}).cast_column("image", ImageFeature()).to_parquet(file)
+        store = open_store(tmp_path / "store", [source], 16, 100)
+        assert sorted([*store.train[:, 0, 0, 0], *store.held_out[:, 0, 0, 0]]) == list(colours)
+
+
 def test_held_out_images_are_a_part_of_bounded_size(tmp_path):
     source = image_source(tmp_path / "data", 60, held_out=0.5)
     everything = open_store(tmp_path / "all", [source], 16, 100)
