@@ -69,3 +69,20 @@ def read_array(path: Path) -> np.ndarray:
     """Return the array of a `.npy` file, of which only what is used is read from the disk."""
     # "c" and not "r": torch warns of arrays that it must not write to
     return np.load(path, mmap_mode="c")
+
+
+def read_whole_array(path: Path, count: int) -> np.ndarray | None:
+    """Return what [`read_array`] does, or `None` where the file is missing, damaged or of another length.
+
+    Args:
+        path (`Path`):
+            the file.
+        count (`int`):
+            of the array's entries.
+    """
+    try:
+        array = read_array(path)
+    # an empty file, one that is cut short, or something else
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if len(array) == count else None

@@ -23,7 +23,7 @@ from ..data.jobs import source_digest
 from ..data.sources import Source
 from ..errors_moma import InputError
 from ..utils.atomic_files import replace_folder
-from .array_file import ArrayWriter, read_array
+from .array_file import ArrayWriter, read_whole_array
 from .image_sources import Candidate, candidates, image_fields
 
 
@@ -70,11 +70,11 @@ class ImageStore:
 def open_store(
     folder: Path, sources: list[Source], side: int, held_out_images: int, is_strict: bool = False
 ) -> ImageStore:
-    """Open the images of an earlier start, or read the sources where it was made from others.
+    """Open the images of an earlier start, or read the sources where these are others or its files are damaged.
 
     Args:
         folder (`Path`):
-            of the files; its content is replaced where it does not fit.
+            of the files; its content is replaced where it does not fit, or is not whole.
         sources (`list[Source]`):
             with images.
         side (`int`):
@@ -96,15 +96,17 @@ def open_store(
     # compare the key as JSON gives it back
     key = json.loads(json.dumps(key, default=str))
     report = _read_report(folder)
-    if report.get("key") != key or not (folder / PLACES_FILE).exists():
+    arrays = _read_arrays(folder, report) if report.get("key") == key else None
+    if arrays is not None:
+        print(f"images of an earlier start in {str(folder)!r}; remove the folder where the data have changed")
+    else:
         replace_folder(folder, lambda aside: _write(aside, sources, key, is_strict))
         report = _read_report(folder)
-    else:
-        print(f"images of an earlier start in {str(folder)!r}; remove the folder where the data have changed")
+        arrays = _read_arrays(folder, report)
+        assert arrays is not None
     if is_strict and report["examples"]:
         raise InputError(f"--strict: {report['examples'][0]}.")
-    train, held_out, places = (read_array(folder / name) for name in (TRAIN_FILE, HELD_OUT_FILE, PLACES_FILE))
-    return ImageStore(folder, train, held_out, places, report)
+    return ImageStore(folder, *arrays, report)
 
 
 def take(images: np.ndarray, indices: torch.Tensor) -> torch.Tensor:
@@ -132,6 +134,15 @@ def _read_report(folder: Path) -> dict[str, Any]:
         return json.loads((folder / REPORT_FILE).read_text())
     except (OSError, ValueError):
         return {}
+
+
+def _read_arrays(folder: Path, report: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Return the images and places of a store, or `None` where one of the files is not whole."""
+    train, held_out, places = (
+        read_whole_array(folder / name, report.get(count, 0))
+        for name, count in ((TRAIN_FILE, "train"), (HELD_OUT_FILE, "held_out"), (PLACES_FILE, "train"))
+    )
+    return None if train is None or held_out is None or places is None else (train, held_out, places)
 
 
 def _write(folder: Path, sources: list[Source], key: dict[str, Any], is_strict: bool) -> None:

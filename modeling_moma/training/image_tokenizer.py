@@ -24,6 +24,7 @@ from ..errors_moma import InputError
 from ..utils.atomic_files import check_new_folder, is_of_model, replace_folder, write_folder_aside
 from ..utils.errors import MissingExtraError, needs_extra
 from ..utils.hardware import trains_in_bf16
+from ..utils.messages import one_line
 from .caption_words import CaptionTraining
 from .checkpoints import checkpoint_step, numbered_checkpoints
 from .discriminator import AdversarialTraining
@@ -80,6 +81,28 @@ def save_checkpoint(output: Path, step: int, model: MomaVQModel, state: dict, me
     for path in older:
         if path != final:
             shutil.rmtree(path)
+
+
+def read_checkpoint(folder: Path) -> tuple[MomaVQModel, dict[str, Any]]:
+    """Return the model of a checkpoint, and what else [`save_checkpoint`] wrote.
+
+    Args:
+        folder (`Path`):
+            of the checkpoint.
+
+    Raises:
+        ValueError: one of its files is missing or damaged.
+    """
+    try:
+        model = MomaVQModel.from_pretrained(folder)
+        return model, torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    # readers of files fail in any way
+    except Exception as error:
+        raise InputError(
+            f"`--output` {str(folder.parent)!r}: {folder.name} cannot be read; was it copied in part, or changed? "
+            f"Delete it, and the run goes on from the checkpoint before it or begins anew "
+            f"({type(error).__name__}: {one_line(error, 300)})."
+        ) from error
 
 
 def check_folder(output: Path, resume: bool) -> None:
@@ -191,8 +214,7 @@ class TokenizerTraining:
         settings, state = self.settings, None
         if resume and checkpoints(self.output):
             folder = checkpoints(self.output)[-1]
-            self.model = MomaVQModel.from_pretrained(folder)
-            state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+            self.model, state = read_checkpoint(folder)
             check_resumed(str(self.output), settings, self.model.config, state.get("arguments", {}))
             self.step, self.metrics = state["step"], state["metrics"]
             is_done = self.step >= settings.steps

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
 from ..utils.atomic_files import write_aside
-from .array_file import ArrayWriter, read_array
+from .array_file import ArrayWriter, read_array, read_whole_array
 from .image_store import ImageStore, take, to_pixel_values
 
 
@@ -72,9 +72,11 @@ class SemanticTargets:
             return self.teacher.features(to_pixel_values(images, self.device)).cpu()
 
     def _open(self, path: Path) -> np.ndarray:
-        if not path.exists():
+        features = read_whole_array(path, len(self.store.train))
+        if features is None:
             write_aside(path, self._write)
-        return read_array(path)
+            features = read_array(path)
+        return features
 
     def _write(self, path: Path) -> None:
         images = self.store.train

@@ -239,6 +239,26 @@ def test_a_run_is_not_resumed_with_other_files_of_as_many_images(folder, tmp_pat
     assert [entry["step"] for entry in main([*command, "--resume"])] == [3, 6, 8]
 
 
+@pytest.mark.parametrize("name", ["pictures/train.npy", "checkpoint/training_state.pt", "checkpoint/config.json"])
+@pytest.mark.parametrize("damage", ["missing", "short", "empty"])
+def test_damaged_files_of_a_run_are_read_anew_or_named(folder, tmp_path, name, damage, capsys):
+    output = tmp_path / "out"
+    with pytest.raises(Killed):
+        main(arguments(folder, output), kill_after(4))
+    file = output / name.replace("checkpoint/", "checkpoint-0000003/")
+    whole = file.read_bytes()
+    file.unlink() if damage == "missing" else file.write_bytes(whole[: len(whole) // 2 if damage == "short" else 0])
+    command = arguments(folder, output, "--resume")
+    if "pictures" in name:
+        main(command)
+        assert file.read_bytes() == whole
+    else:
+        with pytest.raises(InputError, match=f"`--output` '{output}': checkpoint-0000003 cannot be read; .*Delete it"):
+            main(command)
+        shutil.rmtree(file.parent)
+        assert [entry["step"] for entry in main(command)] == [3, 6, 8]
+
+
 def test_a_run_is_resumed_in_the_size_of_its_checkpoint_without_its_configuration(folder, tmp_path):
     with pytest.raises(Killed):
         main(arguments(folder, tmp_path / "out", "--semantic-weight", "0.3"), kill_after(4))

@@ -53,6 +53,11 @@ def test_a_second_start_takes_the_features_from_their_file(teacher, store, monke
     # the held-out ones alone
     assert seen == [3]
     assert torch.equal(again.of(torch.tensor([4, 1])), first.of(torch.tensor([4, 1])))
+    # a file that is cut short is made anew
+    (file,) = store.folder.iterdir()
+    file.write_bytes(file.read_bytes()[:-4])
+    mended = SemanticTargets(teacher, store, num_uses=6, bf16=False, device=CPU)
+    assert seen == [3, 6, 3] and torch.equal(mended.of(torch.tensor([4, 1])), first.of(torch.tensor([4, 1])))
 
 
 def test_a_short_training_computes_those_of_its_batches_alone(teacher, store):
