@@ -130,6 +130,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if first.lora_rank is not None and (first.train_groups or first.stop_at):
         # a stage's checkpoint would hold adapters alone
         parser.error("--lora-rank goes with neither --train-groups nor --stop-at")
+    if first.restart_data and first.model is None:
+        parser.error("--restart-data is of a saved model, whose data it begins anew, and no `--model` is given")
     with without_import_notices():
         from ..training.recipe import Recipe, read_recipe
 
@@ -143,7 +145,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         for name, flag in FLAGS.items()
         if trainer.get(name) is not None
     }
-    return argparse.Namespace(**{**vars(first), **of_recipe, **given}, trainer=trainer, recipe=recipe)
+    args = argparse.Namespace(**{**vars(first), **of_recipe, **given}, trainer=trainer, recipe=recipe)
+    if args.stop_at is not None and args.stop_at > args.steps:
+        parser.error(
+            f"--stop-at {args.stop_at} is a step that the schedule does not reach: it has {args.steps} (`--steps`, or "
+            "`max_steps` of the recipe)"
+        )
+    return args
 
 
 def run(args: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ from .image_sources import image_fields
 from .image_store import ImageStore, open_store, take, to_pixel_values
 from .reconstruction_measures import PERCEPTUAL_DISTANCE, SAMPLES_FILE, evaluate
 from .semantic_targets import SemanticTargets
-from .tokenizer_settings import DECISIVE, TokenizerSettings, check_resumed, check_same_images, read_config
+from .tokenizer_settings import DECISIVE, TokenizerSettings, check_resumed, check_same_images, check_used, read_config
 
 
 STATE_FILE, METRICS_FILE, REPORT_FILE = "training_state.pt", "metrics.json", "report.json"
@@ -220,8 +220,10 @@ class TokenizerTraining:
             is_done = self.step >= settings.steps
             print("this run has taken all of its steps" if is_done else f"resuming from step {self.step}")
         else:
+            config = read_config(settings)
+            check_used(settings, config)
             torch.manual_seed(settings.seed)
-            self.model = MomaVQModel(read_config(settings))
+            self.model = MomaVQModel(config)
         self.model = self.model.to(self.device, memory_format=torch.channels_last).train()
         return state
 

@@ -126,6 +126,7 @@ DECISIVE = (
     "adversarial_weight",
     "adversarial_start",
     "augmentation",
+    "held_out_images",
 )
 # defaults of earlier versions, whose checkpoints do not record them
 ONCE = {"caption_weight": 0.0, "adversarial_weight": 0.0, "augmentation": "white"}
@@ -179,6 +180,30 @@ def _read_config_file(place: str) -> dict[str, Any]:
 def asked_fields(settings: TokenizerSettings) -> dict[str, Any]:
     """Return the fields of the configuration that flags or the recipe's settings give."""
     return {name: getattr(settings, name) for name in MODEL_SETTINGS if getattr(settings, name) is not None}
+
+
+def check_used(settings: TokenizerSettings, config: "MomaVQConfig"):
+    """Look for settings that a new run would not read.
+
+    Args:
+        settings (`TokenizerSettings`):
+            of the run.
+        config (`MomaVQConfig`):
+            of its model.
+
+    Raises:
+        ValueError: one changes nothing without another one.
+    """
+    if settings.semantic_weight and config.semantic_dim is None:
+        raise InputError(
+            f"semantic_weight = {settings.semantic_weight}: `config` has no `semantic_dim`, so there is no semantic "
+            "loss to weigh; give it `semantic_dim: 1280`, or leave the weight out."
+        )
+    if settings.adversarial_start and not settings.adversarial_weight:
+        raise InputError(
+            f"adversarial_start = {settings.adversarial_start}: adversarial_weight is 0, so there is no discriminator "
+            "to start; give it a weight, or leave the start out."
+        )
 
 
 def check_resumed(output: str, settings: TokenizerSettings, config: "MomaVQConfig", begun: Mapping[str, Any]):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: those that ship are read whole, flags win over them, and what nothing knows is refused by name."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,25 @@ def test_sizes_that_no_training_has_are_refused(tmp_path, capsys, flag, value):
     with pytest.raises(SystemExit):
         parse_arguments([*PATHS, write(tmp_path, "model: {}\n"), flag, value])
     assert f"{flag} = '{value}' must be a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--stop-at", "9"), "--stop-at 9 is a step that the schedule does not reach: it has 4 "),
+        (("--stop-at", "4", "--steps", "3"), "--stop-at 4 is a step that the schedule does not reach: it has 3 "),
+        (("--restart-data",), "--restart-data is of a saved model, .* no `--model` is given"),
+        (("--stop-at", "4", "--restart-data", "--model", "m"), None),
+    ],
+)
+def test_flags_that_would_change_nothing_are_refused(tmp_path, capsys, flags, message):
+    command = [*PATHS, write(tmp_path, "model: {hidden_size: 8}\ntrainer: {max_steps: 4}\n"), *flags]
+    if message is None:
+        assert parse_arguments(command).stop_at == 4
+        return
+    with pytest.raises(SystemExit):
+        parse_arguments(command)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_what_is_no_yaml_is_told_in_one_line(tmp_path):
