@@ -23,8 +23,8 @@ class Arguments(TokenizerSettings):
 
     Args:
         recipe (`str`):
-            YAML file with a section `sources` and perhaps `image_tokenizer`, which holds defaults of the flags; or a
-            folder, file or name on the Hub that `datasets` opens, with a column `image`.
+            YAML (or JSON) file with a section `sources` and perhaps `image_tokenizer`, which holds defaults of the
+            flags; or a folder, file or name on the Hub that `datasets` opens, with a column `image`.
         output (`str`):
             folder for the model, its checkpoint and metrics.json.
         resume (`bool`, *optional*, defaults to `False`):

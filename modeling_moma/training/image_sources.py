@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The images of a recipe's sources, one by one and undecoded: those to train on and those held out."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from .recipe import read_recipe
 
 
 RECIPES = (".yaml", ".yml")
+# a recipe in JSON has no more bytes: data in JSON may have any number
+JSON_RECIPE_BYTES = 1 << 20
 # the column of a data set that stands in for a recipe
 IMAGE_COLUMN = "image"
 # fields of a source that change no image
@@ -56,7 +59,8 @@ def read_image_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
 
     Args:
         place (`str`):
-            a YAML file, or else what `datasets` opens with a column `image`: a folder, a file or a name on the Hub.
+            a YAML file, or one of JSON with `sources`, or else what `datasets` opens with a column `image`: a folder,
+            a file or a name on the Hub.
 
     Returns:
         `tuple[list[Source], dict[str, Any]]`: the sources, and the fields of the recipe's section `image_tokenizer`.
@@ -64,7 +68,7 @@ def read_image_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
     Raises:
         ValueError: none of the sources has images.
     """
-    if Path(place).suffix not in RECIPES:
+    if not _is_recipe(Path(place)):
         return [Source(name="pictures", data=place, kind=ImageKind(IMAGE_COLUMN))], {}
     recipe = read_recipe(place)
     sources = [source for source in recipe.sources if source.kind.has_images]
@@ -75,6 +79,20 @@ def read_image_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
             "trained on sources of captions (`image`) or of interleaved documents (`segments`, `images`)."
         )
     return sources, recipe.image_tokenizer
+
+
+def _is_recipe(path: Path) -> bool:
+    """Return whether a file is a recipe, and not rows of data."""
+    if path.suffix != ".json":
+        return path.suffix in RECIPES
+    if not path.is_file() or path.stat().st_size > JSON_RECIPE_BYTES:
+        return False
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    # lines of JSON, or nothing that can be read
+    except ValueError:
+        return False
+    return isinstance(content, dict) and isinstance(content.get("sources"), dict)
 
 
 def image_fields(source: Source) -> dict[str, Any]:

@@ -277,7 +277,8 @@ def test_an_epoch_shows_each_image_at_most_once_and_the_next_one_reorders():
     assert not torch.equal(*epochs)
 
 
-def test_settings_of_a_recipe_are_the_defaults_of_the_flags(folder, tmp_path):
+@pytest.mark.parametrize("language", ["yaml", "json"])
+def test_settings_of_a_recipe_are_the_defaults_of_the_flags(folder, tmp_path, language):
     recipe = {
         "sources": {"squares": {"data": str(folder / "data"), "image": "image", "text": "name"}},
         "image_tokenizer": {
@@ -289,12 +290,20 @@ def test_settings_of_a_recipe_are_the_defaults_of_the_flags(folder, tmp_path):
             "batch_size": 4,
         },
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    args = parse_arguments([str(tmp_path / "recipe.yaml"), "--output", "out", "--batch-size", "3"])
+    file = tmp_path / f"recipe.{language}"
+    file.write_text(yaml.safe_dump(recipe) if language == "yaml" else json.dumps(recipe))
+    args = parse_arguments([str(file), "--output", "out", "--batch-size", "3"])
     assert (args.steps, args.batch_size, args.learning_rate, args.bf16) == (2, 3, 1e-3, "off")
     assert [source.name for source in args.sources] == ["squares"]
     config = read_config(args)
     assert (config.resolution, config.base_channels, config.num_embeddings) == (24, 16, 1024)
+
+
+@pytest.mark.parametrize("content", ['[{"image": "a.png"}]', '{"image": "a.png"}\n{"image": "b.png"}\n', "{"])
+def test_rows_in_json_are_data_and_no_recipe(tmp_path, content):
+    (tmp_path / "rows.json").write_text(content)
+    (source,) = parse_arguments([str(tmp_path / "rows.json"), "--output", "out"]).sources
+    assert (source.name, source.data) == ("pictures", str(tmp_path / "rows.json"))
 
 
 @pytest.mark.parametrize(
