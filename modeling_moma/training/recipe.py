@@ -56,7 +56,8 @@ class DataFields:
             largest share of an image's codes that are random ones in what is read, see [`CodeNoise`]; 0 for none.
     """
 
-    sequence_length: Count | None = None
+    # a token is predicted from the one before it
+    sequence_length: Annotated[Int, Field(ge=2)] | None = None
     packed: bool | None = None
     code_noise: Annotated[Float, Field(ge=0, lt=1)] = 0.0
 

@@ -106,7 +106,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
             "data: {length: 8}\n",
             "data: 'length' is no field of this section. .*It takes .'code_noise', 'packed', 'sequence_length'.",
         ),
-        ("data: {sequence_length: 0}\n", "sequence_length = 0 must be at least 1: tokens of a sequence"),
+        ("data: {sequence_length: 1}\n", "sequence_length = 1 must be at least 2: tokens of a sequence"),
         ("samples: {evry: 8}\n", "samples: 'evry' is no field of this section. Did you mean 'every'"),
         ("samples: {prompts: red apple}\n", "samples: prompts = 'red apple' must be a list: words to draw"),
         ("data: {packed: maybe}\n", "data: packed = 'maybe' must be true or false"),
