@@ -219,6 +219,18 @@ class ResponseSettings(_Conversing):
     background: Unused = None
 
 
+# fields of a request, and the setting of generation that each of them sets
+SETS = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "max_output_tokens": "max_new_tokens",
+    "stop": "stop_strings",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "frequency_penalty": "repetition_penalty",
+}
+
+
 def check_settings(body: dict[str, Any], kind: type[Settings], limits: Limits):
     """Check all of a body but its messages.
 
@@ -233,7 +245,7 @@ def check_settings(body: dict[str, Any], kind: type[Settings], limits: Limits):
 
     Raises:
         RequestError: a text that is none, a number that is not finite, an unknown field (status 422), or a value of
-            another type or out of its range.
+            another type or out of its range; or two that contradict each other, one of which would not be heeded.
     """
     _check_values(body)
     settings: Any = _validated(kind, body, limits)
@@ -248,6 +260,31 @@ def check_settings(body: dict[str, Any], kind: type[Settings], limits: Limits):
         body["logit_bias"] = settings.logit_bias
     if settings.generation_config is not None:
         body["generation_config"] = _checked_generation_config(settings.generation_config, settings.stream, limits)
+    _check_agreement(body)
+
+
+def _check_agreement(body: dict[str, Any]):
+    """Check that no two fields say different things of one setting, and that the fewest new tokens fit."""
+    given = {
+        name: (f"generation_config.{name}", value)
+        for name, value in json.loads(body.get("generation_config", "{}")).items()
+        if value is not None
+    }
+    for field, name in SETS.items():
+        if field not in body:
+            continue
+        # as the server takes them
+        wanted = body[field] + 1 if field == "frequency_penalty" else body[field]
+        place, value = given.setdefault(name, (field, wanted))
+        if _listed(value) != _listed(wanted):
+            raise RequestError(place, f"{short(value)}, but `{field}` is {short(body[field])}: give one of them.")
+    least, most = (given.get(name, (name, None)) for name in ("min_new_tokens", "max_new_tokens"))
+    if least[1] is not None and most[1] is not None and least[1] > most[1]:
+        raise RequestError(least[0], f"{least[1]} is more than `{most[0]}`, {most[1]}.")
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 def _check_values(body: dict[str, Any]):

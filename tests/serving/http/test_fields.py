@@ -47,3 +47,33 @@ def test_whole_numbers_of_generation_settings_become_fractions():
 def test_settings_that_are_not_given_stay_away():
     assert json.loads(checked(generation_config="{}")["generation_config"]) == {}
     assert "generation_config" not in checked(temperature=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "place"),
+    [
+        ({"max_tokens": 16}, {"max_new_tokens": 3}, "generation_config.max_new_tokens"),
+        ({"max_tokens": 4, "max_completion_tokens": 8}, {}, "max_tokens"),
+        ({"stop": "("}, {"stop_strings": ["ar"]}, "generation_config.stop_strings"),
+        ({"temperature": 2}, {"do_sample": True, "temperature": 0.01}, "generation_config.temperature"),
+        ({"top_p": 0.5}, {"do_sample": True, "top_p": 0.25}, "generation_config.top_p"),
+        ({"frequency_penalty": 0.5}, {"repetition_penalty": 0.5}, "generation_config.repetition_penalty"),
+        ({"max_tokens": 4}, {"min_new_tokens": 100}, "generation_config.min_new_tokens"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(fields, settings, place):
+    with pytest.raises(RequestError, match="give one of them|is more than `max_tokens`, 4") as refusal:
+        checked(**fields, generation_config=json.dumps(settings))
+    assert (refusal.value.field, refusal.value.status) == (place, 400)
+
+
+def test_fields_that_say_the_same_twice_are_taken():
+    same = {"max_new_tokens": 4, "stop_strings": ["a"], "do_sample": True, "temperature": 1, "repetition_penalty": 1.5}
+    checked(
+        max_tokens=4,
+        max_completion_tokens=4,
+        stop="a",
+        temperature=1.0,
+        frequency_penalty=0.5,
+        generation_config=json.dumps({**same, "min_new_tokens": 4}),
+    )
