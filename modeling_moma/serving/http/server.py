@@ -172,6 +172,11 @@ def _check_served(name: str) -> Saved:
     saved = replace(MODEL, model_types=()) if is_other else MODEL
     check_saved(saved, OPTION, place)
     if folder.is_dir() and not is_other:
-        has_images = any((folder / part).exists() for part in ("processor_config.json", "vq_model"))
-        check_saved(PROCESSOR if has_images else TEXT_TOKENIZER, OPTION, place)
+        if not any((folder / part).exists() for part in ("processor_config.json", "vq_model")):
+            check_saved(TEXT_TOKENIZER, OPTION, place)
+            raise InputError(
+                f"`{OPTION}` {name!r}: the folder has a tokenizer and no processor, and it is the processor of a MoMa "
+                "that the server of Transformers opens: serve a model of text alone with vLLM (docs/how-to/vllm.md)."
+            )
+        check_saved(PROCESSOR, OPTION, place)
     return saved

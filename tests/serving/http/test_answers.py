@@ -16,6 +16,8 @@ for package in ("fastapi", "uvicorn", "httpx"):
 
 from fastapi.testclient import TestClient  # noqa: E402
 
+from modeling_moma import MomaConfig, MomaForCausalLM  # noqa: E402
+from modeling_moma.errors_moma import InputError  # noqa: E402
 from modeling_moma.serving.http.answering import Answering  # noqa: E402
 from modeling_moma.serving.http.downloads import ImageHosts  # noqa: E402
 from modeling_moma.serving.http.generation import StoppedText  # noqa: E402
@@ -176,6 +178,25 @@ def test_images_of_a_request_are_let_go_once_they_are_read(client, processor, mo
     ((body, num_codes),) = seen
     assert num_codes == processor.image_seq_length and image not in str(body) and "PIL" not in str(body)
     assert body["messages"][0]["content"][1]["text"] == "what is it?"
+
+
+def test_a_moma_of_text_alone_is_refused_by_what_it_lacks(tmp_path):
+    tokenizer = tiny_processor().tokenizer
+    config = MomaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        modality_token_ranges={},
+        num_experts={"text": 2},
+        begin_image_token_id=None,
+        end_image_token_id=None,
+    )
+    MomaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has a tokenizer and no processor"):
+        CheckedServe(Limits(pinned=str(tmp_path)), ImageHosts(), force_model=str(tmp_path), **OPTIONS)
 
 
 @pytest.fixture(scope="module")
