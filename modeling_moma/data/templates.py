@@ -38,6 +38,8 @@ class Template:
             raise InputError(f"template {self.text!r} cannot be read: {error}.") from error
         if any(name == "" or spec or conversion for _, name, spec, conversion in parsed):
             raise InputError(f"template {self.text!r}: braces hold names of columns and nothing else.")
+        if all(name is None for _, name, _, _ in parsed):
+            raise InputError(f"template {self.text!r} names no column: a column stands in single braces, {{label}}.")
         return [(fixed, name) for fixed, name, _, _ in parsed]
 
     @cached_property

@@ -733,7 +733,14 @@ def test_datasets_opens_the_shards(processor, many, tmp_path):
         ),
         ({"data": "t.txt", "segments": "a", "messages": "b"}, "names both of `segments` and `messages`"),
         ({"data": "t.txt", "segments": None}, "names neither of `segments` and `messages`"),
-        ({"data": "t.txt", "text": "{"}, "template '{' cannot be read"),
+        ({"data": "t.txt", "text": "{"}, "sources: 'mine': template '{' cannot be read"),
+        ({"data": "t.txt", "text": "{text!r}"}, "sources: 'mine': template '{text!r}': braces hold names"),
+        ({"data": "t.txt", "text": "{{t}}"}, "'mine': template '{{t}}' names no column: .* in single braces, {label}"),
+        (
+            {"data": "t.txt", "image": "i", "text": "t", "alternatives": [{"text": "a {{t}}", "share": 1}]},
+            "'mine': template 'a {{t}}' names no column",
+        ),
+        ({"data": "t.txt", "audio": "a", "text": "{{t}}"}, "'mine': template '{{t}}' names no column"),
         ({"text": "text"}, "needs `data`"),
     ],
 )

@@ -192,7 +192,13 @@ def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = (), i
     if missing:
         hints = ", ".join(entry.hint for entry in KINDS.values() if entry.hint)
         raise InputError(f"{where} has no {missing[0]!r}: a source names its columns, {hints}.")
-    return kind.from_fields(where, fields)
+    read = kind.from_fields(where, fields)
+    try:
+        # templates are read here, before any row is
+        read.columns()
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return read
 
 
 def check_changed_texts(
