@@ -22,7 +22,8 @@ from ..utils.digests import files_digest
 from ..utils.fields import former_names
 from .encoding import has_caption_template, loaded_encoder, template_digest
 from .kinds import KINDS
-from .sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, read_sources, undecoded_rows, warn_of_shared_rows
+from .shared_rows import warn_of_shared_rows
+from .sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, read_sources, undecoded_rows
 
 
 JOB_FILE = "job.json"

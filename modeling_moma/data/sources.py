@@ -5,8 +5,7 @@ import csv
 import dataclasses
 import hashlib
 import itertools
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import escape, glob
 from pathlib import Path
@@ -40,6 +39,7 @@ from ..utils.messages import one_line
 from .json_lines import has_broken_lines, is_json_lines, mended_copy
 from .kinds import SourceKind, read_kind
 from .split_folders import METADATA, data_files, rows_below, split_folders
+from .split_parts import refuse_shared_parts
 
 
 logger = logging.get_logger(__name__)
@@ -119,7 +119,17 @@ class Source:
                 f"sources: {self.name!r}: {self.data!r} has the splits {found}, none of which is called 'train'; name "
                 "the one to train on, `splits: {train: ...}`."
             )
+        refuse_shared_parts(f"sources: {self.name!r}: splits", names[TRAIN], names.get(VALIDATION))
         return names
+
+    def split_files(self) -> dict[str, frozenset[str]]:
+        """Return the files of each of the data set's splits, as `datasets` finds them, links followed.
+
+        Raises:
+            ValueError: the data cannot be opened.
+        """
+        files = self._call(load_dataset_builder, *self._loading()).config.data_files or {}
+        return {str(split): frozenset(map(_real_file, _without_metadata(found))) for split, found in files.items()}
 
     def open(self, split: str) -> Dataset | IterableDataset:
         """Open a split, of which no image is decoded yet where it is streamed.
@@ -293,6 +303,15 @@ class Source:
             ) from error
 
 
+def _real_file(path: str) -> str:
+    return path if "://" in path else str(Path(path).resolve())
+
+
+def _without_metadata(files: Sequence[str]) -> Sequence[str]:
+    """Return files without those that name them, of which there may be one for all splits."""
+    return [file for file in files if Path(file).name not in METADATA] or files
+
+
 def _has_pattern_letters(name: str) -> bool:
     """Return whether a name is read as a pattern of files."""
     return any(letter in name for letter in "*?[")
@@ -439,30 +458,6 @@ def source_texts(sources: Sequence[Source], rows: int) -> Iterator[str]:
             yield from source.kind.row_texts(row)
 
 
-def warn_of_shared_rows(sources: Sequence[Source], names: Mapping[str, Mapping[str, str]]) -> None:
-    """Tell of sources that train on the same files, of which each draws held-out rows of its own.
-
-    Args:
-        sources (`Sequence[Source]`):
-            of a recipe.
-        names (`Mapping[str, Mapping[str, str]]`):
-            what [`Source.split_names`] says of each, by the source's name.
-    """
-    readers: dict[tuple[str, str], Source] = {}
-    for source in sources:
-        how = json.dumps([source.load, names[source.name][TRAIN]], sort_keys=True, default=str)
-        files = [(str(Path(path).resolve()), how) for path in glob(source.pattern(), recursive=True) or [source.data]]
-        other = next((readers[file] for file in files if file in readers), source)
-        draws = [entry.held_out > 0 and VALIDATION not in names[entry.name] for entry in (source, other)]
-        if other is not source and any(draws):
-            logger.warning(
-                f"sources: {other.name!r} and {source.name!r} train on the same files, {source.data!r}, and each "
-                "draws held-out rows of its own: what one is evaluated on the other is trained on. Give both the same "
-                "parts, `splits: {train: 'train[:98%]', validation: 'train[98%:]'}`."
-            )
-        readers = {**dict.fromkeys(files, source), **readers}
-
-
 __all__ = [
     "TRAIN",
     "VALIDATION",
@@ -470,5 +465,4 @@ __all__ = [
     "read_sources",
     "source_texts",
     "undecoded_rows",
-    "warn_of_shared_rows",
 ]

@@ -687,8 +687,10 @@ def test_a_file_that_is_written_after_its_tokens_is_told(processor, tmp_path, ca
 
 
 def test_sources_of_the_same_rows_that_hold_out_others_are_told(processor, tmp_path, caplog):
+    folder = tmp_path / "lines"
+    folder.mkdir()
     for name in ("one", "two"):
-        (tmp_path / f"{name}.txt").write_text("".join(f"line {row}\n" for row in range(20)))
+        (folder / f"{name}.txt").write_text("".join(f"line {row}\n" for row in range(20)))
     parts = {"splits": {"train": "train[:80%]", "validation": "train[80%:]"}}
 
     def warnings(**sources):
@@ -698,13 +700,44 @@ def test_sources_of_the_same_rows_that_hold_out_others_are_told(processor, tmp_p
         caplog.clear()
         return found
 
-    one, any_of = {"data": str(tmp_path / "one.txt")}, {"data": str(tmp_path / "*.txt")}
+    one, any_of = {"data": str(folder / "one.txt")}, {"data": str(folder / "*.txt")}
     (said,) = warnings(a=one, b=any_of)
-    assert said.startswith("sources: 'a' and 'b' train on the same files") and "train[98%:]" in said
+    assert said.startswith("sources: 'a' and 'b' read the same files") and "train[98%:]" in said
     assert len(warnings(a=one, b={**one, "held_out": 0})) == 1
-    assert not warnings(a=one, b={"data": str(tmp_path / "two.txt")})
+    assert len(warnings(a={"data": str(folder)}, b=one)) == 1
+    # of the two, one alone draws none of its own
+    assert len(warnings(a={**one, **parts}, b=one)) == len(warnings(a={**one, **parts}, b={**one, "held_out": 0})) == 1
+    assert len(warnings(a={**one, **parts}, b={**any_of, **parts})) == 1
+    assert not warnings(a=one, b={"data": str(folder / "two.txt")})
     assert not warnings(a={**one, **parts}, b={**one, **parts})
+    assert not warnings(a={**one, **parts}, b={**one, "splits": {"train": "train[:50%]"}, "held_out": 0})
     assert not warnings(a={**one, "held_out": 0}, b={**one, "held_out": 0})
+
+
+@pytest.mark.parametrize(
+    "splits, message",
+    [
+        ({"validation": "train[:10%]"}, "validation = 'train.:10%.' has rows of train = 'train', .*train.98%:."),
+        ({"train": "train", "validation": "train"}, "validation = 'train' has rows of train = 'train'"),
+        ({"train": "train[:50%]", "validation": "train[:10%]"}, "validation = 'train.:10%.' has rows of train"),
+        ({"train": "train[:-5]", "validation": "train[-6:]"}, "validation = 'train.-6:.' has rows of train"),
+        ({"train": "train[:2]+train[4:]", "validation": "train[5:6]"}, "validation = 'train.5:6.' has rows of train"),
+        ({"train": "train[x]"}, "the split 'train.x.' cannot be read: "),
+        ({"train": "train[:90%]", "validation": "train[90%:]"}, None),
+        ({"train": "train[10:]", "validation": "train[:2]", "test": "train[5:7]"}, None),
+        ({"train": "train[:-5]", "validation": "train[-5:]"}, None),
+        # the length of the split says whether they share rows
+        ({"train": "train[5:]", "validation": "train[:10%]"}, None),
+    ],
+)
+def test_rows_of_a_source_are_trained_on_or_held_out(tmp_path, splits, message):
+    (tmp_path / "t.txt").write_text("a\n" * 50)
+    source = read_sources({"mine": {"data": str(tmp_path / "t.txt"), "text": "text", "splits": splits}})[0]
+    if message is None:
+        assert source.split_names() == {"train": "train"} | splits
+    else:
+        with pytest.raises(InputError, match=f"^sources: 'mine': splits: {message}"):
+            source.split_names()
 
 
 def test_datasets_opens_the_shards(processor, many, tmp_path):

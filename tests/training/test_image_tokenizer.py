@@ -365,7 +365,7 @@ def test_two_sources_of_the_same_files_are_told_of(folder, tmp_path, caplog):
     recipe.write_text(yaml.safe_dump({"sources": {"first": source, "second": source}}))
     flags = ["--config", str(folder / "config.json"), "--steps", "1", "--batch-size", "2"]
     main([str(recipe), *flags, "--output", str(tmp_path / "out")])
-    assert "'first' and 'second' train on the same files" in caplog.text
+    assert "'first' and 'second' read the same files" in caplog.text
 
 
 def test_a_training_that_has_diverged_leaves_the_checkpoint_before_it(folder, tmp_path, monkeypatch):
