@@ -123,11 +123,13 @@ def summary(manifest: dict) -> str:
 
 def run(args: Arguments) -> None:
     with without_import_notices():
+        from ..data.outputs import refuse_output_in_data
         from ..data.workers import Workers
         from ..hub.loading import PROCESSOR, check_saved
         from ..training.recipe import DataFields, read_recipe
 
     recipe = read_recipe(args.recipe, needs=("sources",))
+    refuse_output_in_data(args.output, recipe.sources)
     data = recipe.data or DataFields()
     # what they cannot load they would each tell of
     check_saved(PROCESSOR, "--processor", args.processor)

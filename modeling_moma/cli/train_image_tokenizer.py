@@ -66,9 +66,11 @@ def parse_arguments(arguments: list[str] | None = None) -> Run:
 
 def run(args: Run, on_step: Callable[[int, dict[str, float]], None] | None = None) -> list[dict]:
     with without_import_notices():
+        from ..data.outputs import refuse_output_in_data
         from ..training.image_tokenizer import TokenizerTraining
         from ..training.output_lock import sole_run
 
+    refuse_output_in_data(args.output, args.sources)
     check_writable(args.output)
     Path(args.output).mkdir(parents=True, exist_ok=True)
     with sole_run(args.output):

@@ -158,6 +158,25 @@ def test_what_is_wrong_is_one_line(run, line):
         assert part in said
 
 
+@pytest.mark.parametrize(
+    "line, source",
+    [
+        ("tokenize r.yaml --processor proc --output photos/out", "'pics', 'photos'"),
+        ("train-image-tokenizer r.yaml --output photos/deep/out", "'pics', 'photos'"),
+        ("train-image-tokenizer photos --output photos/.out", "'pictures', 'photos'"),
+        ("train-image-tokenizer . --output out", "'pictures', '.'"),
+        ("train-audio-tokenizer sounds.yaml --output photos", "'words', 'photos'"),
+    ],
+)
+def test_output_in_the_data_is_refused_before_anything_is_written(run, place, line, source):
+    sounds = {"data": "photos", "audio": "audio", "text": "text"}
+    (place / "sounds.yaml").write_text(json.dumps({"sources": {"words": sounds}}))
+    before = sorted(place.rglob("*"))
+    said, output = run(line), line.split()[-1]
+    assert f"`--output` {output!r} lies in the data of source {source}: its files would be read as data" in said
+    assert sorted(place.rglob("*")) == before
+
+
 def test_the_other_processes_say_nothing_of_a_processor_that_cannot_be_read(place, monkeypatch, capfd):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     workers._begin_worker(torch.get_num_threads(), str(place / "bad-proc"), None)
