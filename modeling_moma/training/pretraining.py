@@ -44,7 +44,7 @@ from .metrics_callback import MomaMetricsCallback, check_best_metric
 from .muon import MUON
 from .output_lock import sole_run
 from .recipe import DataFields, Recipe, SampleFields
-from .samples import SampleCallback
+from .samples import SampleCallback, check_prompts
 from .stage_trainer import FollowArguments, StageTrainer, StopAt
 from .stages import (
     RUN_FILE,
@@ -103,6 +103,7 @@ def read_parts(args: argparse.Namespace) -> RunParts:
     tokens = TokenFolder(args.tokens, processor)
     sources = args.recipe.sources or tokens.sources()
     config = starting_config(args.model, args.recipe, args.gumbel_noise, processor)
+    check_prompts(args.recipe.samples, processor, config)
     training_arguments = make_training_arguments(args)
     earlier_steps = first_step(args.model, training_arguments, args.stop_at, args.restart_data)
     others = {name: getattr(args, name) for name in ("lora_rank", "freeze_groups", "train_groups")}

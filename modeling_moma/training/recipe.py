@@ -114,7 +114,7 @@ class SampleFields:
         images (`int`, *optional*, defaults to `4`):
             held-out images to caption, of every source of captions.
         temperature (`float`, *optional*, defaults to `1.0`):
-            of the drawings.
+            of the drawings, 0 for the likeliest codes.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
             of the drawings, 1 for none.
         max_new_tokens (`int`, *optional*, defaults to `32`):

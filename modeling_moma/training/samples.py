@@ -18,8 +18,10 @@ from transformers.utils import logging
 
 from tokenization import MomaProcessor
 
+from ..configuration_moma import MomaConfig
 from ..data.documents import CaptionDocuments
 from ..data.examples import evenly_spaced
+from ..errors_moma import InputError
 from ..evaluation.measures import draw_images, write_captions
 from ..utils.atomic_files import write_aside
 from .metrics_callback import MomaMetricsCallback
@@ -27,6 +29,8 @@ from .recipe import SampleFields
 
 
 logger = logging.get_logger(__name__)
+# characters of a prompt that an error repeats
+MOST_SHOWN = 60
 
 
 def is_split(model: nn.Module) -> bool:
@@ -35,6 +39,38 @@ def is_split(model: nn.Module) -> bool:
     return isinstance(model, FullyShardedDataParallel) or any(
         isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters()
     )
+
+
+def check_prompts(fields: SampleFields, processor: MomaProcessor, config: MomaConfig) -> None:
+    """Raise `ValueError` where a model has no room for an image after a prompt, which would end a training.
+
+    Args:
+        fields (`SampleFields`):
+            of the recipe.
+        processor (`MomaProcessor`):
+            of the training.
+        config (`MomaConfig`):
+            of the model.
+
+    Raises:
+        ValueError: names the prompt.
+    """
+    # scaled rotary embeddings are made to go beyond
+    if not fields.every or config.rope_parameters["rope_type"] != "default":
+        return
+    limit = config.max_position_embeddings
+    # with its begin and end
+    of_image = processor.image_seq_length + 2
+    for number, prompt in enumerate(fields.prompts):
+        text = processor.escape_special_tokens(prompt)
+        inputs = processor(text=[text], sanitize_control_tokens=True)  # pyright: ignore[reportCallIssue]
+        (ids,) = inputs["input_ids"]
+        if len(ids) + of_image > limit:
+            shown = prompt if len(prompt) <= MOST_SHOWN else f"{prompt[:MOST_SHOWN]}..."
+            raise InputError(
+                f"RECIPE, samples: prompts[{number}] = {shown!r} has {len(ids)} tokens; with the {of_image} of an "
+                f"image they exceed the model's positions, `max_position_embeddings` = {limit}. Shorten the prompt."
+            )
 
 
 class SampleCallback(TrainerCallback):
@@ -94,12 +130,11 @@ class SampleCallback(TrainerCallback):
     def _write(self, model: Any, folder: Path, step: int, seed: int) -> None:
         rows, said = [], []
         if self.fields.prompts:
-            sampling = {
-                "do_sample": True,
-                "top_k": 0,
-                "temperature": self.fields.temperature,
-                "guidance_scale": self.fields.guidance_scale,
-            }
+            sampling: dict[str, Any] = {"do_sample": False}
+            # at 0 the likeliest codes are taken
+            if self.fields.temperature > 0:
+                sampling = {"do_sample": True, "top_k": 0, "temperature": self.fields.temperature}
+            sampling["guidance_scale"] = self.fields.guidance_scale
             drawn = draw_images(model, self.processor, list(self.fields.prompts), 16, sampling, seed)
             rows.append(self._decode(drawn, model.device))
         if len(self.codes):
@@ -138,4 +173,4 @@ def image_grid(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Ima
     return grid
 
 
-__all__ = ["SampleCallback", "image_grid"]
+__all__ = ["SampleCallback", "check_prompts", "image_grid"]

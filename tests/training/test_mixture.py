@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from helpers.mixture import MODEL, WEIGHTS, write_mixture
 from helpers.processes import start_script, start_scripts
 from helpers.slow import RUN_SLOW, slow
-from helpers.tiny import tiny_processor
+from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma import MomaConfig, MomaMetricsCallback
 from modeling_moma.cli import build_processor, pretrain, tokenize
 from modeling_moma.cli.evaluate import main as evaluate
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.held_out import read_held_out
-from modeling_moma.training.pretraining import build_trainer, packing, training_stream
+from modeling_moma.training.pretraining import build_trainer, packing, read_parts, training_stream
 from modeling_moma.training.recipe import DataFields, SampleFields
 from modeling_moma.training.samples import SampleCallback, image_grid
 from tokenization import MomaProcessor
@@ -186,6 +186,35 @@ def test_samples_are_decoded_where_the_model_is(inputs, monkeypatch):
     codes = torch.zeros(2, processor.image_seq_length, dtype=torch.long)
     assert len(callback._decode(codes, torch.device("cuda", 0))) == 2
     assert moves == ["cuda:0", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "prompts, said",
+    [
+        (["thing", "red " * 200], r"prompts\[1\] = '(red )+\.\.\.' has \d+ tokens; with the 18 of an image they"),
+        (["red " * 76 + "red"], r"prompts\[0\] = .* has 79 tokens; with the 18 of an image they exceed .* = 96"),
+        (["red " * 75 + "red"], None),
+    ],
+)
+def test_prompts_that_leave_no_room_for_an_image_are_refused_at_once(inputs, tmp_path, prompts, said):
+    recipe = yaml.safe_load((inputs / "data" / "recipe.yaml").read_text())
+    recipe["samples"]["prompts"] = prompts
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    args = pretrain.parse_arguments([str(tmp_path / "recipe.yaml"), *arguments(inputs, tmp_path / "out")[1:]])
+    if said is None:
+        read_parts(args)
+    else:
+        with pytest.raises(InputError, match=f"RECIPE, samples: {said}"):
+            read_parts(args)
+
+
+def test_samples_at_temperature_0_are_the_likeliest(tmp_path):
+    processor = tiny_processor()
+    fields = SampleFields(every=1, prompts=["red", "red"], temperature=0.0, guidance_scale=2.0)
+    callback = SampleCallback(fields, processor, [], MomaMetricsCallback())
+    callback._write(tiny_model(processor).eval(), tmp_path, 1, seed=0)
+    first, second = np.split(np.array(Image.open(tmp_path / "step-000001.png"))[4:20, 4:-4], [20], axis=1)
+    assert np.array_equal(first[:, :16], second)
 
 
 def test_samples_do_not_change_the_training(inputs, trained, tmp_path):
