@@ -187,7 +187,9 @@ def test_row_of_another_shape_is_left_out(column, odd):
         ({"text": "red", "image": None}, "red"),
         ({"text": "red", "image": ""}, "red"),
         ({"text": "", "image": "0.png"}, Segment("image", "0.png")),
+        ({"text": "red", "image": {"bytes": None, "path": None}, "audio": ""}, "red"),
         ({"type": "image", "text": "of red", "image": "0.png"}, Segment("image", "0.png")),
+        ({"type": "text", "text": "red", "image": "0.png"}, "red"),
         ({"text": "", "image": None}, None),
         ({"text": "red", "image": "0.png"}, "holds text and image: which comes first"),
         ({"image": "0.png", "audio": "0.wav"}, "holds image and audio"),
@@ -201,6 +203,8 @@ def test_segment_is_one_thing(entry, expected):
             read_segments(kind, row)
     else:
         assert read_segments(kind, row) == ([] if expected is None else [expected])
+    is_image = isinstance(expected, Segment)
+    assert kind.row_images(row) == ([expected.value] if is_image else []) and kind.row_sounds(row) == []
 
 
 @pytest.mark.parametrize("images", ["0.png", {"bytes": b"0", "path": None}, ["0.png"]])
@@ -209,6 +213,7 @@ def test_images_of_a_chat_are_those_of_its_parts_or_its_column(images):
     for content, expected in (
         ("<image> red", images if isinstance(images, list) else [images]),
         ([{"type": "image", "path": "1.png"}, {"type": "text", "text": "red"}], ["1.png"]),
+        ([{"type": "image", "image": {"bytes": None, "path": None}, "url": "", "path": "1.png"}], ["1.png"]),
     ):
         row = {"chat": [{"role": "user", "content": content}], **column}
         _, segments = read_messages(kind, row, tiny_processor())

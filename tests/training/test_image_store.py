@@ -16,8 +16,11 @@ from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from helpers.tiny import tiny_processor
+from modeling_moma.cli import tokenize
 from modeling_moma.cli.train_image_tokenizer import main
 from modeling_moma.data.kinds import ImageKind
+from modeling_moma.data.reports import read_manifest
 from modeling_moma.data.sources import Source
 from modeling_moma.training import image_store
 from modeling_moma.training.array_file import ArrayWriter, read_array
@@ -157,6 +160,24 @@ def test_documents_give_all_of_their_images(tmp_path):
     processor = MomaImageProcessor.for_resolution(SIDE, do_rescale=False, do_normalize=False)
     wanted = [processor(str(tmp_path / f"{index}.png"), return_tensors="np")["pixel_values"][0] for index in range(7)]
     np.testing.assert_array_equal(seen, wanted)
+
+
+def test_strict_takes_the_pages_that_tokenizing_takes(tmp_path):
+    for index in range(6):
+        noise(np.random.default_rng(index)).save(tmp_path / f"{index}.png")
+    # as tables keep what does not apply
+    rows = [{"segments": [{"text": "See", "image": ""}, {"text": "", "image": f"{index}.png"}]} for index in range(6)]
+    (tmp_path / "pages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = {"pages": {"data": str(tmp_path / "pages.jsonl"), "segments": "segments", "held_out": 0}}
+    main(command(tmp_path, sources, "--strict"))
+    counts = json.loads((tmp_path / "out" / "report.json").read_text())["sources"]["pages"]
+    assert counts == {"train": 5, "held_out": 1, "left_out": {}, "changed": {}}
+    processor = tiny_processor()
+    processor.save_pretrained(tmp_path / "processor")
+    folders = ["--processor", str(tmp_path / "processor"), "--output", str(tmp_path / "tokens")]
+    tokenize.main([str(tmp_path / "recipe.yaml"), *folders, "--processes", "1", "--strict"])
+    entry = read_manifest(tmp_path / "tokens")["sources"]["pages"]["splits"]["train"]
+    assert entry["tokens"]["image"] == 6 * processor.image_seq_length
 
 
 def image_source(folder: Path, count: int, **fields) -> Source:

@@ -104,7 +104,12 @@ class InterleavedKind(SourceKind):
 
     def _row_items(self, row: dict[str, Any], modality: str, column: str | None) -> list[Any]:
         if self.segments is not None:
-            return [part[modality] for part in _mappings(row[self.segments]) if part.get(modality) is not None]
+            try:
+                parts = [part for part in read_segments(self, row) if isinstance(part, Segment)]
+            except LeftOut:
+                # `moma tokenize` names it
+                return []
+            return [part.value for part in parts if part.modality == modality]
         messages = _mappings(row[str(self.messages)])
         parts = [part for message in messages for part in _mappings(message.get("content"))]
         own = [item for part in parts if part.get("type") == modality for item in _part_items(part, modality)]
@@ -344,7 +349,8 @@ def _mappings(value: Any) -> list[dict[str, Any]]:
 
 def _part_items(part: dict[str, Any], modality: str) -> list[Any]:
     """Return the image or sound that a part of a message itself holds, or where it lies."""
-    return [part[name] for name in (modality, "url", "path") if part.get(name) is not None]
+    values = [part.get(name) for name in (modality, "url", "path")]
+    return [value for value in values if not _is_nothing(value) and not (isinstance(value, str) and value == "")]
 
 
 def _split_placeholders(text: str, modalities: Iterable[str]) -> Iterator[dict]:
