@@ -16,7 +16,7 @@ from ..errors_moma import InputError
 from .encoding import DocumentEncoder
 from .images import LeftOut, read_image
 from .sounds import read_row_sound, refused_sounds_left_out
-from .templates import as_text
+from .templates import as_text, is_something
 
 
 # images that are coded together; rows of a shard of captions are a multiple
@@ -170,7 +170,7 @@ class Shard(ABC):
             LeftOut: there is something in it that is no text, see [`as_text`].
         """
         if name in self.list_columns:
-            return [as_text(name, entry) for entry in value or [] if entry is not None]
+            return [as_text(name, entry) for entry in value or [] if is_something(entry)]
         return as_text(name, value)
 
     def sound_codes(self, value: Any) -> list[int]:

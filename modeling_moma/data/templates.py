@@ -49,7 +49,7 @@ class Template:
 
     def is_full(self, row: Mapping[str, Any]) -> bool:
         """Return whether every column holds something in a row."""
-        return all(_is_something(row[name]) for name in self.columns)
+        return all(is_something(row[name]) for name in self.columns)
 
     def texts(self, row: Mapping[str, Any]) -> Iterator[str]:
         """Yield the text of a row, unless a column holds nothing, or what is no text."""
@@ -62,7 +62,7 @@ class Template:
 
         Args:
             row (`Mapping[str, Any]`):
-                values by column; lists are joined by `", "`.
+                values by column; what there is in lists is joined by `", "`.
             rng (`np.random.Generator`, *optional*):
                 decides on the order of lists, which stays without it.
 
@@ -72,9 +72,15 @@ class Template:
         return "".join(fixed + ("" if name is None else as_text(name, row[name], rng)) for fixed, name in self.parts)
 
 
-def _is_something(value: Any) -> bool:
+def is_something(value: Any) -> bool:
+    """Return whether there is a text in a value: not in an empty one, in NaN, nor in a list of these.
+
+    Args:
+        value (`Any`):
+            of a row.
+    """
     if isinstance(value, (list, tuple)):
-        return any(map(_is_something, value))
+        return any(map(is_something, value))
     return not _is_nothing(value) and str(value).strip() != ""
 
 
@@ -101,7 +107,7 @@ def as_text(name: str, value: Any, rng: np.random.Generator | None = None) -> st
         return value
     if isinstance(value, (list, tuple)):
         entries = list(value) if rng is None else [value[place] for place in rng.permutation(len(value))]
-        return ", ".join(as_text(name, entry) for entry in entries if not _is_nothing(entry))
+        return ", ".join(as_text(name, entry) for entry in entries if is_something(entry))
     if _is_nothing(value):
         return ""
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
@@ -113,4 +119,4 @@ def as_text(name: str, value: Any, rng: np.random.Generator | None = None) -> st
     raise LeftOut("text not readable", f"column {name!r} holds a {kind}; a text is made of texts, numbers or lists")
 
 
-__all__ = ["Template", "as_text"]
+__all__ = ["Template", "as_text", "is_something"]

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -274,3 +275,13 @@ def test_row_without_segments_or_messages_has_no_texts(missing):
 def test_column_of_something_else_than_a_caption_is_named():
     with pytest.raises(InputError, match="column 'label' holds a dict; a text is made of texts"):
         Template("{style}: {label}").render({"style": "noto", "label": {"en": "apple"}})
+
+
+@pytest.mark.parametrize("value", [["a", "", "b"], ["a", float("nan"), "b"], ["a", None, [" ", None], ["b"]]])
+def test_nothing_in_a_list_leaves_no_place(value):
+    assert Template("{tags}").render({"tags": value}) == "a, b"
+    shuffled = {Template("tags").render({"tags": value}, np.random.default_rng(seed)) for seed in range(9)}
+    assert shuffled == {"a, b", "b, a"}
+    # the shard is asked for nothing else
+    shard: Any = SimpleNamespace(list_columns=["tags"])
+    assert Shard.stored_text(shard, "tags", value) == ["a", "b"]
