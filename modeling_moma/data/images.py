@@ -41,7 +41,7 @@ def read_image(value: Any, root: str | None = None, min_side: int = 1) -> tuple[
     Args:
         value (`Any`):
             bytes, a path, an `http(s)` address, a PIL image, or what `datasets` keeps of an image that it has not
-            decoded (`{"bytes": ..., "path": ...}`).
+            decoded (`{"bytes": ..., "path": ...}`), whose path may lead into a zip archive or to the Hub.
         root (`str`, *optional*):
             folder that relative paths start from.
         min_side (`int`, *optional*, defaults to `1`):
@@ -94,7 +94,10 @@ def image_file(value: Any, root: str | None = None) -> Path | None:
 
 def _open(value: Any, root: str | None) -> Image.Image:
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
+        path = value.get("path")
+        value = value.get("bytes") or path
+        if value is path and isinstance(path, str) and _is_of_archive(path):
+            value = _from_archive(path)
     if value is None or (isinstance(value, (str, bytes)) and not value):
         raise LeftOut("image missing", "the column is empty")
     if isinstance(value, list):
@@ -111,10 +114,41 @@ def _open(value: Any, root: str | None) -> Image.Image:
         return open_image(text)
     path = Path(root or "", text)
     if not path.is_file():
-        raise LeftOut("image missing", f"there is no file {str(value)!r}")
+        raise LeftOut("image missing", _nowhere(text, root))
     if path.stat().st_size == 0:
         raise LeftOut("image damaged", f"{str(value)!r} has no content")
     return open_image(str(path))
+
+
+def _is_of_archive(path: str) -> bool:
+    """Return whether `datasets` finds an image in an archive, or streams it from the Hub; a web address is neither."""
+    *members, last = path.split("::")
+    is_zip = bool(members) and "://" not in last
+    return all(member.startswith("zip://") for member in members) and (is_zip or last.startswith("hf://"))
+
+
+def _from_archive(path: str) -> bytes:
+    # imported late: images alone need no data sets
+    from datasets.utils.file_utils import xopen
+
+    try:
+        with xopen(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError as error:
+        raise LeftOut("image missing", f"there is no file {path!r}") from error
+    except OSError as error:
+        if "hf://" in path:
+            raise LeftOut("address not reached", f"{path!r}: {error}") from error
+        raise
+
+
+def _nowhere(path: str, root: str | None) -> str:
+    """Return in words that there is no such file, and where it was looked for."""
+    if root is None or Path(path).is_absolute():
+        return f"there is no file {path!r}"
+    is_pattern = any(letter in root for letter in "*?[") and not Path(root).is_dir()
+    hint = "; `root` of the source names the folder that paths start from" if is_pattern else ""
+    return f"there is no file {path!r} below {root!r}{hint}"
 
 
 def _changes(image: Image.Image) -> list[str]:

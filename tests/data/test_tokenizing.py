@@ -12,6 +12,7 @@ import signal
 import struct
 import tarfile
 import time
+import zipfile
 import zlib
 from concurrent.futures.process import BrokenProcessPool
 from io import BytesIO
@@ -21,6 +22,7 @@ import pytest
 import tokenizers
 from datasets import Dataset, Features, List, Value, load_dataset
 from datasets import Image as ImageFeature
+from datasets.utils import file_utils
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
@@ -85,6 +87,39 @@ def test_folder_of_photos(processor, tmp_path):
     assert train.caption(0).startswith("photo ")
     held_out = documents(tmp_path / "tokens", "photos", "validation").held_out()
     assert len(held_out) == 2 * splits["validation"]["documents"]
+
+
+def test_folder_with_an_archive_of_photos(processor, tmp_path):
+    names = write_photos(tmp_path / "loose", noise_images(4), ["red"] * 4)
+    (tmp_path / "photos").mkdir()
+    path = tmp_path / "photos" / "all.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("metadata.csv", *names):
+            archive.write(tmp_path / "loose" / name, name)
+    fields = {"data": str(tmp_path / "photos"), "image": "image", "text": "caption", "held_out": 0}
+    entry = tokenize({"photos": fields}, processor, tmp_path / "tokens", strict=True)["sources"]["photos"]
+    assert entry["splits"]["train"]["documents"] == 4
+    with pytest.raises(LeftOut, match="image missing: there is no file 'zip://gone.jpg::"):
+        read_image({"bytes": None, "path": f"zip://gone.jpg::{path}"})
+
+
+@pytest.mark.parametrize("form", [lambda path: path, lambda path: {"bytes": None, "path": path}])
+@pytest.mark.parametrize(
+    "path", ["zip://0.png::http://127.0.0.1/a.zip", "file:///0.png", "zip://0.png::file:///a.zip", "zip://0.png"]
+)
+def test_addresses_of_other_readers_are_not_opened(monkeypatch, form, path):
+    monkeypatch.setattr(file_utils, "xopen", lambda *args: pytest.fail("opened"))
+    with pytest.raises(LeftOut, match="image missing: there is no file"):
+        read_image(form(path))
+
+
+def test_a_missing_image_names_the_folder_it_was_looked_for_in(tmp_path):
+    with pytest.raises(LeftOut, match="there is no file '0.png' below '.*'$"):
+        read_image("0.png", str(tmp_path))
+    with pytest.raises(
+        LeftOut, match=r"there is no file '0.png' below 'pt/\*'; `root` of the source names the folder"
+    ):
+        read_image("0.png", "pt/*")
 
 
 def test_codes_are_those_of_the_processor(processor, tmp_path):
