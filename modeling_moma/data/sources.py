@@ -169,7 +169,7 @@ class Source:
         What `datasets` has prepared of a folder with a card it finds again by the card's patterns, whatever files
         match them since, in this folder or another of that name.
         """
-        if path != self.data or not Path(path).is_dir() or options.get("streaming"):
+        if Path(path).resolve() != Path(self.data).resolve() or not Path(path).is_dir() or options.get("streaming"):
             return options
         builder = self._call(load_dataset_builder, path, options)
         # by split, with when each file was changed
@@ -253,7 +253,9 @@ class Source:
                     f"sources: {self.name!r}: `datasets` takes the '*', '?' or '[' in the folder {self.data!r} for a "
                     "pattern and finds no file there: rename the folder, or name its files, as `data: FOLDER/*.csv`."
                 )
-            return ("imagefolder", {**self.load, "data_files": files}) if files else (self.data, dict(self.load))
+            # `datasets` calls what it prepares by the folder's name, which "." has none of
+            folder = self.data if path.name not in ("", "..") else str(path.resolve())
+            return ("imagefolder", {**self.load, "data_files": files}) if files else (folder, dict(self.load))
         is_pattern = _has_pattern_letters(self.data)
         is_local = is_pattern or path.is_file() or path.suffix in READERS
         if is_local and not is_pattern and not path.is_file():

@@ -160,6 +160,17 @@ def test_a_folder_whose_name_is_a_pattern_is_named(tmp_path):
         source.split_names()
 
 
+@pytest.mark.parametrize("name", [".", "./", "deeper/.."])
+def test_the_working_directory_is_a_folder_of_data(tmp_path, monkeypatch, name):
+    write_carded(tmp_path, "sample", "a")
+    (tmp_path / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (source,) = read_sources({"mine": {"data": name, "text": "text"}})
+    assert source.split_names() == {"train": "train"} and source.open("train")["text"][:] == ["a"]
+    write_carded(tmp_path, "more", "b")
+    assert source.open("train")["text"][:] == ["b", "a"]
+
+
 @pytest.mark.parametrize("suffix, separator", [("csv", ","), ("tsv", "\t")])
 def test_captions_of_a_table_are_the_characters_that_stand_there(run, tmp_path, suffix, separator):
     words = ["007", "NA", "null", "1.50", "True", ""]
