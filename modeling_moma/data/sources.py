@@ -115,9 +115,10 @@ class Source:
                     f"sources: {self.name!r}: {self.data!r} has no split {split!r} (for {name!r}), but {found}."
                 )
         if TRAIN not in names:
+            why = "which have other names here" if TRAIN in found else "none of which is called 'train'"
             raise InputError(
-                f"sources: {self.name!r}: {self.data!r} has the splits {found}, none of which is called 'train'; name "
-                "the one to train on, `splits: {train: ...}`."
+                f"sources: {self.name!r}: {self.data!r} has the splits {found}, {why}; name the one to train on, "
+                "`splits: {train: ...}`."
             )
         refuse_shared_parts(f"sources: {self.name!r}: splits", names[TRAIN], names.get(VALIDATION))
         return names

@@ -791,6 +791,10 @@ def test_datasets_opens_the_shards(processor, many, tmp_path):
         ({"data": "t.txt", "text": "words"}, "has no column 'words', but .'text'."),
         ({"data": "t.txt", "text": "{text}: {style}"}, "has no column 'style', but .'text'."),
         ({"data": "t.txt", "text": "text", "splits": {"train": "test"}}, "has no split 'test'"),
+        (
+            {"data": "t.txt", "text": "text", "splits": {"validation": "train"}},
+            "'train'., which have other names here",
+        ),
         ({"data": "t.txt", "txt": "text"}, "'txt' is no field of a source of texts. Did you mean 'text'"),
         ({"data": "t.txt"}, "has no 'text'"),
         ({"data": "t.txt", "text": "text", "weight": 0}, "weight = 0 must be between 1e-06 and"),
