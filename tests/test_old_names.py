@@ -14,6 +14,7 @@ import contact_sheet
 import quickstart
 from benchmarks import data_pipeline
 from benchmarks.speed.cases import CASES
+from helpers.released import RELEASED
 from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.cli.train_image_tokenizer import parse_arguments
 from modeling_moma.data.jobs import Job, plan_job, read_job, write_job
@@ -105,7 +106,7 @@ def test_the_old_name_of_a_case_of_the_benchmarks_warns_and_means_the_new_one():
 
 @pytest.mark.parametrize(
     "program, others",
-    [(quickstart, []), (contact_sheet, ["--model", "m", "--output", "o.png"]), (data_pipeline, ["scaling"])],
+    [(quickstart, []), (contact_sheet, ["--model", str(RELEASED), "--output", "o.png"]), (data_pipeline, ["scaling"])],
 )
 def test_the_old_flag_of_scripts_warns_and_means_the_new_one(program, others):
     with pytest.warns(FutureWarning, match="--pictures is --images now"):

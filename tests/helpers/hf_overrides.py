@@ -43,11 +43,12 @@ class MomaOverrides(Overrides):
     """For every configuration of the model.
 
     Attributes:
-        training_overfit_steps: of the suite, which takes 300 of a third of the learning rate.
+        training_overfit_steps: of the suite, which takes 300 of a third of the learning rate. After 100 the
+            rounding of a CPU decides whether every token is learnt.
         training_overfit_learning_rate: of the suite.
     """
 
-    training_overfit_steps = 100
+    training_overfit_steps = 200
     training_overfit_learning_rate = 3e-3
 
     def setUp(self):
