@@ -330,12 +330,11 @@ class MomaGenerationMixin(GenerationCompat):
         if self.config.modality_token_ranges:
             generation_config = self._follow_grammar(mode, prompt, num_before, generation_config, processors, kwargs)
             suppressed = {"caption_suppress_tokens": caption_suppress_tokens}
-            ids = self._option("caption_suppress_tokens", generation_config, suppressed)
+            ids = _checked_tokens(self._option("caption_suppress_tokens", generation_config, suppressed), self.config)
             # behind a cache nothing tells whether a frame stands alone
-            if ids is not None and len(_checked_tokens(ids, self.config)) and not num_before and prompt.shape[1]:
+            if ids and mode in (TEXT, INTERLEAVED) and not num_before and prompt.shape[1]:
                 pad_token_id = self._option("pad_token_id", generation_config, kwargs)
-                begin = CaptionBeginLogitsProcessor(self.config, ids, prompt.shape[1], pad_token_id)
-                processors += [begin] if mode in (TEXT, INTERLEAVED) else []
+                processors.append(CaptionBeginLogitsProcessor(self.config, ids, prompt.shape[1], pad_token_id))
         if num_before:
             width = _width(prompt, kwargs)
             context = self._context_left(num_before + width)
@@ -621,11 +620,10 @@ class MomaGenerationMixin(GenerationCompat):
 
 
 def _checked_tokens(ids: Any, config: MomaConfig) -> Sequence[int]:
-    """Return token ids, or raise where they are none of the model's."""
-    are_ids = isinstance(ids, (list, tuple)) and all(
-        type(token) is int and 0 <= token < config.vocab_size for token in ids
-    )
-    if not are_ids:
+    """Return token ids, none for `None`, or raise where they are none of the model's."""
+    ids = [] if ids is None else ids
+    is_list = isinstance(ids, (list, tuple))
+    if not is_list or not all(type(token) is int and 0 <= token < config.vocab_size for token in ids):
         raise InputError(f"`caption_suppress_tokens` = {ids!r} must be a list of ids below {config.vocab_size}.")
     return ids
 

@@ -23,10 +23,6 @@ from ..routing_moma import MomaRouter, MomaRouterBase, Selection, batch_threshol
 from ..token_groups_moma import RoutingContext
 
 
-# how classes begin that FSDP2 and FSDP make of a module's own
-FSDP_NAMES = ("FSDP", "FullyShardedDataParallel")
-
-
 @dataclass
 class RouterRecord:
     """What one router saw in one forward, and whom its top K would hold.
@@ -184,7 +180,10 @@ def observed_routers(model: torch.nn.Module, observe: Callable[[RouterRecord], o
     Raises:
         ValueError: the model has no routers, or FSDP has split its weights.
     """
-    if any(type(module).__name__.startswith(FSDP_NAMES) for module in model.modules()):
+    # imported late: it takes time, and most models are whole
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
         raise InputError(
             "`model` is split by FSDP, and its weights are there only while their own layer runs: observe a whole one."
         )

@@ -18,23 +18,20 @@ from ..utils.messages import one_line, without_import_notices
 
 # the command line decides these, not the recipe
 RUN_FIELDS = ("output_dir", "use_cpu", "resume_from_checkpoint")
-# with these a run that goes on would silently be another one
-NOT_RESUMED = {
+# with these a run that goes on would silently be another one, or documents would be read twice, or not measured
+REFUSED = {
     "save_only_model": "checkpoints without optimizer and schedule cannot be gone on from",
     "ignore_data_skip": "a run that goes on would read its first documents again",
+    "auto_find_batch_size": "documents of a step are counted before: give a `per_device_train_batch_size` that fits",
+    "dataloader_drop_last": "held-out documents would be left out of their loss",
+    "num_train_epochs": "a training is as long as `max_steps` says, whose documents come from a stream",
 }
-# documents are counted before Trainer looks at these, and would be read twice, or be left out of a measure
+# the one value that each of Accelerate's settings may have, and why
 ACCELERATOR_FIELDS = {
     "split_batches": (False, "a step would take fewer documents than are counted"),
     "dispatch_batches": (False, "each process reads its own documents"),
     "even_batches": (True, "the processes would wait for each other for ever"),
 }
-UNCOUNTED = {
-    "auto_find_batch_size": "documents of a step are counted before: give a `per_device_train_batch_size` that fits",
-    "dataloader_drop_last": "held-out documents would be left out of their loss",
-}
-# what a stream of documents without an end has no sense for
-NOT_COUNTED = {"num_train_epochs": "a training is as long as `max_steps` says, whose documents come from a stream"}
 # the tag of the key `<<`
 MERGE = "tag:yaml.org,2002:merge"
 # orders of rows that a run which goes on finds its place in
@@ -239,7 +236,7 @@ def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
     of_trainer = [name for name in _names(TrainingArguments) if name not in RUN_FIELDS]
     holder = "TrainingArguments that a recipe may set"
     refuse_unknown(content.get("trainer", {}), of_trainer, f"{where}, trainer", holder, is_listed=False)
-    for name, reason in {**NOT_RESUMED, **NOT_COUNTED, **UNCOUNTED}.items():
+    for name, reason in REFUSED.items():
         if content.get("trainer", {}).get(name):
             raise InputError(f"{where}, trainer: {name} = {content['trainer'][name]!r}: {reason}.")
     _refuse_accelerator_fields(where, content.get("trainer", {}).get("accelerator_config"))

@@ -218,13 +218,11 @@ def test_two_processes_judge_the_routers_by_the_same_tokens_as_one(inputs, tmp_p
         process.join(120)
         assert process.exitcode == 0, (tmp_path / "log.txt").read_text()[-3000:]
     train(given(tmp_path / "one", 2))
-    reports = [json.loads((tmp_path / name / "auxiliary_routers.json").read_text()) for name in ("two", "one")]
-    assert [[row["tokens"] for row in report["routers"]] for report in reports] == [
-        [row["tokens"] for row in reports[1]["routers"]]
-    ] * 2
-    histories = [
-        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("two", "one")
-    ]
+    folders = [tmp_path / name for name in ("two", "one")]
+    reports = [json.loads((folder / "auxiliary_routers.json").read_text()) for folder in folders]
+    two, one = ([row["tokens"] for row in report["routers"]] for report in reports)
+    assert two == one
+    histories = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in folders]
     for name in ("eval_accuracy", "eval_load", "eval_true_load"):
         figures = [[log[name] for log in history if name in log] for history in histories]
         assert figures[0] == pytest.approx(figures[1], abs=1e-6), name
