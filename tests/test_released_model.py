@@ -101,6 +101,14 @@ def test_the_model_of_icons_says_a_name_of_every_image():
     assert [isinstance(part, str) for part in processor.decode_parts(ids[0])][:2] == [True, False]
 
 
+def test_names_of_icons_are_those_of_the_card_whatever_its_captions_begin_with():
+    labeler = open_labeler(str(ICONS))
+    codes = labeler.encode(load_dataset(str(ROOT / "data" / "icons"), split="test")[:24]["image"])
+    named = labeler.names(codes)
+    del labeler.model.generation_config.caption_suppress_tokens
+    assert labeler.names(codes) == named
+
+
 def losses_of_the_folder(output, *limit):
     paths = {"--model": FOLDER, "--data": ROOT / "data" / "emoji", "--output": output}
     arguments = [str(text) for pair in paths.items() for text in pair]

@@ -224,6 +224,8 @@ class ImageLabeler:
                 generation_mode="text",
                 do_sample=False,
                 guidance_scale=1.0,
+                # what is no name or tag is known here, whatever captions of the model begin with
+                caption_suppress_tokens=[],
                 max_new_tokens=MOST_TOKENS,
                 # so that a score is the sum over tokens
                 num_beams=beams,
