@@ -17,7 +17,7 @@ SPACE = ROOT / "model_cards" / "moma-icons-space"
 MODEL = ROOT / "model_cards" / "moma-icons"
 PACKAGES = ("modeling_moma", "tokenization")
 # of the model's folder: what it takes to run it
-MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "vq_model/*")
+MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "vq_model/*", "memory/*")
 
 
 def make_space(output: Path, model: Path = MODEL) -> Path:

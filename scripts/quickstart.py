@@ -22,6 +22,7 @@ from modeling_moma.data.kinds.captions import CaptionDocuments
 from modeling_moma.data.sources import Source
 from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.labelling.labeler import CaptionForm, ImageLabeler, check_queries
+from modeling_moma.labelling.memory import memory_of
 from modeling_moma.training.recipe import read_recipe
 from modeling_moma.utils.atomic_files import check_writable, write_aside
 from tokenization import MomaDataCollator
@@ -242,10 +243,11 @@ def fine_tune(model, processor, args, folder: Path):
     return trainer.model.to("cpu").eval()
 
 
-def show(model, processor, rows: Dataset, args: argparse.Namespace, sheet_path: Path) -> list[str]:
+def show(folder: str | Path, model, processor, rows: Dataset, args: argparse.Namespace, sheet_path: Path) -> list[str]:
     """Captions, draws, names and finds held-out images; returns the captions of the rows."""
     captions = show_both_ways(model, processor, rows, args.source, args.guidance_scale, args.seed, sheet_path)
     labeler = ImageLabeler(model, processor, CaptionForm(name_prompt=args.name_prompt, tag_prompt=args.tag_prompt))
+    labeler.take_memory(memory_of(str(folder)), "--model")
     show_names(labeler, rows, args.source)
     show_search(labeler, pick_rows(args.source, "test", SEARCHED_IMAGES, args.seed), args.source, args.query)
     return captions
@@ -264,7 +266,7 @@ def main(arguments=None):
 
     print("\n2. Images to words and words to images, on drawings that no training image shows")
     rows = pick_rows(args.source, "test", args.images, args.seed)
-    captions = show(model, processor, rows, args, output / "contact_sheet.png")
+    captions = show(args.model, model, processor, rows, args, output / "contact_sheet.png")
     routed = [
         route_example(model, processor, image, caption)
         for image, caption in zip(rows[:ROUTED_IMAGES][args.source.kind.image], captions, strict=False)
@@ -282,7 +284,7 @@ def main(arguments=None):
     del model, processor
     print(f"wrote {fine_tuned}")
     model, processor = load(fine_tuned)
-    show(model, processor, rows, args, output / "contact_sheet_fine_tuned.png")
+    show(fine_tuned, model, processor, rows, args, output / "contact_sheet_fine_tuned.png")
 
     print(f"\nDone in {time.time() - start:.0f} s. Look at:")
     print(f"  {output / 'contact_sheet.png'}: real | reconstructed | drawn, with both captions")

@@ -55,4 +55,7 @@ done
 # means of the last stage and of what it began at predict better than either
 "$python" scripts/release.py --model $start --earlier $before --earlier-share 0.33 --processor runs/icons/processor \
     --never-first tags --output model_cards/moma-icons
+# what it makes of training icons, beside which it names new ones
+"$python" -m modeling_moma build-memory data/icons --model model_cards/moma-icons \
+    --tags keywords --group family --least-groups 2
 "$python" scripts/evaluate_icons.py --model model_cards/moma-icons --features runs/icons/features.npy --write-card

@@ -299,6 +299,11 @@ def write_own_data(folder: Path):
     # what docs/how-to/label.md names
     (folder / "icons").mkdir()
     noise(rng, 48).save(folder / "icons" / "bell.png")
+    (folder / "my-icons").mkdir()
+    for name in ("bell", "castle"):
+        noise(rng, 48).save(folder / "my-icons" / f"{name}.png")
+    named = ["file_name,name,tags", 'bell.png,bell,"alarm, ring"', "castle.png,castle,"]
+    (folder / "my-icons" / "metadata.csv").write_text("\n".join(named) + "\n")
     (folder / "images").mkdir()
     noise(rng, 48).save(folder / "images" / "bowl.jpg")
     # the very lines that the page shows

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from ..labelling import MOST_GUESSES, MOST_VIEWS
-from ..utils.fields import Count, Int
+from ..utils.fields import Count, Float, Int
 from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 
@@ -42,6 +42,10 @@ class FolderArguments:
         views (`int`, *optional*, defaults to `1`):
             codings of each image, up to 9, moved by a pixel or so, over which probabilities are averaged; each takes
             as much time.
+        memory (`str`, *optional*):
+            file of `moma build-memory`; by default the one in the folder of the model, where there is one.
+        memory_share (`float`, *optional*, defaults to `0.5`):
+            what it counts for beside the model, 0 for none.
     """
 
     folder: Annotated[str, Flag(metavar="FOLDER", is_positional=True)]
@@ -51,6 +55,8 @@ class FolderArguments:
     tag_prompt: str = "tags:"
     batch_size: Count = 32
     views: Annotated[Count, Field(le=MOST_VIEWS)] = 1
+    memory: str | None = None
+    memory_share: Annotated[Float, Field(ge=0, le=1)] = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +88,7 @@ def checked_labeler(args: FolderArguments) -> "ImageLabeler":
         check_table(args.output)
     folder_files(args.folder)
     form = CaptionForm(name_prompt=args.name_prompt, tag_prompt=args.tag_prompt)
-    return open_labeler(args.model, form, args.batch_size, args.views)
+    return open_labeler(args.model, form, args.batch_size, args.views, args.memory, args.memory_share)
 
 
 def run(args: Arguments) -> None:

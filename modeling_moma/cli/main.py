@@ -33,6 +33,7 @@ SUBCOMMANDS = {
     "train-auxiliary-routers": "train_auxiliary_routers",
     "evaluate": "evaluate",
     "generate": "generate",
+    "build-memory": "build_memory",
     "label": "label",
     "search": "search",
     "convert": "convert",

@@ -170,11 +170,21 @@ def loaded_encoder(folder: str) -> tuple[DocumentEncoder, str]:
     processor = open_processor(folder)
     fingerprint = processor_fingerprint(processor)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    with_channels_last(processor)
+    return DocumentEncoder(processor.to(device)), fingerprint
+
+
+def with_channels_last(processor: MomaProcessor) -> MomaProcessor:
+    """Lay the weights of a processor's image tokenizer out as CPUs convolve faster with, and return the processor.
+
+    Args:
+        processor (`MomaProcessor`):
+            whose codes stay the same.
+    """
     # convolutions over time have five dimensions, which this format has not
     if all(weight.ndim != 5 for weight in processor.vq_model.parameters()):
-        # nearly twice as fast on CPUs, with the same codes
         processor.vq_model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return DocumentEncoder(processor.to(device)), fingerprint
+    return processor
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
@@ -215,4 +225,5 @@ __all__ = [
     "plain_backend",
     "processor_fingerprint",
     "template_digest",
+    "with_channels_last",
 ]

@@ -28,8 +28,11 @@ from ..evaluation.routing_images import record_routing, token_pieces
 from ..generation_moma import INTERLEAVED
 from ..hub.loading import open_model, open_processor
 from ..labelling.folder import CodedFolder
-from ..labelling.labeler import CaptionForm, Guess, ImageLabeler
+from ..labelling.guesses import Guess
+from ..labelling.labeler import CaptionForm, ImageLabeler
+from ..labelling.memory import memory_of
 from . import PROMPTS
+from .partial_images import PartialImages
 from .routing_view import RoutedExample
 
 
@@ -45,8 +48,6 @@ LARGEST_SHOWN = 320
 MIN_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 100.0
 # number of views of an image while it is drawn
 VIEWS = 16
-# the colour of patches that have no code yet
-PAPER = (226, 230, 232)
 
 
 @dataclass
@@ -66,6 +67,8 @@ class Studio:
             how the captions are written that it was trained on.
         library (`str`, *optional*):
             folder of images that can be searched; they are read at once.
+        memory (`str`, *optional*):
+            file of `moma build-memory`, by which images are named as well.
     """
 
     model: Any
@@ -73,6 +76,7 @@ class Studio:
     name: str
     form: CaptionForm = CaptionForm()
     library: str | None = None
+    memory: str | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self):
@@ -93,7 +97,9 @@ class Studio:
     @cached_property
     def labeler(self) -> ImageLabeler:
         """What names, tags and finds images; made when it is asked for, since not every tokenizer suits it."""
-        return ImageLabeler(self.model, self.processor, self.form)
+        labeler = ImageLabeler(self.model, self.processor, self.form)
+        labeler.take_memory(self.memory, "memory")
+        return labeler
 
     def label(self, image: Image.Image) -> tuple[list[Guess], list[Guess]]:
         """Return the likeliest names and the likeliest tags of an image, with their probabilities.
@@ -356,66 +362,8 @@ def load_studio(folder: str | Path, form: CaptionForm | None = None, library: st
         raise InputError(f"FOLDER: the model of {str(folder)!r} writes no images, so there is nothing to show.")
     if not processor.has_image_decoder:
         raise InputError(f"FOLDER: the image tokenizer of {str(folder)!r} has no decoder (use_decoder=False).")
-    return Studio(model.to(device).eval(), processor.to(device), Path(folder).name, form or CaptionForm(), library)
-
-
-class PartialImages:
-    """Shows what codes in raster order make of an image before the last of them is there.
-
-    The decoder wants all codes, so those of a white image stand for the missing ones; their patches are then covered
-    with [`PAPER`], which is told apart from the drawing.
-
-    Args:
-        processor (`Any`):
-            a [`MomaProcessor`] whose image tokenizer has a decoder.
-    """
-
-    def __init__(self, processor: Any):
-        self.processor = processor
-        height, width = processor.image_size
-        (self.white,) = processor.encode_images([Image.new("RGB", (width, height), "white")])
-
-    def decode(self, rows: list[list[int]]) -> list[Image.Image]:
-        """Return the images of rows of codes, complete or not.
-
-        Args:
-            rows (`list[list[int]]`):
-                the first codes of each image, from 0 and at most `image_seq_length`.
-
-        Raises:
-            ValueError: there are more codes than an image has.
-        """
-        whole = self.processor.image_seq_length
-        for row in rows:
-            if len(row) > whole:
-                raise InputError(f"`rows`: an image has {whole} codes, got {len(row)}.")
-        images = self.processor.decode_images([row + self.white[len(row) :] for row in rows])
-        return [self._cover(image, len(row)) for image, row in zip(images, rows)]
-
-    def parts(self, ids: list[int]) -> list[str | Image.Image | np.ndarray]:
-        """Return words, images and whole sounds of token ids that may end inside an image or a sound."""
-        ids = self._without_unfinished_sound(ids)
-        begin, end = self.processor.begin_image_token_id, self.processor.end_image_token_id
-        last = len(ids) - 1 - ids[::-1].index(begin) if begin in ids else None
-        if last is None or end in ids[last:]:
-            return self.processor.decode_parts(ids)
-        codes = [token - self.processor.image_token_offset for token in ids[last + 1 :]]
-        return [*self.processor.decode_parts(ids[:last]), *self.decode([codes])]
-
-    def _without_unfinished_sound(self, ids: list[int]) -> list[int]:
-        frame = self.processor.frames.get(AUDIO)
-        if frame is None or frame.begin not in ids:
-            return ids
-        last = len(ids) - 1 - ids[::-1].index(frame.begin)
-        return ids if frame.end in ids[last:] else ids[:last]
-
-    def _cover(self, image: Image.Image, count: int) -> Image.Image:
-        rows, columns = self.processor.image_grid
-        patch = image.width // columns
-        for place in range(count, rows * columns):
-            row, column = divmod(place, columns)
-            image.paste(PAPER, (column * patch, row * patch, (column + 1) * patch, (row + 1) * patch))
-        return image
+    model, processor = model.to(device).eval(), processor.to(device)
+    return Studio(model, processor, Path(folder).name, form or CaptionForm(), library, memory_of(str(folder)))
 
 
 class _Feed(BaseStreamer):
@@ -497,4 +445,4 @@ def stream_ids(model: Any, inputs: dict[str, torch.Tensor], every: int, **argume
         thread.join()
 
 
-__all__ = ["PAPER", "PartialImages", "Studio", "load_studio", "stream_ids"]
+__all__ = ["Studio", "load_studio", "stream_ids"]

@@ -18,8 +18,9 @@ from ..data.images import LeftOut
 from ..errors_moma import InputError
 from ..utils.atomic_files import check_place, write_aside
 from ..utils.messages import one_line
+from .guesses import Guess
 from .images import folder_files, read_files
-from .labeler import Guess, ImageLabeler, check_queries
+from .labeler import ImageLabeler, check_queries
 
 
 # files that are coded and labelled together

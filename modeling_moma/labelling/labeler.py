@@ -2,7 +2,7 @@
 """Names, tags and search of images by the likelihoods of a model that was trained on captions.
 
 Shape suffixes:
-    N images, B of their views at once, Q queries, K beams, T tokens, V vocabulary.
+    N images, B of their views at once, Q queries, K beams, T tokens, V vocabulary, D hidden size.
 """
 
 import copy
@@ -17,12 +17,14 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from ..data.encoding import DocumentEncoder
+from ..data.encoding import DocumentEncoder, processor_fingerprint, with_channels_last
 from ..errors_moma import InputError
 from ..evaluation.measures import encode_images
 from ..hub.loading import open_model, open_processor
 from ..utils.fields import check_utf8
 from . import MOST_GUESSES, MOST_VIEWS
+from .guesses import Guess, mean_guesses, mixed_guesses
+from .memory import ImageMemory, memory_of
 
 
 # beams for each name or tag that is asked for: some differ in the token that ends them alone
@@ -67,21 +69,6 @@ class CaptionForm:
             object.__setattr__(self, name, getattr(self, name).rstrip(" "))
 
 
-@dataclass(frozen=True)
-class Guess:
-    """A name or a tag of an image.
-
-    Args:
-        text (`str`):
-            its words.
-        probability (`float`):
-            that the model gives it among all names, or among all tags that may stand first.
-    """
-
-    text: str
-    probability: float
-
-
 class ImageLabeler:
     """Names, tags and finds images.
 
@@ -100,17 +87,31 @@ class ImageLabeler:
             for each name or tag and 10 at least.
         views (`int`, *optional*, defaults to `1`):
             codings of each image, up to 9, which take as many times as long.
+        memory ([`ImageMemory`], *optional*):
+            images of known names, made by this model; with it a probability is a mean of the model's and the memory's.
+        memory_share (`float`, *optional*, defaults to `0.5`):
+            what the memory counts for, from 0 to 1.
     """
 
     def __init__(
-        self, model: Any, processor: Any, form: CaptionForm = CaptionForm(), batch_size: int = 32, views: int = 1
+        self,
+        model: Any,
+        processor: Any,
+        form: CaptionForm = CaptionForm(),
+        batch_size: int = 32,
+        views: int = 1,
+        memory: ImageMemory | None = None,
+        memory_share: float = 0.5,
     ):
         if not 1 <= views <= MOST_VIEWS:
             raise InputError(f"`views` is {views}: an image can have 1 to {MOST_VIEWS} of them.")
         if batch_size < 1:
             raise InputError(f"`batch_size` is {batch_size}: it must be at least 1.")
+        if not 0 <= memory_share <= 1:
+            raise InputError(f"`memory_share` is {memory_share}: it is a share, from 0 to 1.")
         self.model, self.processor, self.form = model, processor, form
         self.batch_size, self.views = batch_size, views
+        self.memory, self.memory_share = memory, memory_share
         self._encoder = DocumentEncoder(processor)
         self._name_ends = self._ends(form.name_prompt, form.name_ends)
         self._tag_ends = self._ends(form.tag_prompt, form.tag_ends)
@@ -147,7 +148,7 @@ class ImageLabeler:
         return codes[0] if self.views == 1 else torch.stack(codes, dim=1)
 
     def names(self, codes: torch.Tensor, count: int = 5) -> list[list[Guess]]:
-        """Return the likeliest names of each image, the likeliest first, by a beam search.
+        """Return the likeliest names of each image, the likeliest first, by a beam search and by the memory.
 
         Args:
             codes (`torch.Tensor`):
@@ -159,11 +160,69 @@ class ImageLabeler:
         Raises:
             ValueError: the count is none of these, or these are no codes of images.
         """
-        return self._guesses(codes, self.form.name_prompt, self._name_ends, count, self._tag_begins)
+        found = self.written_names(codes, count)
+        if self.memory is not None:
+            found = mixed_guesses(found, self.memory.name_shares(self.features(codes)), self.memory_share)
+        return [guesses[:count] for guesses in found]
 
     def tags(self, codes: torch.Tensor, count: int = 8) -> list[list[Guess]]:
         """Return the likeliest tags of each image, see [`names`]."""
+        found = self.written_tags(codes, count)
+        if self.memory is not None:
+            found = mixed_guesses(found, self.memory.tag_shares(self.features(codes)), self.memory_share)
+        return [guesses[:count] for guesses in found]
+
+    def written_names(self, codes: torch.Tensor, count: int = 5) -> list[list[Guess]]:
+        """Return what the beam search of [`names`] finds without a memory: so many names, and what else it came upon.
+
+        Args:
+            codes (`torch.Tensor`):
+                see [`names`].
+            count (`int`, *optional*, defaults to `5`):
+                see [`names`].
+        """
+        return self._guesses(codes, self.form.name_prompt, self._name_ends, count, self._tag_begins)
+
+    def written_tags(self, codes: torch.Tensor, count: int = 8) -> list[list[Guess]]:
+        """Return what the beam search of [`tags`] finds without a memory, see [`written_names`]."""
         return self._guesses(codes, self.form.tag_prompt, self._tag_ends, count)
+
+    @torch.no_grad()
+    def features(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states where captions of images begin, means over views, `[N, D]`, float32 on the CPU.
+
+        Args:
+            codes (`torch.Tensor`):
+                see [`names`].
+        """
+        self._check_codes(codes)
+        found = []
+        for codes_B in codes.flatten(0, -2).split(self.batch_size):
+            states_BTD = self.model.model(input_ids=self._image_ids(codes_B), use_cache=False).last_hidden_state
+            found.append(states_BTD[:, -1].float().cpu())
+        return torch.cat(found).unflatten(0, (-1, self._views(codes))).mean(1)
+
+    def probe(self) -> tuple[torch.Tensor, str]:
+        """Return what tells whether a memory is of this model: the features of a fixed image, and the processor's."""
+        codes = torch.arange(self.processor.image_seq_length).unsqueeze(0) % 2
+        return self.features(codes)[0], processor_fingerprint(self.processor)
+
+    def take_memory(self, place: str | None, option: str = "--memory") -> None:
+        """Name by a memory of images as well.
+
+        Args:
+            place (`str`, *optional*):
+                its file; without one the model names alone.
+            option (`str`, *optional*, defaults to `"--memory"`):
+                what a command calls it, for errors.
+
+        Raises:
+            ValueError: it is no memory, or that of another model or processor.
+        """
+        memory = None if place is None else ImageMemory.load(place, option)
+        if memory is not None:
+            memory.check_fits(*self.probe(), f"{option} {str(place)!r}")
+        self.memory = memory
 
     @torch.no_grad()
     def match(self, codes: torch.Tensor, queries: Sequence[str]) -> torch.Tensor:
@@ -183,6 +242,34 @@ class ImageLabeler:
             ValueError: a query has no words, or these are no codes of images.
         """
         check_queries(queries)
+        return self.with_memory(self.written_match(codes, queries), codes, queries)
+
+    def with_memory(self, scores: torch.Tensor, codes: torch.Tensor, queries: Sequence[str]) -> torch.Tensor:
+        """Return scores of [`written_match`] and the memory's as one; without a memory they stay.
+
+        Args:
+            scores (`torch.Tensor`):
+                `[N, Q]`.
+            codes (`torch.Tensor`):
+                see [`names`].
+            queries (`Sequence[str]`):
+                see [`match`].
+        """
+        if self.memory is None or self.memory_share == 0:
+            return scores
+        known, share = self.memory.match(self.features(codes), queries), torch.tensor(self.memory_share).double()
+        return torch.logaddexp(scores + (1 - share).log(), known.log() + share.log())
+
+    @torch.no_grad()
+    def written_match(self, codes: torch.Tensor, queries: Sequence[str]) -> torch.Tensor:
+        """Return what [`match`] does without a memory.
+
+        Args:
+            codes (`torch.Tensor`):
+                see [`names`].
+            queries (`Sequence[str]`):
+                see [`match`].
+        """
         self._check_codes(codes)
         words = [" ".join(query.split()) for query in queries]
         scores, views = [], self._views(codes)
@@ -239,7 +326,7 @@ class ImageLabeler:
             new_BKT = written.sequences[:, ids_BT.shape[1] :].unflatten(0, (-1, beams)).tolist()
             shares_BK = written.sequences_scores.double().exp().cpu().unflatten(0, (-1, beams)) / others_B.unsqueeze(1)
             found += [self._texts(*rows, ends) for rows in zip(new_BKT, shares_BK.tolist(), strict=True)]
-        return [mean_guesses(found[place : place + views])[:count] for place in range(0, len(found), views)]
+        return [mean_guesses(found[place : place + views]) for place in range(0, len(found), views)]
 
     def _texts(self, rows: list[list[int]], shares: list[float], ends: Sequence[int]) -> dict[str, float]:
         """Return the texts of a view's beams and their shares; those of equal text are one."""
@@ -267,11 +354,15 @@ class ImageLabeler:
     def _prefixes(self, codes: torch.Tensor, batch_size: int) -> Iterator[tuple[DynamicCache, torch.Tensor]]:
         """Yield batches of views of images as ids `[B, T]`, with the cache of all but the last of these."""
         for codes_B in codes.flatten(0, -2).split(batch_size):
-            rows = [self._encoder.opened(self.processor.image_ids(view)) for view in codes_B.tolist()]
-            ids_BT = torch.tensor(rows, device=self.model.device)
+            ids_BT = self._image_ids(codes_B)
             cache = DynamicCache(config=self.model.config)
             self.model(input_ids=ids_BT[:, :-1], cache=cache, use_cache=True, logits_to_keep=1)
             yield cache, ids_BT
+
+    def _image_ids(self, codes_B: torch.Tensor) -> torch.Tensor:
+        """Return documents that begin with images, `[B, T]`."""
+        rows = [self._encoder.opened(self.processor.image_ids(view)) for view in codes_B.tolist()]
+        return torch.tensor(rows, device=self.model.device)
 
     def _begins(
         self, prefix: DynamicCache, ids_BT: torch.Tensor, prompt: str, text: str, ends: Sequence[int]
@@ -347,20 +438,6 @@ def moved(pixel_values: torch.Tensor, down: int, right: int) -> torch.Tensor:
     return padded[..., max(-y, 0) : max(-y, 0) + height, max(-x, 0) : max(-x, 0) + width]
 
 
-def mean_guesses(views: Sequence[dict[str, float]]) -> list[Guess]:
-    """Return the texts of the views of an image with their mean probabilities, the likeliest first.
-
-    Args:
-        views (`Sequence[dict[str, float]]`):
-            the probability of each text in each view, where it has any.
-    """
-    totals = defaultdict(float)
-    for texts in views:
-        for text, probability in texts.items():
-            totals[text] += probability
-    return [Guess(text, total / len(views)) for text, total in sorted(totals.items(), key=lambda entry: -entry[1])]
-
-
 def check_queries(queries: Sequence[str]) -> None:
     """Raise `ValueError` where there is no list of queries, or one of them has no words or is no text."""
     if isinstance(queries, str):
@@ -373,8 +450,15 @@ def check_queries(queries: Sequence[str]) -> None:
         check_utf8("query", query)
 
 
-def open_labeler(model: str, form: CaptionForm = CaptionForm(), batch_size: int = 32, views: int = 1) -> ImageLabeler:
-    """Return the labeler of a saved model with its processor, on a GPU where there is one.
+def open_labeler(
+    model: str,
+    form: CaptionForm = CaptionForm(),
+    batch_size: int = 32,
+    views: int = 1,
+    memory: str | None = None,
+    memory_share: float = 0.5,
+) -> ImageLabeler:
+    """Return the labeler of a saved model with its processor and memory, on a GPU where there is one.
 
     Args:
         model (`str`):
@@ -385,10 +469,22 @@ def open_labeler(model: str, form: CaptionForm = CaptionForm(), batch_size: int 
             see [`ImageLabeler`], as the next.
         views (`int`, *optional*, defaults to `1`):
             codings of each image.
+        memory (`str`, *optional*):
+            file of an [`ImageMemory`]; by default the one that is saved with the model, where there is one.
+        memory_share (`float`, *optional*, defaults to `0.5`):
+            what it counts for, 0 for no memory.
+
+    Raises:
+        ValueError: something cannot be opened, or the memory was made by another model or processor.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = open_processor(model, "--model").to(device)
-    return ImageLabeler(open_model(model).to(device).eval(), processor, form, batch_size, views)
+    processor = with_channels_last(open_processor(model, "--model")).to(device)
+    labeler = ImageLabeler(
+        open_model(model).to(device).eval(), processor, form, batch_size, views, memory_share=memory_share
+    )
+    if memory_share:
+        labeler.take_memory(memory or memory_of(model))
+    return labeler
 
 
-__all__ = ["CaptionForm", "Guess", "ImageLabeler", "check_queries", "open_labeler"]
+__all__ = ["CaptionForm", "ImageLabeler", "check_queries", "open_labeler"]

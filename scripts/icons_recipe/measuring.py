@@ -52,7 +52,9 @@ from modeling_moma.evaluation.drawings import check_drawings, feature_extractor
 from modeling_moma.evaluation.held_out import CaptionedImages
 from modeling_moma.evaluation.information import measure_information
 from modeling_moma.evaluation.measures import load_model, tokenizer_quality
-from modeling_moma.labelling.labeler import Guess, ImageLabeler
+from modeling_moma.labelling.guesses import Guess, mixed_guesses
+from modeling_moma.labelling.labeler import ImageLabeler
+from modeling_moma.labelling.memory import memory_of
 from tokenization import MomaProcessor
 
 
@@ -78,7 +80,11 @@ class Evaluation:
         self.processor = MomaProcessor.from_pretrained(args.model).to(device)
         check_drawings(self.processor, args.drawings)
         self.labeler = ImageLabeler(self.model, self.processor, batch_size=args.batch_size)
-        self.labeler_of_views = ImageLabeler(self.model, self.processor, batch_size=args.batch_size, views=args.views)
+        self.labeler.take_memory(memory_of(args.model), "memory")
+        self.memory = self.labeler.memory
+        self.labeler_of_views = ImageLabeler(
+            self.model, self.processor, batch_size=args.batch_size, views=args.views, memory=self.memory
+        )
         self.extract = extract or feature_extractor(device)
         self.control = load_model(args.control, device) if args.control else None
         sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "guidance_scale")}
@@ -125,19 +131,17 @@ class Evaluation:
     def names(self, sample: Sample, neighbours: list[list[dict]]) -> dict:
         """Returns how many names are found by beam search and by neighbours, and the true names' ranks among all."""
         args, name_end = self.args, self.labeler.form.name_ends[0]
-        found = texts_of(self.labeler.names(sample.codes, NAMES))
-        of_views = texts_of(self.labeler_of_views.names(self.views[sample.split], NAMES))
+        found = self._guesses(sample, "names", NAMES)
         others = [distinct_names(rows, NAMES) for rows in neighbours]
         ranked = rank_names(self.model, self.processor, sample, args.ranked, name_end, 4 * args.batch_size)
         return {
             "images": len(sample.rows),
-            "model": name_figures(found, sample.rows),
-            "model_of_views": name_figures(of_views, sample.rows),
+            **{key: name_figures(texts, sample.rows) for key, texts in found.items()},
             "nearest_neighbour": name_figures(others, sample.rows),
             "ranked": ranked,
             "samples": [
                 {"icon": f"{row['set']}:{row['icon']}", "name": row["name"], "names": texts, "neighbour": other[:1]}
-                for row, texts, other in zip(sample.rows[:NUM_SAMPLES], found, others)
+                for row, texts, other in zip(sample.rows[:NUM_SAMPLES], _as_shipped(found), others)
             ],
         }
 
@@ -147,20 +151,36 @@ class Evaluation:
         if not places:
             return None
         rows = [sample.rows[place] for place in places]
-        found = texts_of(self.labeler.tags(sample.codes[places], TAGS))
-        of_views = texts_of(self.labeler_of_views.tags(self.views[sample.split][places], TAGS))
+        found = self._guesses(sample, "tags", TAGS, places)
         others = [distinct_tags(neighbours[place], TAGS) for place in places]
         return {
             "images": len(rows),
             "tags": sum(len(row["keywords"]) for row in rows) / len(rows),
-            "model": tag_figures(found, rows),
-            "model_of_views": tag_figures(of_views, rows),
+            **{key: tag_figures(texts, rows) for key, texts in found.items()},
             "nearest_neighbour": tag_figures(others, rows),
             "samples": [
                 {"icon": f"{row['set']}:{row['icon']}", "keywords": row["keywords"], "tags": texts}
-                for row, texts in zip(rows[:NUM_SAMPLES], found)
+                for row, texts in zip(rows[:NUM_SAMPLES], _as_shipped(found))
             ],
         }
+
+    def _guesses(
+        self, sample: Sample, kind: str, count: int, places: Sequence[int] = ()
+    ) -> dict[str, list[list[str]]]:
+        """Returns names or tags of icons by the model alone and with its memory, by one view and by several."""
+        found = {}
+        for ending, labeler, codes in (
+            ("", self.labeler, sample.codes),
+            ("_of_views", self.labeler_of_views, self.views[sample.split]),
+        ):
+            codes = codes[list(places)] if places else codes
+            written = getattr(labeler, f"written_{kind}")(codes, count)
+            found[f"model{ending}"] = texts_of(written, count)
+            if self.memory is not None:
+                shares_of = self.memory.name_shares if kind == "names" else self.memory.tag_shares
+                mixed = mixed_guesses(written, shares_of(labeler.features(codes)), labeler.memory_share)
+                found[f"with_memory{ending}"] = texts_of(mixed, count)
+        return found
 
     def search(self, sample: Sample, neighbours: list[list[dict]]) -> dict | None:
         """Returns the recall of search by tags, of icons whose names lack them and of all; nothing without tags."""
@@ -180,12 +200,17 @@ class Evaluation:
 
     def _searched(self, sample: Sample, documents: dict[str, list[str]], queries: list[Query]) -> dict:
         number = len(sample.rows)
-        scores_NQ = self.labeler.match(sample.codes, [query.text for query in queries])
+        texts = [query.text for query in queries]
+        scores_NQ = self.labeler.written_match(sample.codes, texts)
+        found = {"model": recall(scores_NQ, queries)}
+        if self.memory is not None:
+            with_memory_NQ = self.labeler.with_memory(scores_NQ, sample.codes, texts)
+            found["with_memory"] = recall(with_memory_NQ, queries)
         return {
             "images": number,
             "queries": len(queries),
             "wanted": sum(len(query.wanted) for query in queries) / len(queries),
-            "model": recall(scores_NQ, queries),
+            **found,
             **{name: recall(lexical_scores(texts, queries), queries) for name, texts in documents.items()},
             "chance": chance(number, queries),
         }
@@ -195,9 +220,14 @@ class Evaluation:
         if not self.args.emoji:
             return None
         rows, codes = read_emoji(self.args.emoji, self.processor, self.args.batch_size)
-        found = texts_of(self.labeler.names(codes, NAMES))
-        figures = name_figures(found, rows)
-        result = {"images": len(rows), "model": {name: figures[name] for name in ("top1", "top5", "word_in_common")}}
+        result: dict = {"images": len(rows)}
+        for key, guesses in (
+            ("model", self.labeler.written_names(codes, NAMES)),
+            ("with_memory", self.memory and self.labeler.names(codes, NAMES)),
+        ):
+            if guesses is not None:
+                figures = name_figures(texts_of(guesses, NAMES), rows)
+                result[key] = {name: figures[name] for name in ("top1", "top5", "word_in_common")}
         if EMOJI_REPORT.exists():
             captions = json.loads(EMOJI_REPORT.read_text())["captions"]
             result["moma-emoji"] = captions["model"]["label"]
@@ -205,12 +235,12 @@ class Evaluation:
         return result
 
     def fit(self) -> dict:
-        """Returns how many names are found of training icons, and of such icons of `MAIN`, which are held out."""
+        """Returns how many names the model alone finds of training icons, and of such icons of `MAIN`, held out."""
         args, train, found = self.args, self.train.columns, {}
         held_out = open_split(args.data, MAIN).select_columns(["name", "family"]).to_dict()
         for split, columns in ((TRAIN, train), (MAIN, held_out)):
             sample = self._sample(split, args.limit, is_taken=lone_icons(columns, train))
-            names = texts_of(self.labeler.names(sample.codes, NAMES))
+            names = texts_of(self.labeler.written_names(sample.codes, NAMES), NAMES)
             found[split] = {"images": len(names), **name_figures(names, sample.rows)}
         return found
 
@@ -264,6 +294,7 @@ class Evaluation:
             "resolution": self.processor.image_size[0],
             "train_icons": len(self.train.columns["name"]),
             "views": self.args.views,
+            "memory": self._memory_facts(),
             "neighbour_images": len(self.train.rows) if self.earlier is None else self.earlier["neighbour_images"],
             "tokenizer": tokenizer_quality(self.processor, main.images, main.codes),
         }
@@ -291,15 +322,32 @@ class Evaluation:
             take_neighbours(report, self.earlier)
         return {**report, "seconds": seconds}
 
+    def _memory_facts(self) -> dict | None:
+        """Returns what the memory holds, or nothing where the model has none."""
+        if self.memory is None:
+            return None
+        size = Path(memory_of(self.args.model) or "").stat().st_size
+        return {
+            "images": len(self.memory),
+            "names": len(self.memory.names),
+            "bytes": size,
+            "share": self.labeler.memory_share,
+        }
+
     def sheet(self):
         """Returns an image of drawings of held-out captions."""
         args = self.args
         return draw_sheet(self.labeler, args.data, MAIN, args.sheet, self.sampling, range(args.seeds))
 
 
-def texts_of(guesses: Sequence[Sequence[Guess]]) -> list[list[str]]:
-    """Returns the texts of what images are given."""
-    return [[guess.text for guess in found] for found in guesses]
+def texts_of(guesses: Sequence[Sequence[Guess]], count: int) -> list[list[str]]:
+    """Returns so many texts of what images are given."""
+    return [[guess.text for guess in found[:count]] for found in guesses]
+
+
+def _as_shipped(found: dict[str, list[list[str]]]) -> list[list[str]]:
+    """Returns what `moma label` writes by default: one view, and the memory where there is one."""
+    return found.get("with_memory", found["model"])
 
 
 def read_report(path: str) -> dict:

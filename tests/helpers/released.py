@@ -24,7 +24,8 @@ def released_repository(folder: Path) -> Path:
 
 def write_shallow(source: Path, folder: Path, layers: int = 2):
     """Write the folder of a released model with its first layers alone, for what is about no layer in particular."""
-    shutil.copytree(source, folder)
+    # a memory is one of the whole model
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("memory"))
     config = json.loads((source / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
 

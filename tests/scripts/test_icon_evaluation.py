@@ -13,6 +13,7 @@ from helpers.icons import write_icons
 from helpers.tiny import tiny_model, tiny_processor
 from icons_recipe import measuring
 from icons_recipe.samples import HELD_OUT
+from modeling_moma.cli import main as moma
 from modeling_moma.errors_moma import InputError
 
 
@@ -38,6 +39,7 @@ def measured(data, tmp_path_factory):
     model = tiny_model(processor, num_experts={"text": 3, "image": 2}, initializer_range=0.3)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    assert moma.main(["build-memory", str(data), "--model", str(folder), "--tags", "keywords"]) == 0
     patch = pytest.MonkeyPatch()
     patch.setattr(measuring, "feature_extractor", lambda device: patches)
     sizes = {"limit": 5, "ranked": 2, "queries": 3, "drawings": 8, "seeds": 2, "sheet": 3, "batch-size": 8, "views": 2}
@@ -60,7 +62,10 @@ def test_everything_is_measured_and_shown(measured):
     assert len(report["names"]["test"]["samples"]) == 5
     for search in report["search"]["test"].values():
         scores = ("model", "bm25_names", "bm25_names_and_tags", "bm25_neighbours", "chance")
-        assert all(0 <= search[name] <= 1 for name in scores)
+        assert all(0 <= search[name] <= 1 for name in (*scores, "with_memory"))
+    assert report["memory"]["images"] > 2 and report["memory"]["share"] == 0.5
+    for kind, name in (("names", "top5"), ("tags", "recall")):
+        assert all(0 <= report[kind]["test"][key][name] <= 1 for key in ("with_memory", "with_memory_of_views"))
     assert report["search"]["test"]["unnamed"]["bm25_names"] == 0
     assert report["views"] == 2 and 0 <= report["tags"]["test"]["model_of_views"]["recall"] <= 1
     assert {split: found["images"] for split, found in report["fit"].items()} == {"train": 5, "test": 5}

@@ -13,6 +13,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 import write_card as write_card_script
 from icons_recipe.model_card import (
     EARLIER_SHARE,
+    MEMORY_COMMAND,
     RECIPES,
     STAGES,
     aims,
@@ -45,6 +46,8 @@ NAMED = {
     "images": 300,
     "model": shares(0.2345, 0.4567),
     "model_of_views": shares(0.2468, 0.4812),
+    "with_memory": shares(0.2612, 0.5123),
+    "with_memory_of_views": shares(0.2714, 0.5326),
     "nearest_neighbour": shares(0.1234, 0.3456),
     "ranked": {
         "images": 40,
@@ -62,6 +65,8 @@ TAGGED = {
     "tags": 7.25,
     "model": {"recall": 0.2111, "precision": 0.1999},
     "model_of_views": {"recall": 0.2222, "precision": 0.2002},
+    "with_memory": {"recall": 0.3333, "precision": 0.3003},
+    "with_memory_of_views": {"recall": 0.3444, "precision": 0.3004},
     "nearest_neighbour": {"recall": 0.3111, "precision": 0.2999},
     "samples": [{"icon": "tabler:key", "keywords": ["lock"], "tags": ["lock", "door"]}],
 }
@@ -70,6 +75,7 @@ SEARCHED = {
     "queries": 100,
     "wanted": 1.4,
     "model": 0.3579,
+    "with_memory": 0.7632,
     "bm25_names": 0.0123,
     "bm25_names_and_tags": 0.7531,
     "bm25_neighbours": 0.2468,
@@ -91,12 +97,14 @@ REPORT = {
     "resolution": 64,
     "train_icons": 270_452,
     "views": 4,
+    "memory": {"images": 49_321, "names": 10_028, "bytes": 1_987_654, "share": 0.5},
     "neighbour_images": 270_111,
     "tokenizer": {"psnr": 22.34, "codes_used": 987, "codebook_size": 2048, "perplexity": 765.4},
     "names": dict.fromkeys(HELD_OUT, NAMED),
     "emoji": {
         "images": 581,
         "model": {"top1": 0.2525, "top5": 0.4848, "word_in_common": 0.61},
+        "with_memory": {"top1": 0.2626, "top5": 0.4949, "word_in_common": 0.62},
         "moma-emoji": 0.1919,
         "nearest_neighbour": 0.3838,
     },
@@ -143,11 +151,11 @@ def test_metadata_is_valid_for_the_hub_and_holds_measured_numbers():
     _, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
     values = {result.metric_name: result.metric_value for result in results}
     assert values == {
-        "name, top-1": 0.2345,
-        "name, top-5": 0.4567,
-        "name, top-5, 4 views": 0.4812,
-        "makers' tags among the first 8": 0.2111,
-        "recall@10 of tags not in the names": 0.3579,
+        "name, top-1": 0.2612,
+        "name, top-5": 0.5123,
+        "name, top-5, 4 views": 0.5326,
+        "makers' tags among the first 8": 0.3333,
+        "recall@10 of tags not in the names": 0.7632,
         "top-1 accuracy": 0.2987,
         "top-5 accuracy": 0.55,
     }
@@ -155,7 +163,7 @@ def test_metadata_is_valid_for_the_hub_and_holds_measured_numbers():
 
 def test_values_of_other_models_are_none_of_the_models_own():
     numbers = measured_numbers(REPORT)
-    assert {0.2345, 0.3579, 0.2987, 0.2525} <= set(numbers)
+    assert {0.2345, 0.3579, 0.2987, 0.2525, 0.5326, 0.7632} <= set(numbers)
     assert not {0.1234, 0.0123, 0.7531, 0.6, 0.4, 0.0333, 0.1919, 3.0} & set(numbers)
 
 
@@ -167,15 +175,22 @@ def test_card_prints_the_report_its_command_and_the_recipe():
         "4 text, 4 image experts in each of 6 layers",
         "| `test`, MoMa | 300 | 23.4 % | 45.7 % |",
         "| `test`, MoMa, 4 views | 300 | 24.7 % | 48.1 % |",
+        "| `test`, MoMa and memory | 300 | 26.1 % | 51.2 % |",
+        "| `test`, MoMa and memory, 4 views | 300 | 27.1 % | 53.3 % |",
+        "A memory of 49,321 training icons of 10,028 names, in `memory/images.safetensors` (2.0 MB)",
+        MEMORY_COMMAND,
+        "| this model and its memory | 26.3 % | 49.5 % |",
         "| `train` | 299 | 29.9 % | 50.1 % | 51.2 % |",
         "With `--views 4`, or `views=4`",
         "| `test`, ImageNet neighbour | 300 | 12.3 % | 34.6 % |",
         "| `test_words` | 40 | 1,540 | 32.1 % | 65.4 % | 2 | 0.3 % |",
         "| this model | 25.2 % | 48.5 % |",
         "| `moma-emoji`, greedy | 19.2 % | - |",
-        "| `test` | 210 | 7.2 | 21.1 % | 22.2 % | 31.1 % | 20.0 % | 20.0 % | 30.0 % |",
-        "| `test`, tags not in the names | 300 | 100 | 35.8 % | 1.2 % | 75.3 % | 24.7 % | 3.3 % |",
-        "| `test`, any tags | 300 | 100 | 35.8 % | 50.0 % | 75.3 % |",
+        "| `test`, MoMa | 210 | 7.2 | 21.1 % | 20.0 % |",
+        "| `test`, MoMa and memory, 4 views | 210 | 7.2 | 34.4 % | 30.0 % |",
+        "| `test`, ImageNet neighbour | 210 | 7.2 | 31.1 % | 30.0 % |",
+        "| `test`, tags not in the names | 300 | 100 | 35.8 % | 76.3 % | 1.2 % | 75.3 % | 24.7 % | 3.3 % |",
+        "| `test`, any tags | 300 | 100 | 35.8 % | 76.3 % | 50.0 % | 75.3 % |",
         "| drawn, the likeliest of all seeds | 38.8 % | 66.0 % |",
         "finds\n29.9 % right, in the mean of seeds, ± 2.8 points between them",
         "| `name (style, colour)` | 300 | 7.77 ± 0.21 | 8.00 ± 0.21 |",
@@ -211,13 +226,29 @@ def test_card_says_how_tokens_are_routed():
 
 def test_aims_say_what_is_not_reached_and_whose_captions_are_compared():
     found = {aim: (measured, reached) for aim, measured, reached in aims(REPORT)}
-    assert [reached for _, reached in found.values()] == [True, True, False, True, True, False, False]
+    assert [reached for _, reached in found.values()] == [True, True, False, True, True, True, True, False]
+    assert ("53.3 %", True) in found.values() and ("76.3 % against 75.3 %", True) in found.values()
     assert any("the control's captions" in aim for aim in found) and ("4.51 of 5.00 nats", True) in found.values()
     assert ("69.0 % at least", False) in found.values()
     alone = copy.deepcopy(REPORT)
     del alone["information"]["plain"]["control"]
     (aim, measured, reached), *_ = aims(alone)
     assert "no other was measured as a control" in aim and measured == "4.51 of 6.00 nats" and not reached
+
+
+def test_a_model_without_a_memory_is_measured_alone():
+    report = copy.deepcopy(REPORT)
+    report["memory"] = None
+    for kind in ("names", "tags", "search"):
+        for found in report[kind].values():
+            for entry in found.values() if kind == "search" and found else [found]:
+                for key in [key for key in entry or () if key.startswith("with_memory")]:
+                    del entry[key]
+    del report["emoji"]["with_memory"]
+    card = rendered(report)
+    assert "and memory" not in card and "A memory of" not in card
+    assert "| `test`, tags not in the names | 300 | 100 | 35.8 % | 1.2 % | 75.3 % | 24.7 % | 3.3 % |" in card
+    assert [reached for *_, reached in aims(report)] == [True, True, False, True, True, True, False, False]
 
 
 def test_what_could_not_be_measured_is_left_out():

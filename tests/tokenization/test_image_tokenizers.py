@@ -33,8 +33,9 @@ from helpers.forked_python import run_python
 from helpers.tiny import CARD, TEXTS, tiny_model, tiny_vq_model
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import build_processor, generate, pretrain, tokenize
+from modeling_moma.demo.partial_images import PAPER, PartialImages
 from modeling_moma.demo.routing_view import SIDE, RoutingView
-from modeling_moma.demo.studio import PAPER, PartialImages, Studio
+from modeling_moma.demo.studio import Studio
 from modeling_moma.export.image_tokenizer import export_image_tokenizer
 from modeling_moma.hub.folder import check_files
 from modeling_moma.hub.loading import open_image_tokenizer

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A memory from a data set of named images: which of its rows are kept, and what a model makes of them."""
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from ..data.images import LeftOut, read_image
+from ..data.kinds.images import ImageKind
+from ..data.sources import TRAIN, Source, undecoded_rows
+from ..data.templates import as_text, is_something
+from ..errors_moma import InputError
+from ..utils.messages import one_line
+from .labeler import ImageLabeler
+from .memory import ImageMemory
+
+
+# rows that cannot be used, of which each is told; of more their number
+MOST_TOLD = 20
+
+
+@dataclass(frozen=True)
+class NamedImages(ImageKind):
+    """Images with names, as a memory is made of.
+
+    Args:
+        label (`str`, *optional*, defaults to `"name"`):
+            column of the name.
+        tags (`str`, *optional*):
+            column of the tags, a list or a text with commas.
+        group (`str`, *optional*):
+            column of what draws one thing alike, such as a maker.
+    """
+
+    label: str = "name"
+    tags: str | None = None
+    group: str | None = None
+
+    def columns(self) -> list[str]:
+        """Return the columns that are read, the image's first."""
+        return [name for name in (self.image, self.label, self.tags, self.group) if name is not None]
+
+    def row_name(self, row: dict[str, Any]) -> str:
+        """Return the name of a row, `""` where it has none."""
+        return _words(self.label, row[self.label])
+
+    def row_tags(self, row: dict[str, Any]) -> list[str]:
+        """Return the tags of a row."""
+        value = row[self.tags] if self.tags is not None else None
+        found = value if isinstance(value, list) else _words(self.tags or "", value).split(",")
+        return [text for entry in found if (text := _words(self.tags or "", entry))]
+
+
+def build_memory(
+    source: Source,
+    labeler: ImageLabeler,
+    least_groups: int = 1,
+    most: int = 24,
+    dimensions: int = 64,
+) -> ImageMemory:
+    """Keep the named images of a data set's training rows.
+
+    Of each name and group one image is kept, the first. Images that cannot be read are told on the standard error, and
+    the others are kept.
+
+    Args:
+        source ([`Source`]):
+            whose kind is [`NamedImages`].
+        labeler ([`ImageLabeler`]):
+            of the model that the memory is for.
+        least_groups (`int`, *optional*, defaults to `1`):
+            names that fewer groups have are left out: one maker's alone are often of their own making.
+        most (`int`, *optional*, defaults to `24`):
+            images of a name.
+        dimensions (`int`, *optional*, defaults to `64`):
+            see [`ImageMemory.build`].
+
+    Raises:
+        ValueError: the data cannot be opened, have no such column, or no two images that can be kept.
+    """
+    kind = source.kind
+    if not isinstance(kind, NamedImages):
+        raise InputError(f"the source is one of {type(kind).__name__}: give one of NamedImages.")
+    if least_groups > 1 and kind.group is None:
+        raise InputError(f"least_groups is {least_groups}, and there is no column of groups: name it.")
+    rows = source.open(source.split_names()[TRAIN])
+    chosen = chosen_rows(undecoded_rows(rows.select_columns(kind.columns()[1:])), kind, least_groups, most)
+    if not chosen:
+        raise InputError(
+            f"{source.data!r}: none of its rows is kept: none has a name in {kind.label!r} that {least_groups} groups "
+            "have."
+        )
+    names, tags, features, left_out = [], [], [], Counter[str]()
+    following = iter(tqdm(_selected(rows, chosen), total=len(chosen), desc="known images", disable=None))
+    while batch := list(islice(following, labeler.batch_size)):
+        pixels = []
+        for number, row in batch:
+            try:
+                image = read_image(row[kind.image], source.image_root(), kind.min_side)[0]
+            except LeftOut as error:
+                left_out[error.reason] += 1
+                if left_out.total() <= MOST_TOLD:
+                    tqdm.write(f"row {number}: left out: {one_line(error, 200)}", file=sys.stderr)
+                continue
+            pixels.append(labeler.pixel_values(image))
+            names.append(kind.row_name(row))
+            tags.append(kind.row_tags(row))
+        if pixels:
+            features.append(labeler.features(labeler.encode_pixels(torch.cat(pixels))))
+    if left_out.total() > MOST_TOLD:
+        print(f"{left_out.total()} rows left out: {dict(left_out)}", file=sys.stderr)
+    if not names:
+        raise InputError(f"{source.data!r}: none of the {len(chosen)} images that would be kept can be read.")
+    return ImageMemory.build(torch.cat(features), names, tags, *labeler.probe(), dimensions=dimensions)
+
+
+def chosen_rows(rows: Iterator[dict[str, Any]], kind: NamedImages, least_groups: int, most: int) -> list[int]:
+    """Return the numbers of the rows that are kept, see [`build_memory`].
+
+    Args:
+        rows (`Iterator[dict]`):
+            of the columns but for the image.
+        kind ([`NamedImages`]):
+            their columns.
+        least_groups (`int`):
+            see [`build_memory`].
+        most (`int`):
+            see [`build_memory`].
+    """
+    groups: dict[str, set[str | int]] = defaultdict(set)
+    kept: dict[str, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        if not (name := kind.row_name(row)):
+            continue
+        # without groups every image is one
+        group = number if kind.group is None else _words(kind.group, row[kind.group])
+        if group not in groups[name]:
+            groups[name].add(group)
+            kept[name].append(number)
+    return sorted(
+        number for name, found in kept.items() if len(groups[name]) >= least_groups for number in found[:most]
+    )
+
+
+def _selected(rows: Any, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield chosen rows with their numbers, their images not decoded."""
+    if isinstance(rows, Dataset):
+        yield from zip(numbers, undecoded_rows(rows.select(numbers)), strict=True)
+        return
+    wanted = set(numbers)
+    for number, row in enumerate(undecoded_rows(rows)):
+        if number in wanted:
+            yield number, row
+
+
+def _words(column: str, value: Any) -> str:
+    return " ".join(as_text(column, value).split()) if is_something(value) else ""
+
+
+__all__ = ["NamedImages", "build_memory", "chosen_rows"]

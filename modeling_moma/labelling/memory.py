@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images whose names are known, kept by what a model makes of them: a new image is called what the nearest are called.
+
+A nearest neighbour language model ("Generalization through Memorization", arXiv 1911.00172) at one place alone, where
+the caption of an image begins: its key is the hidden state there, its value a whole name, and its probabilities are
+interpolated with the model's as there (equation 3).
+
+Shape suffixes:
+    N images, M kept ones, D hidden size, F numbers kept of each, K nearest, Q queries.
+"""
+
+import json
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers.utils import cached_file
+
+from ..errors_moma import InputError
+from ..utils.atomic_files import check_place, write_aside
+from ..utils.messages import one_line
+
+
+# in the folder of a model: apart from its weights, since some readers take every file of tensors beside them
+MEMORY_FILE = "memory/images.safetensors"
+# kept images that an image is compared with in the end
+NEAREST = 100
+# cosines are divided by it: how much nearer ones count for
+TEMPERATURE = 0.06
+# tags of a name, its most frequent
+MOST_TAGS = 12
+# of a component's deviation is divided out: without it the first few decide, and by all of it noise does
+WHITENING = 0.3
+# kept numbers are whole ones up to this, two in a byte, in steps of a part of their deviation
+LARGEST, STEPS = 7, 2.7
+# of texts once they are unpacked
+LARGEST_TEXTS = 256 << 20
+# cosine below which two models are different ones, and not one in another precision
+SAME_MODEL = 0.98
+
+
+@dataclass(frozen=True)
+class ImageMemory:
+    """Names and tags of images that are kept by their hidden states.
+
+    Args:
+        keys (`torch.Tensor`):
+            `[M, F]`, whole numbers from -7 to 7.
+        mean (`torch.Tensor`):
+            `[D]`, of hidden states, which is taken off.
+        projection (`torch.Tensor`):
+            `[D, F]`, from hidden states to what is kept of them.
+        name_of (`torch.Tensor`):
+            `[M]`, int64, the number of each image's name.
+        names (`list[str]`):
+            different ones.
+        tags (`list[list[str]]`):
+            of each name, the most frequent first; perhaps none.
+        probe (`torch.Tensor`):
+            `[D]`, what the model made of a fixed image.
+        processor (`str`):
+            fingerprint of the processor that made the codes.
+    """
+
+    keys: torch.Tensor
+    mean: torch.Tensor
+    projection: torch.Tensor
+    name_of: torch.Tensor
+    names: list[str]
+    tags: list[list[str]]
+    probe: torch.Tensor
+    processor: str
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @classmethod
+    def build(
+        cls,
+        features: torch.Tensor,
+        names: Sequence[str],
+        tags: Sequence[Sequence[str]],
+        probe: torch.Tensor,
+        processor: str,
+        dimensions: int = 64,
+    ) -> "ImageMemory":
+        """Keep images.
+
+        Args:
+            features (`torch.Tensor`):
+                `[M, D]`, see [`ImageLabeler.features`].
+            names (`Sequence[str]`):
+                of each image.
+            tags (`Sequence[Sequence[str]]`):
+                of each image, perhaps none. Those of a name are pooled.
+            probe (`torch.Tensor`):
+                see [`ImageMemory`].
+            processor (`str`):
+                see [`ImageMemory`].
+            dimensions (`int`, *optional*, defaults to `64`):
+                numbers kept of each hidden state, half a byte each: its first principal components.
+
+        Raises:
+            ValueError: there are fewer than two images, or hidden states that are not finite or all alike.
+        """
+        features_MD = features.double()
+        if len(features_MD) < 2:
+            raise InputError(f"a memory of {len(features_MD)} images: it is made of two at least.")
+        if not features_MD.isfinite().all():
+            raise InputError("hidden states of the images are not finite: are the model's weights?")
+        mean_D = features_MD.mean(0)
+        variance_D, axes_DD = torch.linalg.eigh((features_MD - mean_D).T.cov())
+        # half a byte each
+        count = min(dimensions + dimensions % 2, features_MD.shape[1] // 2 * 2)
+        variance_F, axes_DF = variance_D.flip(0)[:count], axes_DD.flip(1)[:, :count]
+        if variance_F[0] <= 0:
+            raise InputError("hidden states of the images are all alike: is the model trained?")
+        share_F = (variance_F / variance_F[0]).clamp(min=1e-6)
+        # as it is saved
+        projection_DF = (axes_DF * share_F ** (-WHITENING / 2)).to(torch.float16).float().contiguous()
+        kept_MF = F.normalize((features_MD - mean_D).float() @ projection_DF, dim=1)
+        step_M1 = kept_MF.std(1, keepdim=True).clamp(min=1e-12) * STEPS / LARGEST
+        keys_MF = (kept_MF / step_M1).round().clamp(-LARGEST, LARGEST)
+        number = {name: place for place, name in enumerate(dict.fromkeys(names))}
+        counted = [Counter[str]() for _ in number]
+        for name, found in zip(names, tags, strict=True):
+            counted[number[name]].update(list(dict.fromkeys(found)))
+        return cls(
+            keys_MF,
+            mean_D.float(),
+            projection_DF,
+            torch.tensor([number[name] for name in names]),
+            list(number),
+            [[tag for tag, _ in counts.most_common(MOST_TAGS)] for counts in counted],
+            probe.float(),
+            processor,
+        )
+
+    def name_shares(self, features: torch.Tensor) -> list[dict[str, float]]:
+        """Return the names of the nearest images with their shares, which sum to 1.
+
+        Args:
+            features (`torch.Tensor`):
+                `[N, D]`, see [`ImageLabeler.features`].
+        """
+        found = []
+        for shares_K, places_K in zip(*self._nearest(features), strict=True):
+            shares = defaultdict(float)
+            for share, place in zip(shares_K.tolist(), self.name_of[places_K].tolist(), strict=True):
+                shares[self.names[place]] += share
+            found.append(dict(shares))
+        return found
+
+    def tag_shares(self, features: torch.Tensor) -> list[dict[str, float]]:
+        """Return the tags of the nearest images that have any, each the first of its image by equal chance.
+
+        Args:
+            features (`torch.Tensor`):
+                see [`name_shares`].
+        """
+        found = []
+        for shares_K, places_K in zip(*self._nearest(features), strict=True):
+            shares, total = defaultdict(float), 0.0
+            for share, place in zip(shares_K.tolist(), self.name_of[places_K].tolist(), strict=True):
+                tags = self.tags[place]
+                total += share if tags else 0.0
+                for tag in tags:
+                    shares[tag] += share / len(tags)
+            found.append({tag: share / total for tag, share in shares.items()} if total else {})
+        return found
+
+    def match(self, features: torch.Tensor, queries: Sequence[str]) -> torch.Tensor:
+        """Return the shares of nearest images whose name begins with words, and of those whose first tag they are.
+
+        Args:
+            features (`torch.Tensor`):
+                see [`name_shares`].
+            queries (`Sequence[str]`):
+                words each.
+
+        Returns:
+            `torch.Tensor`: `[N, Q]`, float64.
+        """
+        shares_NK, places_NK = self._nearest(features)
+        scores_NQ = torch.zeros(len(shares_NK), len(queries), dtype=torch.float64)
+        folded = [(name.casefold(), [tag.casefold() for tag in tags]) for name, tags in zip(self.names, self.tags)]
+        for column, query in enumerate(queries):
+            words = " ".join(query.split()).casefold()
+            value = [
+                float(name == words or name.startswith(words + " ")) + (1 / len(tags) if words in tags else 0.0)
+                for name, tags in folded
+            ]
+            value_NK = torch.tensor(value, dtype=torch.float64)[self.name_of[places_NK]]
+            scores_NQ[:, column] = (shares_NK * value_NK).sum(1)
+        return scores_NQ
+
+    def _nearest(self, features_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return shares (float64) and places of the nearest images, `[N, K]` each."""
+        wanted_NF = F.normalize((features_ND.float().cpu() - self.mean) @ self.projection, dim=1)
+        cosine_NM = wanted_NF @ F.normalize(self.keys, dim=1).T
+        cosine_NK, places_NK = cosine_NM.topk(min(NEAREST, len(self)), dim=1)
+        return (cosine_NK.double() / TEMPERATURE).softmax(1), places_NK
+
+    def check_fits(self, probe: torch.Tensor, processor: str, option: str = "memory") -> None:
+        """Raise `ValueError` where a memory is of another model or processor.
+
+        Args:
+            probe (`torch.Tensor`):
+                what the model makes of the fixed image.
+            processor (`str`):
+                its processor's fingerprint.
+            option (`str`, *optional*, defaults to `"memory"`):
+                what the memory is called, for errors.
+        """
+        is_same_model = len(probe) == len(self.probe) and (
+            F.cosine_similarity(probe.float().cpu(), self.probe, dim=0).item() >= SAME_MODEL
+        )
+        if not is_same_model or processor != self.processor:
+            what = "processor" if is_same_model else "model"
+            raise InputError(
+                f"{option}: it was made by another {what}, whose states mean something else: was the {what} trained "
+                "further? Make it anew with `moma build-memory`, or do without it (`--memory-share 0`)."
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the memory aside and rename it; its folder is made where it is missing.
+
+        Args:
+            path (`str | Path`):
+                of the file, `.safetensors`.
+        """
+        # of two numbers one in each half of a byte
+        halves_MF = (self.keys + LARGEST + 1).to(torch.uint8)
+        texts = json.dumps({"names": self.names, "tags": self.tags}, ensure_ascii=False, separators=(",", ":"))
+        packed = zlib.compress(texts.encode("utf-8"), level=9)
+        tensors = {
+            "keys": halves_MF[:, 0::2] * 16 + halves_MF[:, 1::2],
+            "mean": self.mean,
+            "projection": self.projection.to(torch.float16),
+            "name_of": self.name_of.to(torch.uint16 if len(self.names) <= 1 << 16 else torch.int32),
+            "probe": self.probe,
+            "texts": torch.frombuffer(bytearray(packed), dtype=torch.uint8),
+        }
+        metadata = {"format": "pt", "processor": self.processor}
+        check_place(path)
+        return write_aside(
+            path,
+            lambda aside: save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, option: str = "memory") -> "ImageMemory":
+        """Read a memory.
+
+        Args:
+            path (`str | Path`):
+                of the file.
+            option (`str`, *optional*, defaults to `"memory"`):
+                what it is called, for errors.
+
+        Raises:
+            ValueError: it is no memory, or damaged.
+        """
+        try:
+            tensors = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                processor = (file.metadata() or {})["processor"]
+            keys_MH = tensors["keys"]
+            halves_MF = torch.stack([keys_MH // 16, keys_MH % 16], dim=2).flatten(1)
+            texts = _unpacked(tensors["texts"])
+            memory = cls(
+                halves_MF.float() - (LARGEST + 1),
+                tensors["mean"].float(),
+                tensors["projection"].float(),
+                tensors["name_of"].long(),
+                texts["names"],
+                texts["tags"],
+                tensors["probe"].float(),
+                processor,
+            )
+            memory._check()
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError, zlib.error) as error:
+            raise InputError(
+                f"{option} {str(path)!r} is no memory of images that `moma build-memory` writes, or is damaged "
+                f"({type(error).__name__}: {one_line(error, 200)})."
+            ) from error
+        return memory
+
+    def _check(self) -> None:
+        """Raise `ValueError` where parts do not go together."""
+        count, size = self.projection.shape[1], self.projection.shape[0]
+        shapes = [self.keys.shape[1:] == (count,), self.mean.shape == (size,), self.probe.shape == (size,)]
+        if not all(shapes) or self.name_of.shape != self.keys.shape[:1] or len(self.names) != len(self.tags):
+            raise InputError("its parts do not go together")
+        if not len(self) or self.name_of.min() < 0 or self.name_of.max() >= len(self.names):
+            raise InputError("it holds no image, or numbers of names that it has not")
+
+
+def memory_of(model: str) -> str | None:
+    """Return the file of the memory that is saved with a model, `None` where there is none.
+
+    Args:
+        model (`str`):
+            folder or name on the Hub.
+    """
+    return cached_file(
+        model,
+        MEMORY_FILE,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def _unpacked(packed: torch.Tensor) -> dict[str, Any]:
+    """Return the texts of a memory."""
+    unpack = zlib.decompressobj()
+    text = unpack.decompress(packed.numpy().tobytes(), LARGEST_TEXTS)
+    if unpack.unconsumed_tail:
+        raise InputError(f"texts of more than {LARGEST_TEXTS >> 20} MiB")
+    return json.loads(text)
+
+
+__all__ = ["MEMORY_FILE", "ImageMemory", "memory_of"]

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A memory of named images against plain loops, from a data set to the commands, and one that is of another model."""
+
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from helpers.captions import IMAGES, caption_model, caption_processor
+from helpers.tiny import noise_images
+from modeling_moma.cli import main as moma
+from modeling_moma.data.sources import Source
+from modeling_moma.errors_moma import InputError
+from modeling_moma.labelling import memory as memories
+from modeling_moma.labelling.guesses import Guess, mixed_guesses
+from modeling_moma.labelling.known_images import NamedImages, build_memory
+from modeling_moma.labelling.labeler import ImageLabeler, open_labeler
+from modeling_moma.labelling.memory import MEMORY_FILE, ImageMemory
+
+
+ROWS = [
+    {"name": "house", "keywords": ["home", "building"], "family": "a"},
+    {"name": "house", "keywords": ["home"], "family": "a"},
+    {"name": "red apple", "keywords": [], "family": "a"},
+    {"name": "house", "keywords": None, "family": "b"},
+    {"name": "red apple", "keywords": ["fruit"], "family": "b"},
+    {"name": "pear", "keywords": ["fruit"], "family": "b"},
+    {"name": " ", "keywords": ["nothing"], "family": "c"},
+]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return caption_processor()
+
+
+@pytest.fixture(scope="module")
+def model(processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    caption_model(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def labeler(model):
+    return open_labeler(str(model), batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data set of the rows with images of their own, the third one no image."""
+    folder = tmp_path_factory.mktemp("data")
+    images = [{"bytes": as_png(image, folder), "path": None} for image in noise_images(len(ROWS))]
+    images[2] = {"bytes": b"no image", "path": None}
+    rows = [{**row, "image": image} for row, image in zip(ROWS, images, strict=True)]
+    Dataset.from_list(rows).to_parquet(folder / "train.parquet")
+    return folder
+
+
+def as_png(image, folder):
+    image.save(folder / "one.png")
+    return (folder / "one.png").read_bytes()
+
+
+def some_memory(features, names, tags=None, **kwargs):
+    tags = [[] for _ in names] if tags is None else tags
+    return ImageMemory.build(features, names, tags, torch.ones(features.shape[1]), "processor", **kwargs)
+
+
+def loop_shares(memory, feature):
+    """The shares of the nearest images of one image, number by number."""
+
+    def unit(numbers):
+        length = math.sqrt(sum(number**2 for number in numbers))
+        return [number / length for number in numbers]
+
+    centred = [(a - b).item() for a, b in zip(feature, memory.mean, strict=True)]
+    columns = memory.projection.T.tolist()
+    wanted = unit([sum(a * b for a, b in zip(centred, column, strict=True)) for column in columns])
+    cosines = [sum(a * b for a, b in zip(wanted, unit(key), strict=True)) for key in memory.keys.tolist()]
+    places = sorted(range(len(cosines)), key=lambda place: -cosines[place])[: memories.NEAREST]
+    weights = {place: math.exp(cosines[place] / memories.TEMPERATURE) for place in places}
+    return {place: weight / sum(weights.values()) for place, weight in weights.items()}
+
+
+def test_names_tags_and_matches_are_sums_over_the_nearest_images(monkeypatch):
+    monkeypatch.setattr(memories, "NEAREST", 4)
+    torch.manual_seed(0)
+    names = ["house", "House 2", "pear", "house", "red apple", "pear"]
+    tags = [["home", "building"], [], ["fruit"], ["home"], ["fruit", "red"], []]
+    memory = some_memory(torch.randn(6, 8), names, tags, dimensions=6)
+    assert memory.tags == [["home", "building"], [], ["fruit"], ["fruit", "red"]]
+    wanted_ND = torch.randn(3, 8)
+    found = memory.match(wanted_ND, ["House", "fruit", "ho"])
+    for row, named, tagged in zip(range(3), memory.name_shares(wanted_ND), memory.tag_shares(wanted_ND), strict=True):
+        shares = loop_shares(memory, wanted_ND[row])
+        expected = {name: sum(share for place, share in shares.items() if names[place] == name) for name in names}
+        assert named == pytest.approx({name: share for name, share in expected.items() if share}, rel=1e-4)
+        of_name = dict(zip(memory.names, memory.tags, strict=True))
+        with_tags = {place: share for place, share in shares.items() if of_name[names[place]]}
+        wanted = {}
+        for place, share in with_tags.items():
+            for tag in of_name[names[place]]:
+                wanted[tag] = wanted.get(tag, 0) + share / len(of_name[names[place]]) / sum(with_tags.values())
+        assert tagged == pytest.approx(wanted, rel=1e-4)
+        begins = sum(share for place, share in shares.items() if names[place].lower().split()[0] == "house")
+        fruit = sum(
+            share / len(of_name[names[place]]) for place, share in shares.items() if "fruit" in of_name[names[place]]
+        )
+        assert found[row].tolist() == pytest.approx([begins, fruit, 0.0], rel=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    count=st.integers(2, 40),
+    size=st.integers(2, 33),
+    dimensions=st.integers(2, 40),
+    seed=st.integers(0, 99),
+    letters=st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=3),
+)
+def test_a_memory_is_saved_as_it_is(tmp_path_factory, count, size, dimensions, seed, letters):
+    torch.manual_seed(seed)
+    names = [f"{letters}{place % 7}" for place in range(count)]
+    memory = some_memory(torch.randn(count, size), names, [[name] for name in names], dimensions=dimensions)
+    assert memory.keys.abs().max() <= 7 and memory.keys.shape[1] % 2 == 0 and len(memory) == count
+    loaded = ImageMemory.load(memory.save(tmp_path_factory.mktemp("memory") / "new" / "images.safetensors"))
+    for name, value in vars(memory).items():
+        other = getattr(loaded, name)
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+    features = torch.randn(3, size)
+    for found, shares in zip(loaded.name_shares(features), memory.name_shares(features), strict=True):
+        assert found == pytest.approx(shares)
+
+
+def test_the_nearest_image_of_a_kept_one_is_itself():
+    torch.manual_seed(0)
+    features = torch.randn(300, 96)
+    memory = some_memory(features, [f"name {place}" for place in range(300)])
+    likeliest = [max(shares, key=shares.get) for shares in memory.name_shares(features)]
+    assert likeliest == memory.names
+
+
+@pytest.mark.parametrize(
+    "features, message",
+    [
+        (torch.randn(1, 8), "a memory of 1 images"),
+        (torch.full((3, 8), math.nan), "not finite"),
+        (torch.ones(3, 8), "all alike"),
+    ],
+)
+def test_images_that_make_no_memory_are_refused(features, message):
+    with pytest.raises(InputError, match=message):
+        some_memory(features, ["house"] * len(features))
+
+
+def test_probabilities_are_means_of_model_and_memory(labeler, processor):
+    codes = labeler.encode(noise_images(IMAGES))
+    memory = some_memory(labeler.features(codes), ["house", "red apple", "pear"], [["home"], [], ["fruit"]])
+    both = ImageLabeler(labeler.model, processor, memory=memory, memory_share=0.25)
+    for kind, known in (
+        ("names", memory.name_shares(labeler.features(codes))),
+        ("tags", memory.tag_shares(labeler.features(codes))),
+    ):
+        written = getattr(labeler, f"written_{kind}")(codes, 2)
+        found = getattr(both, kind)(codes, 2)
+        assert all(len(guesses) == 2 for guesses in found)
+        for guesses, of_model, shares in zip(found, written, known, strict=True):
+            alone = {guess.text: guess.probability for guess in of_model}
+            for guess in guesses:
+                expected = 0.75 * alone.get(guess.text, 0) + 0.25 * shares.get(guess.text, 0)
+                assert guess.probability == pytest.approx(expected, rel=1e-4)
+    queries = ["house", "fruit", "no such"]
+    alone, known = labeler.match(codes, queries).exp(), memory.match(labeler.features(codes), queries)
+    assert torch.allclose(both.match(codes, queries).exp(), 0.75 * alone + 0.25 * known)
+    only = ImageLabeler(labeler.model, processor, memory=memory, memory_share=1.0)
+    assert torch.allclose(only.match(codes, queries).exp(), known)
+    assert [guesses[0].text for guesses in only.names(codes, 1)] == ["house", "red apple", "pear"]
+
+
+def test_a_model_alone_tells_of_tags_that_no_near_image_has():
+    found = mixed_guesses([[Guess("home", 0.5)], [Guess("home", 0.5)]], [{}, {"fruit": 1.0}], 0.5)
+    assert found == [[Guess("home", 0.5)], [Guess("fruit", 0.5), Guess("home", 0.25)]]
+
+
+def test_features_of_views_are_their_mean(labeler, processor):
+    codes = ImageLabeler(labeler.model, processor, views=3).encode(noise_images(2))
+    each = torch.stack([labeler.features(codes[:, view]) for view in range(3)])
+    assert torch.allclose(labeler.features(codes), each.mean(0), atol=1e-6)
+
+
+def test_one_image_of_a_name_and_group_is_kept_and_what_is_no_image_told(data, labeler, capsys):
+    kind = NamedImages("image", tags="keywords", group="family")
+    memory = build_memory(Source("data", str(data), kind), labeler, least_groups=2)
+    # rows 0, 3 and 4: the second house of a maker and a name of one maker alone are left out, and so is what is none
+    assert [memory.names[number] for number in memory.name_of] == ["house", "house", "red apple"]
+    assert memory.tags == [["home", "building"], ["fruit"]]
+    assert "row 2: left out: image damaged" in capsys.readouterr().err
+    every = build_memory(Source("data", str(data), NamedImages("image")), labeler, most=2)
+    assert [every.names[number] for number in every.name_of] == ["house", "house", "red apple", "pear"]
+    streamed = Source("data", str(data), kind, load={"streaming": True})
+    assert torch.equal(build_memory(streamed, labeler, least_groups=2).keys, memory.keys)
+
+
+def test_a_built_memory_is_what_the_commands_name_by(data, model, tmp_path, capsys):
+    place = model / MEMORY_FILE
+    command = ["build-memory", str(data), "--model", str(model), "--tags", "keywords", "--group", "family"]
+    assert moma.main(command) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{place}: 4 images of 3 names")
+    first = place.read_bytes()
+    assert moma.main(command) == 0 and place.read_bytes() == first
+    folder = tmp_path / "icons"
+    folder.mkdir()
+    noise_images(len(ROWS))[5].save(folder / "five.png")
+    capsys.readouterr()
+    label = ["label", str(folder), "--model", str(model), "--tags", "1"]
+    assert moma.main([*label, "--memory-share", "1"]) == 0
+    assert capsys.readouterr().out.startswith("five.png: pear (")
+    assert moma.main([*label, "--memory-share", "0"]) == 0
+    alone = capsys.readouterr().out
+    place.unlink()
+    assert moma.main(label) == 0
+    assert capsys.readouterr().out == alone
+
+
+def test_a_memory_of_another_model_is_refused(data, labeler, model, processor, tmp_path, capsys):
+    kind = NamedImages("image")
+    memory = build_memory(Source("data", str(data), kind), labeler)
+    memory.check_fits(*labeler.probe())
+    # the same weights in another precision make the same of images
+    half = ImageLabeler(caption_model(processor).to(torch.bfloat16), processor)
+    memory.check_fits(*half.probe())
+    with pytest.raises(InputError, match="made by another processor"):
+        memory.check_fits(labeler.probe()[0], "other")
+    other = caption_model(processor, hidden_act="gelu").save_pretrained(tmp_path / "other")
+    processor.save_pretrained(tmp_path / "other")
+    assert other is None
+    file = memory.save(tmp_path / "images.safetensors")
+    capsys.readouterr()
+    status = moma.main(["label", str(tmp_path), "--model", str(tmp_path / "other"), "--memory", str(file)])
+    assert status == 2 and f"--memory {str(file)!r}: it was made by another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("harm", ["cut", "text", "keys", "names", "numbers", "no metadata", "absent"])
+def test_a_file_that_is_no_memory_is_refused_by_its_name(tmp_path, harm):
+    torch.manual_seed(0)
+    file = some_memory(torch.randn(5, 8), list("aabcd")).save(tmp_path / "images.safetensors")
+    tensors = load_file(file)
+    if harm == "keys":
+        tensors["keys"] = tensors["keys"][:, 1:]
+    elif harm == "names":
+        tensors["texts"] = tensors["texts"][:5]
+    elif harm == "numbers":
+        tensors["name_of"] = torch.full_like(tensors["name_of"].long(), 77)
+    if harm in ("keys", "names", "numbers", "no metadata"):
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            file,
+            None if harm == "no metadata" else {"processor": "processor"},
+        )
+    elif harm == "cut":
+        file.write_bytes(file.read_bytes()[:-9])
+    elif harm == "text":
+        file.write_text(json.dumps({"names": []}))
+    else:
+        file.unlink()
+    with pytest.raises(InputError, match=r"images\.safetensors'.*is no memory of images"):
+        ImageMemory.load(file)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--name", "label"], "has no column 'label'"),
+        (["--least-groups", "2"], "--least-groups 2: name the column of the groups"),
+        (["--output", "memory.bin"], "does not end in .safetensors"),
+        (["--group", "family", "--least-groups", "3"], "none of its rows is kept"),
+        (["--tags", "family", "--dimensions", "1"], "--dimensions"),
+    ],
+)
+def test_wrong_flags_are_told(data, model, flags, message, capsys):
+    try:
+        status = moma.main(["build-memory", str(data), "--model", str(model), *flags])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2 and message in capsys.readouterr().err
+    assert not (model / MEMORY_FILE).exists()
+
+
+def test_a_memory_that_an_image_is_compared_with_may_be_smaller_than_its_neighbourhood(labeler):
+    codes = labeler.encode([Image.new("RGB", (8, 8)), *noise_images(1)])
+    memory = some_memory(labeler.features(codes), ["black", "noise"])
+    assert len(memory) < memories.NEAREST
+    assert [sum(shares.values()) for shares in memory.name_shares(labeler.features(codes))] == pytest.approx([1, 1])
