@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..configuration_moma import MomaConfig
 from ..errors_moma import InputError
@@ -61,16 +61,19 @@ class Hardware:
         """Time of an exchange in one step.
 
         Rings between nodes use the adapters of all the group's GPUs in a node; of an all-to-all each GPU sends what
-        leaves the node through its own.
+        leaves the node through its own. Groups follow one another over all nodes, so that those whose size does not
+        divide a node lie partly in two: the slowest counts.
 
         Args:
             collective ([`Collective`]):
                 the exchange.
         """
         waiting = collective.calls * collective.hops * self.latency
-        if collective.ranks * collective.stride <= self.node_size:
+        span = collective.ranks * collective.stride
+        if self.node_size % span == 0:
             return waiting + collective.sent / self.bandwidth
-        inside = max(1, self.node_size // collective.stride)
+        # the fewest GPUs of a group that share a node
+        inside = max(1, math.gcd(span, self.node_size) // collective.stride)
         if collective.kind == "all_to_all":
             leaving = collective.payload * (collective.ranks - inside) / collective.ranks
             return waiting + leaving / self.network
@@ -198,6 +201,8 @@ def plan_training(
             f"`tokens_per_gpu` = {tokens_per_gpu} is no multiple of `sequence_length` ({sequence_length}): a step "
             "would end within a sequence."
         )
+    # fewer GPUs than a node has are one, whatever their number
+    hardware = replace(hardware, node_size=min(hardware.node_size, gpus))
     plans, misfits = [], []
     for layout in candidate_layouts(config, gpus, hardware.node_size):
         fitting, least = [], None

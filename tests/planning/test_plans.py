@@ -87,6 +87,29 @@ def test_rings_share_the_adapters_of_a_node_and_all_to_all_does_not():
     assert seconds("all_to_all", 8, 1) == pytest.approx(1600 * 7 / 8 / 100)
 
 
+def test_groups_that_lie_in_two_nodes_go_through_the_network():
+    def seconds(kind, ranks, node_size):
+        hardware = Hardware(bandwidth=100.0, network=10.0, latency=1e-9, node_size=node_size)
+        return hardware.seconds(Collective("", kind, 1600.0, ranks, 1, 1, True))
+
+    # of the third group one GPU is in the next node, alone
+    assert seconds("all_to_all", 3, 8) == pytest.approx(1600 * 2 / 3 / 10)
+    assert seconds("all_gather", 3, 8) == pytest.approx(1600 * 2 / 3 / 10)
+    # of the second group there are two in either node
+    assert seconds("all_gather", 4, 6) == pytest.approx(1600 * 3 / 4 / 20)
+    assert seconds("all_gather", 3, 6) == pytest.approx(1600 * 2 / 3 / 100)
+
+
+def test_gpus_that_do_not_fill_a_node_send_nothing_to_another():
+    config = MomaConfig.from_preset("moma-1.4b-4t4i", num_experts={"text": 3, "image": 3})
+    (partly, _), (whole, _) = (plan_training(config, 6, *STEP, Hardware(node_size=size)) for size in (8, 6))
+    assert partly == whole and any(plan.layout.expert == 3 for plan in partly)
+    # of two nodes with 8 GPUs the shard groups of 3 with EP lie in both
+    (inside, _), (across, _) = (plan_training(config, 24, *STEP, Hardware(node_size=size)) for size in (24, 8))
+    times = [{str(plan.layout): plan.token_seconds for plan in plans} for plans in (inside, across)]
+    assert times[1]["HSDP 8 x 3 + EP 3"] > 5 * times[0]["HSDP 8 x 3 + EP 3"]
+
+
 def test_many_small_exchanges_wait_for_one_another():
     hardware = Hardware(latency=1e-3)
     few, many = (hardware.seconds(Collective("", "all_gather", 1.0, 8, 1, calls, True)) for calls in (1, 100))
