@@ -128,8 +128,8 @@ def read_config(args: Arguments) -> "MomaConfig":
         raise InputError(f"--config {path}: the folder has no config.json; is it that of a saved model?")
     try:
         config, kind = MomaConfig.from_json_file(file), json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    # TypeError is a file that holds no object
-    except (StrictDataclassError, ValueError, TypeError, OSError) as error:
+    # TypeError is a file that holds no object; KeyError and AttributeError are Transformers', of fields that it reads
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise InputError(
             f"--config {file}: no complete MomaConfig. Does it lack the token layout, as recipes/*.yaml do, which get "
             f"it from a tokenizer? {one_line(error)}"
@@ -281,13 +281,16 @@ def write_tables(document: str) -> int:
     """Compute the tables of a document anew, and return their number."""
     from ..utils.atomic_files import write_aside
 
+    if not document:
+        raise InputError("--write '': it names no document; is a variable of the shell empty?")
+
     def compute_anew(match):
         try:
             words = shlex.split(match[2])
         except ValueError as error:
             raise InputError(f"{document}: the arguments {match[2]!r} cannot be read: {error}.") from error
         args = parse_arguments(words)
-        if args.json or args.write:
+        if args.json or args.write is not None:
             raise InputError(f"{document}: the arguments {match[2]!r} make no table: leave out --json and --write.")
         table = overview(args) if args.overview else to_table(args, *compute(args))
         return f"{match[1]}{table}\n{match[3]}"
@@ -309,7 +312,7 @@ def write_tables(document: str) -> int:
 
 
 def run(args: Arguments) -> None:
-    if args.write:
+    if args.write is not None:
         refuse_unread(args, "--write", [field.name for field in fields(args) if field.name != "write"])
         print(f"{args.write}: {write_tables(args.write)} tables")
     elif args.overview:

@@ -84,6 +84,7 @@ def test_where_nothing_fits_the_smallest_need_is_told(capsys):
         (["--preset", "moma-90m-4t4i", "--utilization", "2"], "`utilization` is a share"),
         (["--config", "nowhere"], "nowhere"),
         (["--write", "nowhere.md"], "nowhere.md"),
+        (["--write", ""], "--write '': it names no document"),
         (["--write", str(DOCUMENT), "--gpus", "64"], "--write takes no --gpus,"),
         (["--preset", "moma-90m-4t4i", "--json", "--top", "1", "--steps", "5"], "--json takes no --steps, --top,"),
         (["--overview", "--gpus", "64", "--json"], "--overview takes no --gpus, --json,"),
@@ -119,6 +120,15 @@ def test_a_file_of_something_else_is_told_in_one_line(option, content, match, tm
     assert main([option, str(path)]) == 2
     error = capsys.readouterr().err.strip()
     assert match in error and str(path) in error and error.startswith("error: ") and "\n" not in error
+
+
+@pytest.mark.parametrize("fields", [{"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, {"dtype": "fp8"}])
+def test_a_field_that_transformers_cannot_read_is_told_in_one_line(fields, tmp_path, capsys):
+    config = json.loads(MomaConfig.from_preset("moma-90m-4t4i").to_json_string())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **fields}))
+    assert main(["--config", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: --config {tmp_path}/config.json: no complete MomaConfig.") and "\n" not in error
 
 
 def test_defect_keeps_its_traceback(monkeypatch):
