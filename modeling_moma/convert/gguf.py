@@ -111,10 +111,14 @@ class GgufReader(TensorSource):
         # read and not mapped: pages of the file would count as this process's memory
         stored = np.fromfile(self.path, tensor.stored_type, count, offset=tensor.offset).reshape(tensor.stored_shape)
         values = np.empty(self.shapes[name], dtype=np.float32)
-        # dequantizing takes several times the memory of its result
-        for start in range(0, len(values), ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
-            values[part] = dequantize(stored[part], tensor.quantization)
+        if values.ndim == 1:
+            # what is stored of a vector are bytes, and no rows
+            values[:] = dequantize(stored, tensor.quantization)
+        else:
+            # dequantizing takes several times the memory of its result
+            for start in range(0, len(values), ROWS_AT_ONCE):
+                part = slice(start, start + ROWS_AT_ONCE)
+                values[part] = dequantize(stored[part], tensor.quantization)
         values = self._processor.process(values, tensor.name).weights
         return torch.from_numpy(np.ascontiguousarray(values if rows is None else values[rows]))
 
