@@ -66,9 +66,12 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 
 
 def check_target(args: Arguments) -> None:
-    """Raise `ValueError` at a folder that cannot be written, or beside one at a flag that is the Hub's."""
+    """Raise `ValueError` at an empty name, a folder that cannot be written, or beside one a flag that is the Hub's."""
     from ..utils.atomic_files import check_new_folder
 
+    for flag, value in (("--revision", args.revision), ("--message", args.message)):
+        if value == "":
+            raise InputError(f"{flag} '': the Hub takes none that is empty; is a variable of the shell empty?")
     if args.output is None:
         return
     if not args.output:
@@ -80,6 +83,16 @@ def check_target(args: Arguments) -> None:
     check_new_folder(args.output)
 
 
+def datasets_of(pairs: list[str]) -> dict[str, str]:
+    """Return the ids of data sets by the paths of the card; `ValueError` for a path with two ids."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        local, identifier = pair.split("=", 1)
+        if found.setdefault(local, identifier) != identifier:
+            raise InputError(f"--dataset {pair}: {local!r} has the id {found[local]!r} already; leave one out.")
+    return found
+
+
 def run(args: Arguments) -> int:
     with without_import_notices():
         from ..hub.upload import UploadError, check_repo_id, prepare, push, write_repository
@@ -87,8 +100,7 @@ def run(args: Arguments) -> int:
     try:
         check_repo_id(args.repo_id)
         check_target(args)
-        datasets = dict(pair.split("=", 1) for pair in args.dataset)
-        upload = prepare(args.model, args.processor, datasets)
+        upload = prepare(args.model, args.processor, datasets_of(args.dataset))
         for name in upload.files:
             print(f"{upload.size(name):>14,}  {name}")
         for name, reason in upload.left_out.items():

@@ -34,7 +34,8 @@ TOLERANCE = 5.01e-5
 
 _HEAD = re.compile(r"\A(---\r?\n)(.*?)(\r?\n---[ \t]*(?:\r?\n|\Z))", re.DOTALL)
 _CODE = re.compile(r"^(```|~~~).*?^\1[^\n]*$|`[^`\n]*`", re.DOTALL | re.MULTILINE)
-_LINK = re.compile(r"""(?<=\]\()\s*<?(?P<markdown>[^)\s>]+)|\bsrc=["'](?P<html>[^"']+)""")
+# a target in angle brackets may have spaces
+_LINK = re.compile(r"""(?<=\]\()\s*(?:<(?P<bracketed>[^<>\n]+)>|(?P<markdown>[^)\s>]+))|\bsrc=["'](?P<html>[^"']+)""")
 
 
 def measured_numbers(report: dict) -> list[float]:
@@ -56,6 +57,10 @@ def _named_datasets(metadata: dict) -> list[str]:
     for entry in metadata.get("model-index") or []:
         names += [result["dataset"]["type"] for result in entry["results"]]
     return list(dict.fromkeys(names))
+
+
+def _target(link: re.Match) -> str:
+    return link["bracketed"] or link["markdown"] or link["html"]
 
 
 def with_datasets(text: str, datasets: Mapping[str, str]) -> str:
@@ -95,7 +100,7 @@ def with_datasets(text: str, datasets: Mapping[str, str]) -> str:
             result["dataset"]["type"] = datasets.get(result["dataset"]["type"], result["dataset"]["type"])
 
     def link(match: re.Match) -> str:
-        target = match["markdown"] or match["html"]
+        target = _target(match)
         path = re.sub(r"^(\.\./)+", "", posixpath.normpath(target)).removesuffix("/README.md")
         for local, identifier in datasets.items():
             if path == local:
@@ -179,7 +184,7 @@ def check_dataset(name: str, folder: str | Path, is_given: bool = False) -> Iter
 def check_links(text: str, files: Collection[str]) -> Iterator[str]:
     """Check that every relative link and image of the card leads to a file that goes with it."""
     for match in _LINK.finditer(_CODE.sub("", text)):
-        target = match["markdown"] or match["html"]
+        target = _target(match)
         if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|//|#", target):
             continue
         path = posixpath.normpath(unquote(re.split(r"[?#]", target)[0]))

@@ -317,12 +317,12 @@ def check_shapes(files: Mapping[str, Path], folder: str) -> Iterator[str]:
         yield f"{name} describes no model ({one_line(error, 300)}): edited by hand?"
         return
     shapes: dict[str, tuple[int, ...]] = {}
-    weights = [
-        path for path in files if path.rpartition("/")[0] == folder.rstrip("/") and path.endswith(".safetensors")
-    ]
+    weights = _weight_files(files, folder)
     for path in weights:
-        found, problems = _tensor_problems(path, files[path])
         # told of already, as where there are no weights
+        if path not in files:
+            return
+        found, problems = _tensor_problems(path, files[path])
         if problems:
             return
         shapes |= found
@@ -333,10 +333,28 @@ def check_shapes(files: Mapping[str, Path], folder: str) -> Iterator[str]:
             f"{name} describes a model with {len(missing)} weights that are not there, such as {missing[0]!r}: edited "
             "by hand, or of another model?"
         )
+    # a tied weight may be saved under both its names
+    surplus = sorted(shapes.keys() - model.state_dict().keys())
+    if surplus:
+        yield (
+            f"{name} describes a model without {len(surplus)} of the weights that are there, such as {surplus[0]!r}: "
+            "edited by hand, or of another model?"
+        )
     for key in sorted(wanted.keys() & shapes.keys()):
         if wanted[key] != shapes[key]:
             yield f"{name}: {key!r} has the shape {shapes[key]}, but by the configuration it is {wanted[key]}."
             return
+
+
+def _weight_files(files: Mapping[str, Path], folder: str) -> list[str]:
+    """Return the names of the files that weights are loaded from, others with tensors left out; none if unreadable."""
+    single, index = f"{folder}model.safetensors", f"{folder}model.safetensors.index.json"
+    if single in files:
+        return [single]
+    try:
+        return sorted({f"{folder}{shard}" for shard in read_json(files[index])["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return []
 
 
 def check_codecs(files: Mapping[str, Path]) -> Iterator[str]:

@@ -378,6 +378,10 @@ BROKEN_FILES = {
         "vq_model/config.json describes a model with 1 weights that are not there, such as 'quantize.",
     ),
     "more layers": (set_config(num_hidden_layers=3), "that are not there, such as 'model.layers.2."),
+    "fewer layers": (
+        set_config(num_hidden_layers=1),
+        "config.json describes a model without 22 of the weights that are there, such as 'model.layers.1.",
+    ),
     "more rows": (set_config(vocab_size=6000), "but by the configuration it is (6000, "),
     "no model": (set_config(num_hidden_layers=-1), "config.json describes no model ("),
     "fewer codes": (set_config(image_seq_length=9), "image_seq_length 9, but the processor has"),
@@ -391,6 +395,13 @@ BROKEN_FILES = {
 def test_a_folder_that_would_not_load_is_refused(folder, damage, message):
     damage(folder)
     assert message in refusal(folder)
+
+
+def test_a_weight_in_a_file_that_nobody_loads_counts_as_missing(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({"model.norm.weight": tensors.pop("model.norm.weight")}, folder / "older.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "with 1 weights that are not there, such as 'model.norm.weight'" in refusal(folder)
 
 
 def test_index_without_a_map_of_shards_is_refused(whole, tmp_path):
@@ -515,6 +526,29 @@ def test_links_to_files_of_a_data_set_lead_to_these_files_on_the_hub():
     hub = "https://huggingface.co/datasets/someone/emoji"
     expected = (hub, f"{hub}/blob/main/LICENSES/MIT.txt", *links[2:])
     assert found.endswith(" ".join(f"[link]({link})" for link in expected))
+
+
+def test_a_link_in_angle_brackets_may_have_spaces(folder):
+    (folder / "two curves.png").write_bytes(b"an image")
+    (folder / "README.md").write_text(card(f"{BODY}![both](<two curves.png>)\n"))
+    assert prepare(folder)
+    (folder / "README.md").write_text(card(f"{BODY}![both](<three curves.png>)\n"))
+    assert "the link 'three curves.png' leads to no file" in refusal(folder)
+    text = with_datasets(card("[it](<../../data/emoji/the card.md>)", datasets=["data/emoji"]), {"data/emoji": "a/b"})
+    assert text.endswith("[it](<https://huggingface.co/datasets/a/b/blob/main/the card.md>)")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--revision", ""], "--revision '': the Hub takes none that is empty"),
+        (["--message", ""], "--message '': the Hub takes none that is empty"),
+        (["--dataset", "data/a=x/a", "--dataset", "data/a=x/b"], "--dataset data/a=x/b: 'data/a' has the id 'x/a'"),
+    ],
+)
+def test_what_is_empty_or_given_twice_is_refused_before_anything_is_sent(folder, arguments, message, capsys):
+    assert push_to_hub.main(["--model", str(folder), "--repo-id", "a/b", "--dry-run", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_card_without_mapped_data_sets_keeps_its_very_text(folder):
