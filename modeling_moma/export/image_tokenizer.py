@@ -7,7 +7,6 @@ Shape suffixes:
 
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from tokenization import MomaVQModel
 from tokenization.image_tokenizers_moma import LibraryImageTokenizer
 
 from ..errors_moma import InputError
-from ..utils.atomic_files import LEFT_OVER
+from ..utils.atomic_files import write_folder_aside
 from ..utils.errors import MissingExtraError
 
 
@@ -95,7 +94,6 @@ def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageT
     config, folder = model.config, Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"`folder` is {str(folder)!r}, a file: name a folder for the files of the export.")
-    folder.mkdir(parents=True, exist_ok=True)
     was_training = model.training
     try:
         pixels_BCHW = torch.zeros(2, config.in_channels, config.resolution, config.resolution)
@@ -105,15 +103,17 @@ def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageT
             programs["decoder"] = _program(_Decoder(model), "image_tokens", codes_BS, "pixel_values")
     finally:
         model.train(was_training)
-    paths = {name: folder / f"{name}.onnx" for name in programs}
+
     # both are written before either takes the place of an earlier one
-    with TemporaryDirectory(suffix=LEFT_OVER, dir=folder) as aside:
+    def write(aside: Path):
+        aside.mkdir()
         for name, program in programs.items():
-            program.save(Path(aside) / name, external_data=False)
+            program.save(aside / f"{name}.onnx", external_data=False)
         if "decoder" not in programs:
             (folder / "decoder.onnx").unlink(missing_ok=True)
-        for name, path in paths.items():
-            (Path(aside) / name).replace(path)
+
+    write_folder_aside(folder, write)
+    paths = {name: folder / f"{name}.onnx" for name in programs}
     return OnnxImageTokenizer(paths["encoder"], paths.get("decoder"))
 
 

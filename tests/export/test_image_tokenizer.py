@@ -2,6 +2,7 @@
 """The image tokenizer as ONNX graphs, run by ONNX Runtime."""
 
 import importlib
+import platform
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_an_export_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
     class Full:
         def save(self, path, external_data):
             path.write_bytes(b"new")
-            if path.name == "decoder":
+            if path.name == "decoder.onnx":
                 raise OSError("No space left on device")
 
     module = importlib.import_module("modeling_moma.export.image_tokenizer")
@@ -85,6 +86,22 @@ def test_an_export_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         export_image_tokenizer(tiny_vq_model(), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_nothing_stays_of_an_export_that_was_killed(tmp_path, monkeypatch):
+    folder = tmp_path / "onnx"
+    # no process has so large a number
+    killed = folder / f".onnx.{platform.node()}-{2**31 - 1}-1.partial"
+    killed.mkdir(parents=True)
+
+    class Program:
+        def save(self, path, external_data):
+            path.write_bytes(b"new")
+
+    module = importlib.import_module("modeling_moma.export.image_tokenizer")
+    monkeypatch.setattr(module, "_program", lambda *args: Program())
+    files = export_image_tokenizer(tiny_vq_model(), folder)
+    assert sorted(folder.iterdir()) == sorted(files)
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path, monkeypatch):
