@@ -22,6 +22,7 @@ from emoji_recipe.judge import ImageJudge, accuracies
 from emoji_recipe.model_card import CURVES_FILE, report_table, write_card
 from modeling_moma import MomaForCausalLM
 from modeling_moma.data.examples import shuffled_held_out
+from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.captions import derangement
 from modeling_moma.evaluation.drawings import feature_extractor
 from modeling_moma.evaluation.measures import (
@@ -36,7 +37,7 @@ from modeling_moma.evaluation.measures import (
     write_captions,
 )
 from modeling_moma.training.loss_curves import plot_curves, read_run, savings, tokens_of_example
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import check_place, write_aside
 from tokenization import MomaProcessor
 
 
@@ -64,6 +65,12 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         parser.error("--write-card needs --baseline and --curves, whose numbers are part of the card")
     if args.limit is not None and args.limit < 2:
         parser.error(f"--limit {args.limit}: at least 2 images are needed")
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: it must be at least 1")
+    try:
+        check_place(args.output)
+    except InputError as error:
+        parser.error(str(error))
     args.command = shlex.join(
         ["python", "scripts/evaluate_emoji.py", *(sys.argv[1:] if arguments is None else arguments)]
     )
@@ -106,11 +113,13 @@ class Evaluation:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
+        splits = load_dataset(args.data)
+        if args.split not in splits:
+            raise InputError(f"--split {args.split!r}: --data {args.data!r} has {list(splits)}.")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = load_model(args.model, self.device)
         self.baseline = load_model(args.baseline, self.device) if args.baseline else None
         self.processor = MomaProcessor.from_pretrained(args.model).to(self.device)
-        splits = load_dataset(args.data)
         self.train = splits["train"]
         held_out = splits[args.split]
         if args.limit is not None:
@@ -190,6 +199,8 @@ class Evaluation:
 
     def run(self) -> dict:
         args = self.args
+        # a folder without a run is told before the hours that the rest takes
+        curves = self.training() if args.curves else {}
         models = {"model": describe(self.model)}
         if self.baseline is not None:
             models["dense"] = describe(self.baseline)
@@ -203,9 +214,8 @@ class Evaluation:
             "resolution": self.processor.image_size[0],
             "tokenizer": tokenizer_quality(self.processor, self.images, self.codes),
             "loss": self.losses(),
+            **curves,
         }
-        if args.curves:
-            report |= self.training()
         judge = self.judge()
         neighbours = judge.nearest(self.images, [row["style"] for row in self.rows])
         report["captions"] = self.captions(neighbours)
@@ -213,16 +223,21 @@ class Evaluation:
         return report
 
 
-def main(arguments=None):
+def main(arguments=None) -> int:
     args = parse_arguments(arguments)
-    report = Evaluation(args).run()
+    try:
+        report = Evaluation(args).run()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     write_aside(args.output, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
     print(report_table(report))
     if args.write_card:
         runs = {name: report["training"][key] for name, key in (("MoMa", "model"), ("dense", "dense"))}
         plot_curves(runs, Path(args.model) / CURVES_FILE)
         write_card(args.model, report)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -68,11 +68,16 @@ def fetch(folder: Path) -> Path:
     return folder
 
 
-def main(arguments: list[str] | None = None):
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=cache_folder(), help="folder; by default in the user's cache")
-    print(fetch(parser.parse_args(arguments).output) / GGUF_FILE)
+    try:
+        print(fetch(parser.parse_args(arguments).output) / GGUF_FILE)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

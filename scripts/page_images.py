@@ -7,6 +7,7 @@ It needs the extras `demo` and `dev`, and Chromium (`apt-get install chromium`).
 """
 
 import argparse
+import io
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from modeling_moma.utils.atomic_files import write_aside
 from server_process import stop
 
 
@@ -158,11 +160,14 @@ def shoot(page, path: Path) -> Path:
         "[...document.images].filter(image => image.offsetParent).every(image => image.complete && image.naturalWidth)"
     )
     page.wait_for_timeout(500)
-    page.screenshot(path=path, full_page=True)
-    with Image.open(path) as shot:
-        # smaller than the browser's own
-        shot.convert("RGB").save(path, optimize=True)
-    return path
+    content = page.screenshot(full_page=True)
+
+    def write(aside: Path):
+        with Image.open(io.BytesIO(content)) as shot:
+            # smaller than the browser's own
+            shot.convert("RGB").save(aside, format="PNG", optimize=True)
+
+    return write_aside(path, write)
 
 
 def main(arguments: list[str] | None = None) -> int:

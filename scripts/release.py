@@ -19,15 +19,20 @@ def main(arguments=None) -> int:
     parser.add_argument("--processor", required=True, help="folder of its MomaProcessor")
     parser.add_argument("--output", required=True)
     parser.add_argument("--earlier", help="folder of an earlier stage of the model, to be averaged with it")
-    parser.add_argument("--earlier-share", type=float, default=0.5, help="its share of the weights, between 0 and 1")
+    parser.add_argument(
+        "--earlier-share", type=float, help="its share of the weights, between 0 and 1; by default 0.5"
+    )
     parser.add_argument(
         "--never-first",
         metavar="WORD",
         help="token that no caption of `generate` begins with by default, as none is empty then",
     )
     args = parser.parse_args(arguments)
+    share = 0.5 if args.earlier_share is None else args.earlier_share
     try:
-        release(args.model, args.processor, args.output, args.earlier, args.earlier_share, args.never_first)
+        if args.earlier is None and args.earlier_share is not None:
+            raise InputError(f"--earlier-share {share}: without --earlier there is nothing to take a mean with.")
+        release(args.model, args.processor, args.output, args.earlier, share, args.never_first)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
