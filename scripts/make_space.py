@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from modeling_moma.hub.loading import PROCESSOR, check_saved
 from modeling_moma.utils.atomic_files import write_folder_aside
 
 
@@ -17,7 +18,15 @@ SPACE = ROOT / "model_cards" / "moma-icons-space"
 MODEL = ROOT / "model_cards" / "moma-icons"
 PACKAGES = ("modeling_moma", "tokenization")
 # of the model's folder: what it takes to run it
-MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "vq_model/*", "memory/*")
+MODEL_FILES = (
+    "*.json",
+    "*.jinja",
+    "*.safetensors",
+    "vq_model/*",
+    "memory/*",
+    "*_codec/*",
+    "additional_chat_templates/*",
+)
 
 
 def make_space(output: Path, model: Path = MODEL) -> Path:
@@ -29,12 +38,13 @@ def make_space(output: Path, model: Path = MODEL) -> Path:
         model: folder of the model with its processor.
 
     Raises:
-        ValueError: `output` exists, or `model` holds no weights.
+        ValueError: `output` exists, or `model` holds no weights or no processor.
     """
     if output.exists():
         raise ValueError(f"--output: {str(output)!r} exists already; name a new folder.")
     if not (model / "model.safetensors").is_file():
         raise ValueError(f"--model: {str(model)!r} holds no model.safetensors.")
+    check_saved(PROCESSOR, "--model", str(model))
 
     def write(folder: Path):
         unwanted = shutil.ignore_patterns("__pycache__", "*.pyc")

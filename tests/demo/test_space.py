@@ -73,12 +73,19 @@ def test_app_builds_the_page_from_what_lies_in_the_space(tmp_path):
     assert num_examples == "4"
 
 
+def write_model(folder, *more):
+    """The names of a model with its processor, and more."""
+    processor = ("processor_config.json", "tokenizer.json", "vq_model/config.json", "vq_model/model.safetensors")
+    for name in ("config.json", "model.safetensors", *processor, *more):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+
+
 def test_a_full_disk_leaves_no_half_of_a_space(tmp_path, capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
+    write_model(tmp_path / "model")
     monkeypatch.setattr(shutil, "copyfile", fail)
     assert main(["--output", str(tmp_path / "space"), "--model", str(tmp_path / "model")]) == 2
     assert "No space left" in capsys.readouterr().err
@@ -90,3 +97,14 @@ def test_a_folder_that_exists_and_a_model_without_weights_are_refused(tmp_path, 
     assert "exists already" in capsys.readouterr().err
     assert main(["--output", str(tmp_path / "space"), "--model", str(tmp_path)]) == 2
     assert "no model.safetensors" in capsys.readouterr().err
+
+
+def test_codecs_of_a_model_go_with_it_and_one_without_a_processor_is_refused(tmp_path, capsys):
+    more = {"audio_codec/codec_config.json", "audio_codec/codebook.safetensors", "additional_chat_templates/a.jinja"}
+    write_model(tmp_path / "model", *more, "optimizer.pt", "checkpoint-1/model.safetensors")
+    space = make_space(tmp_path / "space", tmp_path / "model")
+    found = {path.relative_to(space / "moma-icons").as_posix() for path in (space / "moma-icons").rglob("*.*")}
+    assert more < found and not {"optimizer.pt", "checkpoint-1/model.safetensors"} & found
+    (tmp_path / "model" / "processor_config.json").unlink()
+    assert main(["--output", str(tmp_path / "other"), "--model", str(tmp_path / "model")]) == 2
+    assert "has no processor_config.json" in capsys.readouterr().err and not (tmp_path / "other").exists()
