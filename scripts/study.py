@@ -36,6 +36,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TIMES = REPOSITORY / "docs" / "study" / "step-times.json"
 # of whose runs steps are timed
 TIMED_SIZE, TIMED_SEED = "0.5M", 1
+# what is done in place of training
+MODES = ("list", "prepare", "measure", "time")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -57,21 +59,41 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.work is None and not args.list:
         parser.error("--work: give a folder for tokens and checkpoints")
-    if args.measure and args.processes > 1:
-        parser.error(f"--processes {args.processes}: --measure takes one run after the other")
+    if args.processes < 1:
+        parser.error(f"--processes {args.processes}: it must be at least 1")
+    check_modes(parser, args)
     unknown = set(args.only or ()) - {run.name for run in PLAN}
     if unknown:
         parser.error(f"--only {min(unknown)!r}: the plan has no such run; --list names those that there are")
+    if not chosen_runs(args):
+        parser.error("--only, --data, --up-to: of the plan nothing is left; --list names runs with their budgets")
     return args
 
 
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
+def check_modes(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses two modes at once, and flags of the training that another mode would not read."""
+    modes = [f"--{name}" for name in MODES if getattr(args, name)]
+    if len(modes) > 1:
+        parser.error(f"{modes[1]}: not together with {modes[0]}")
+    if modes and args.processes > 1:
+        parser.error(f"--processes {args.processes}: {modes[0]} takes one run after the other")
+    if modes and args.minutes is not None:
+        parser.error(f"--minutes {args.minutes:g}: {modes[0]} goes on to its end")
+
+
+def chosen_runs(args: argparse.Namespace) -> list[Run]:
+    """Return the runs of the plan that the flags ask for, with the budgets that they ask for."""
     runs = [
         replace(run, budgets=tuple(budget for budget in run.budgets if args.up_to is None or budget <= args.up_to))
         for run in PLAN
         if (not args.only or run.name in args.only) and args.data in (None, run.data)
     ]
+    return [run for run in runs if run.budgets]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    runs = chosen_runs(args)
     if args.list:
         for run in runs:
             done = [has_row(args.results, run.name, budget) for budget in run.budgets]
@@ -89,6 +111,9 @@ def main(arguments: list[str] | None = None) -> int:
         return start_processes(args, sys.argv[1:] if arguments is None else arguments)
     keep_freed_memory()
     if args.measure:
+        if not any(has_row(args.results, run.name, budget) for run in runs for budget in run.budgets):
+            print(f"--measure: --results {str(args.results)!r} has no row of these runs", file=sys.stderr)
+            return 1
         for run in runs:
             measure_again(study, run, args.results)
         return 0
@@ -142,10 +167,11 @@ def work_on(study: Study, run: Run, results: Path, end: float | None) -> None:
 
 
 def measure_again(study: Study, run: Run, results: Path) -> None:
-    """Put new measurements of finished branches into their rows; what tells of the training stays."""
+    """Put new measurements of a run's finished budgets into their rows; what tells of the training stays."""
     from study_recipe.measuring import row
 
     rows = {old["budget"]: old for old in read_rows(results) if old["run"] == run.name}
+    rows = {budget: rows[budget] for budget in run.budgets if budget in rows}
     for budget in sorted(rows):
         checkpoint = finished(study.runs / run.name / f"{budget}M", study.pace.steps(budget))
         if checkpoint is None:

@@ -581,6 +581,34 @@ def test_the_plan_is_listed_by_data_and_budget(capsys):
     assert lines[0] == "0.5M-dense-shipped-seed1: 10M" and len(lines) == len(CONTROLS) + len(LEVERS)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--processes", "0"], "--processes 0: it must be at least 1"),
+        (["--time", "--measure"], "--time: not together with --measure"),
+        (["--prepare", "--processes", "2"], "--processes 2: --prepare takes one run after the other"),
+        (["--measure", "--minutes", "5"], "--minutes 5: --measure goes on to its end"),
+        (["--only", "0.5M-dense-seed1", "--data", "shipped"], "of the plan nothing is left"),
+        (["--up-to", "1"], "of the plan nothing is left"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(tmp_path, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        study_script.main(["--work", str(tmp_path), *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_budgets_that_are_not_asked_for_are_not_measured_again(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "runs.parquet"
+    words = ["--work", str(tmp_path), "--measure", "--only", "0.5M-dense-seed1", "--results", str(path)]
+    assert study_script.main(words) == 1
+    assert "has no row of these runs" in capsys.readouterr().err
+    for budget in (10, 20):
+        add_row(path, {"run": "0.5M-dense-seed1", "budget": budget})
+    assert study_script.main([*words, "--up-to", "10"]) == 0
+    assert "10 million" in (told := capsys.readouterr().out) and "20 million" not in told
+
+
 def test_shipped_data_are_read_through_the_processor_that_the_repository_has(study, tmp_path, monkeypatch):
     """Made without a tokenizer of the study's own, trained and measured."""
     monkeypatch.setattr(training, "SHIPPED", study.processor)
