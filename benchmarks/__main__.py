@@ -39,7 +39,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-details", action="store_true", help="times alone: no FLOPs, bytes, profile and memory")
     parser.add_argument("--minutes", type=float, help="begin no further case after these; what is left out is named")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report", type=Path, help="folder for a dated report, which replaces none")
     parser.add_argument("--strict", action="store_true", help="status 1 also where a figure is above what is wanted")
     args = parser.parse_args(arguments)
@@ -49,6 +49,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     unknown = [name for name in args.cases if name not in CASES]
     if unknown:
         parser.error(f"there is no case {unknown[0]!r}; --list names those that there are")
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: it must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here. Is this a build of torch for CPUs?")
     return args

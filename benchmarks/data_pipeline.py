@@ -67,6 +67,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="of `stream`: training steps to time")
     args = parser.parse_args(arguments)
+    for name in {"scaling": ("processor",), "stream": ("processor", "tokens")}.get(args.case, ()):
+        if getattr(args, name) is None:
+            parser.error(f"--{name} is missing, which `{args.case}` needs")
+    for name in ("images", "rounds", "steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: it must be at least 1")
     if args.kill and not args.runs[-1].startswith("ray:"):
         parser.error(f"--kill: the last of --runs is {args.runs[-1]!r}, and only Ray goes on without a worker")
     return args

@@ -168,6 +168,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args = parser.parse_args(arguments)
     if not args.serve and args.against is None:
         parser.error("--against is missing: name the commit to compare with")
+    for name in ("rows", "threads", "rounds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: it must be at least 1")
     return args
 
 
@@ -176,6 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.serve:
         serve(args)
         return 0
+    if args.report:
+        # before the measurement, whose report would be lost
+        args.report.mkdir(parents=True, exist_ok=True)
     times, is_same = compare(args)
     page = report(args, times, is_same)
     print(page)

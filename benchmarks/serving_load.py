@@ -13,6 +13,7 @@ request is not refused so, something leaks or the server prints a traceback.
 
 import argparse
 import asyncio
+import math
 import random
 import statistics
 import sys
@@ -63,7 +64,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=16, help="most of an answer")
     parser.add_argument("--report", help="folder for a dated report")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    # without answers nothing would be wrong
+    for name in ("clients", "new_tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1")
+    if not 0 < args.seconds < math.inf:
+        parser.error(f"--seconds {args.seconds}: it must be positive")
+    return args
 
 
 @contextmanager
@@ -230,6 +238,9 @@ def report(args: argparse.Namespace, before: Held, after: Held, outcome: Outcome
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    if args.report:
+        # before the measurement, whose report would be lost
+        Path(args.report).mkdir(parents=True, exist_ok=True)
     asked = questions(args.model, args.new_tokens)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"

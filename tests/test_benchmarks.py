@@ -268,3 +268,27 @@ def test_only_ray_is_measured_with_a_killed_worker(capsys):
     with pytest.raises(SystemExit):
         data_pipeline.parse_arguments(["engines", "--runs", "ray:2", "processes:2", "--kill"])
     assert "'processes:2', and only Ray goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "parse, arguments, message",
+    [
+        (compare_speed, ["--rounds", "0"], "--rounds 0"),
+        (compare_speed, ["--device", "gpu"], "--device: invalid choice: 'gpu'"),
+        (drawing.main, ["--against", "HEAD", "--rows", "0"], "--rows 0"),
+        (data_pipeline.main, ["scaling"], "--processor is missing, which `scaling` needs"),
+        (data_pipeline.main, ["stream", "--processor", "here"], "--tokens is missing"),
+        (data_pipeline.main, ["engines", "--rounds", "0"], "--rounds 0"),
+    ],
+)
+def test_a_measurement_of_nothing_is_refused(parse, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_report_goes_into_a_folder_that_is_made_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "compare", lambda args: ([[1.0], [2.0]], True))
+    assert drawing.main(["--against", "HEAD", "--report", str(tmp_path / "new" / "reports")]) == 0
+    (page,) = (tmp_path / "new" / "reports").iterdir()
+    assert "This draws 2.00 times as many." in page.read_text()

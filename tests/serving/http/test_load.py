@@ -39,3 +39,10 @@ def test_a_loaded_server_answers_right_refuses_by_name_and_leaks_nothing(tmp_pat
 def test_what_grows_is_named(after, names):
     found = leaks(Held(100, 9, 5), after)
     assert found == [] if names is None else len(found) == 1 and names in found[0]
+
+
+@pytest.mark.parametrize("arguments", [["--clients", "0"], ["--new-tokens", "0"], ["--seconds", "nan"]])
+def test_a_load_of_nothing_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert " ".join(arguments) in capsys.readouterr().err
