@@ -46,7 +46,7 @@ LARGEST_TEXTS = 256 << 20
 SAME_MODEL = 0.98
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageMemory:
     """Names and tags of images that are kept by their hidden states.
 
@@ -238,8 +238,8 @@ class ImageMemory:
         """
         # of two numbers one in each half of a byte
         halves_MF = (self.keys + LARGEST + 1).to(torch.uint8)
-        texts = json.dumps({"names": self.names, "tags": self.tags}, ensure_ascii=False, separators=(",", ":"))
-        packed = zlib.compress(texts.encode("utf-8"), level=9)
+        texts = json.dumps({"names": self.names, "tags": self.tags}, separators=(",", ":"))
+        packed = zlib.compress(texts.encode("ascii"), level=9)
         tensors = {
             "keys": halves_MF[:, 0::2] * 16 + halves_MF[:, 1::2],
             "mean": self.mean,
@@ -248,7 +248,8 @@ class ImageMemory:
             "probe": self.probe,
             "texts": torch.frombuffer(bytearray(packed), dtype=torch.uint8),
         }
-        metadata = {"format": "pt", "processor": self.processor}
+        # one entry, since several are written in any order
+        metadata = {"processor": self.processor}
         check_place(path)
         return write_aside(
             path,

@@ -356,15 +356,15 @@ def _memory(memory: dict | None) -> str:
     """What is kept beside the model."""
     if memory is None:
         return ""
-    return (
-        f"\n- A memory of {memory['images']:,} training icons of {memory['names']:,} names, in "
+    text = (
+        f"A memory of {memory['images']:,} training icons of {memory['names']:,} names, in "
         f"`memory/images.safetensors` ({memory['bytes'] / 1e6:.1f} MB): of each its name, its tags, and 64 numbers of "
-        "the model's hidden state\n  behind its image, of half a byte each. It was made by\n"
-        f"  `{MEMORY_COMMAND}`:\n"
-        "  one icon of each maker and name, where two makers have the name, as all names of `test` have. "
-        f"`moma label` and `moma search`\n  count it for {100 * memory['share']:.0f} %, the model for the rest; "
-        'without it, by `--memory-share 0`, they do what "MoMa" does below.'
+        "the model's hidden state behind its image, of half a byte each; one icon of each maker and name, where two makers have the name, as with all "
+        f"names of `test`. It is made by `{MEMORY_COMMAND}`. `moma label` and `moma search` count it for "
+        f"{100 * memory['share']:.0f} %, the model for the rest; without it, by `--memory-share 0`, they do what "
+        '"MoMa" does below.'
     )
+    return f"\n- {text}"
 
 
 def _training(recipes: dict[str, Recipe]) -> str:
