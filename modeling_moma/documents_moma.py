@@ -288,6 +288,7 @@ class DocumentSearch:
         self.is_start_BT: torch.Tensor | None = None
         self.lengths: Any = {name: given[name] for name in FLASH_LENGTHS if given.get(name) is not None}
         custom_mask = attention_mask if padding_BT is None else None
+        _check_own_mask(custom_mask, self.num_rows, self.length, self.attention)
         if custom_mask is not None and self.by_lengths:
             raise InputError(
                 f"`attention_mask` has the shape {tuple(custom_mask.shape)}: {self.attention!r} takes 0 and 1 for "
@@ -397,6 +398,28 @@ _CUT_LENGTHS = (
     "It begins with 0 and ends with the number of positions in all rows, each of which begins a document. Was it cut "
     "with the batch, as `dispatch_batches` does? Without the four lengths the model finds documents by `position_ids`."
 )
+
+
+def _check_own_mask(mask: Any, num_rows: int, length: int, attention: str | None) -> None:
+    """Raise at a mask that is neither one of padding nor what the layers could add to their scores."""
+    # flex attention has masks of its own type
+    if not isinstance(mask, torch.Tensor | Sequence):
+        return
+    shape = tuple(getattr(mask, "shape", ()))
+    if len(shape) != 4 or shape[0] not in (1, num_rows) or shape[2] != length:
+        raise InputError(
+            f"`attention_mask` is a {type(mask).__name__} of the shape {shape}, but there are {num_rows} rows of "
+            f"{length} positions: give 0 and 1 for each position, (batch_size, sequence_length), or a mask of your "
+            "own, (batch_size, 1, query_length, key_length)."
+        )
+    dtype, takes_bools = getattr(mask, "dtype", None), attention == "sdpa"
+    fits = getattr(dtype, "is_floating_point", False) or (takes_bools and dtype == torch.bool)
+    if attention in ("eager", "sdpa") and not fits:
+        raise InputError(
+            f"`attention_mask` has four dimensions and the dtype {dtype}, which {attention!r} would add to the "
+            "scores as numbers: give 0 where a key is seen and the least number of the model's dtype elsewhere"
+            f"{', or Booleans' if takes_bools else ''}."
+        )
 
 
 def _check_lengths(lengths: Mapping[str, Any], num_rows: int) -> None:

@@ -677,11 +677,11 @@ def check_inputs(input_ids: Any, inputs_embeds: Any, position_ids: torch.Tensor 
         raise InputError(f"`{name}` has the dtype {given.dtype}, but holds {wanted}: were {other} given in its place?")
     if position_ids is None:
         return
-    has_rows = position_ids.ndim != 2 or position_ids.shape[0] in (1, given.shape[0])
-    if not has_rows or position_ids.shape[-1] != given.shape[1]:
+    shape = tuple(getattr(position_ids, "shape", ()))
+    if shape not in ((1, given.shape[1]), given.shape[:2]):
         raise InputError(
-            f"`position_ids` has the shape {tuple(position_ids.shape)}, but `{name}` has {given.shape[1]} positions "
-            f"in each of its {given.shape[0]} rows."
+            f"`position_ids` has the shape {shape}, but `{name}` has {given.shape[1]} positions in each of its "
+            f"{given.shape[0]} rows: give a tensor of one row for all, or of as many."
         )
 
 

@@ -8,6 +8,7 @@ from helpers.reference import GROUPS, assert_near, fields_of, trainable
 from helpers.tiny import left_padding, mixed_ids, tiny_model
 from modeling_moma.configuration_moma import RULES
 from modeling_moma.depth_moma import DepthSelection
+from modeling_moma.errors_moma import InputError
 
 
 DEPTH = {"num_hidden_layers": 3, "depth_layers": [0, 2], "depth_capacity": 0.5}
@@ -194,7 +195,6 @@ def own_mask(is_seen_BTT, form):
     return mask if form == "bool" else torch.where(mask, 0.0, torch.finfo(torch.float32).min)
 
 
-# a bool mask is added as numbers by eager attention, in layers without depth as well
 OWN_MASKS = [("sdpa", "bool"), ("sdpa", "additive"), ("eager", "additive")]
 
 
@@ -229,6 +229,29 @@ def test_the_callers_own_mask_may_pack_documents(name, form, attention, rows_of_
     expected = model(ids, position_ids=positions, use_cache=False).logits
     logits = model(ids, attention_mask=own_mask(own, form), position_ids=positions).logits
     assert_near(logits, expected, 1e-5)
+
+
+@pytest.mark.parametrize("depth_layers", [None, [0]])
+@pytest.mark.parametrize(
+    ("attention", "dtype"), [("eager", torch.bool), ("eager", torch.long), ("sdpa", torch.long)], ids=str
+)
+def test_the_callers_own_mask_of_a_type_that_would_be_added_as_numbers_is_refused(attention, dtype, depth_layers):
+    model = tiny_model(depth_layers=depth_layers).eval()
+    model.set_attn_implementation(attention)
+    own = torch.ones(2, 1, 12, 12).tril().to(dtype)
+    message = f"`attention_mask` has four dimensions and the dtype {dtype}, .*'{attention}'"
+    with pytest.raises(InputError, match=message):
+        model(mixed_ids(), attention_mask=own)
+
+
+@pytest.mark.parametrize("depth_layers", [None, [0]])
+@pytest.mark.parametrize("shape", [(12,), (2, 12, 12), (2, 1, 11, 12), (3, 1, 12, 12)], ids=str)
+def test_a_mask_of_another_form_is_refused(shape, depth_layers):
+    model = tiny_model(depth_layers=depth_layers).eval()
+    with pytest.raises(InputError, match=rf"`attention_mask` is a Tensor of the shape \({shape[0]},.*2 rows of 12"):
+        model(mixed_ids(), attention_mask=torch.ones(shape))
+    with pytest.raises(InputError, match="`attention_mask` is a list"):
+        model(mixed_ids(), attention_mask=[[1] * 12] * 2)
 
 
 def test_a_mask_that_cannot_be_packed_is_refused_by_type():

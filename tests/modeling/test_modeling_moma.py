@@ -11,6 +11,7 @@ from helpers.reference import GROUPS, assert_near, fields_of
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
 from modeling_moma import token_groups_moma
 from modeling_moma.configuration_moma import RULES, rule_names
+from modeling_moma.errors_moma import InputError
 from modeling_moma.loss_moma import causal_lm_loss
 from modeling_moma.modeling_moma import MomaForCausalLM
 from modeling_moma.token_groups_moma import token_modalities
@@ -436,6 +437,16 @@ def test_positions_of_another_number_of_tokens_are_refused(shape):
         model(ids, position_ids=torch.zeros(shape, dtype=torch.long))
     positions = torch.arange(12).unsqueeze(0)
     assert torch.equal(model(ids, position_ids=positions).logits, model(ids).logits)
+
+
+# in as many dimensions as heads, angles would fit the heads
+@pytest.mark.parametrize("shape", [(2,), (1,), (1, 2, 2)])
+def test_positions_without_rows_are_refused(shape):
+    model, ids = tiny_model(num_attention_heads=2).eval(), mixed_ids(2, 2)
+    with pytest.raises(InputError, match=rf"`position_ids` has the shape \({shape[0]},.*one row for all"):
+        model(ids, position_ids=torch.arange(2).expand(shape) if shape != (1,) else torch.zeros(1).long())
+    with pytest.raises(InputError, match=r"`position_ids` has the shape \(\)"):
+        model(ids, position_ids=[[0, 1], [0, 1]])
 
 
 def test_logits_to_keep_cuts_the_head():
