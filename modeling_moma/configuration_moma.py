@@ -29,7 +29,7 @@ from transformers.utils import auto_docstring
 
 from .compat_moma import AUTO_MAP
 from .errors_moma import InputError
-from .frames_moma import FRAME_FIELDS, IMAGE, TEXT, ModalityFrame
+from .frames_moma import FRAME_FIELDS, IMAGE, TEXT, ModalityFrame, problem_of_name
 from .parallel_plans_moma import expert_parallel_plan, tensor_parallel_plan
 
 
@@ -654,12 +654,11 @@ def check_sizes(config: MomaConfig):
     require(0 <= config.attention_dropout < 1, "attention_dropout", config.attention_dropout, "must be in [0, 1)")
     for name in ("rms_norm_eps", "initializer_range"):
         require(0 < getattr(config, name) < math.inf, name, getattr(config, name), "must be positive and finite")
-    require(
-        config.pad_token_id is None or 0 <= config.pad_token_id < config.vocab_size,
-        "pad_token_id",
-        config.pad_token_id,
-        f"must be None or below vocab_size ({config.vocab_size})",
-    )
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        given = getattr(config, name)
+        ids = [] if given is None else given if isinstance(given, list) else [given]
+        fits = all(0 <= token_id < config.vocab_size for token_id in ids)
+        require(fits, name, given, f"must be None or below vocab_size ({config.vocab_size})")
     require(config.hidden_act in ACT2FN, "hidden_act", config.hidden_act, "must be an activation of Transformers")
     has_weights = any(True for _ in ACT2FN[config.hidden_act].parameters())
     require(not has_weights, "hidden_act", config.hidden_act, "must be an activation without parameters")
@@ -675,14 +674,11 @@ def check_sizes(config: MomaConfig):
 
 def check_modalities(config: MomaConfig):
     """Check the ranges of ids and the tokens around an image."""
-    require(
-        not any(name == "text" or "." in name for name in config.modality_token_ranges),
-        "modality_token_ranges",
-        config.modality_token_ranges,
-        "must not name 'text', which every id outside the ranges is, nor hold a '.' in a name, which is a module's",
-    )
     taken = []
     for modality, ranges in config.modality_token_ranges.items():
+        problem = problem_of_name(modality)
+        require(problem is None, "modality_token_ranges", {modality: ranges}, f"no name of a modality: {problem}")
+        require(len(ranges) > 0, "modality_token_ranges", {modality: ranges}, "needs a range of ids at least")
         for bounds in ranges:
             require(
                 len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= config.vocab_size,

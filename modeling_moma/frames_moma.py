@@ -15,6 +15,8 @@ from .errors_moma import InputError
 
 TEXT = "text"
 IMAGE = "image"
+# the mode of generation beside that of text and those of modalities with a frame
+INTERLEAVED = "interleaved"
 FRAME_FIELDS = ("begin", "end", "length")
 
 
@@ -92,8 +94,10 @@ class ModalityFrame:
         Raises:
             ValueError: no two dimensions, a frame that is incomplete, or a code outside the frames.
         """
-        if ids_BT.ndim != 2:
-            raise InputError(f"`{name}` must have two dimensions, got shape {tuple(ids_BT.shape)}.")
+        shape = tuple(getattr(ids_BT, "shape", ()))
+        if len(shape) != 2:
+            kind = type(ids_BT).__name__
+            raise InputError(f"`{name}` must be a tensor of two dimensions, got a {kind} of the shape {shape}.")
         # a column after the row, so that no frame runs on into the next one
         ids = nn.functional.pad(ids_BT, (0, 1), value=-1)
         width, ids = ids.shape[1], ids.flatten()
@@ -124,6 +128,17 @@ class ModalityFrame:
         return self.to_codes(ids[begin_N[:, None] + offsets])
 
 
+def problem_of_name(modality: str) -> str | None:
+    """Return why no modality can have a name; `None` where one can."""
+    if modality == TEXT:
+        return "every id outside the ranges is text, which is not named"
+    if modality == INTERLEAVED:
+        return "this is a mode of generation beside those of modalities"
+    if not modality or "." in modality or hasattr(nn.ModuleDict(), modality):
+        return "torch takes it for no module's: choose one without a '.' that is no attribute of nn.ModuleDict"
+    return None
+
+
 def in_ranges(ids: torch.Tensor, ranges: Iterable[Sequence[int]]) -> torch.Tensor:
     """Return True where an id lies in one of the half-open ranges."""
     found = torch.zeros_like(ids, dtype=torch.bool)
@@ -138,4 +153,13 @@ def open_frame_codes(frames: dict[str, ModalityFrame], ids_BT: torch.Tensor) -> 
     return torch.stack([nothing_B, *(frame.open_codes(ids_BT) for frame in frames.values())]).amax(dim=0)
 
 
-__all__ = ["FRAME_FIELDS", "IMAGE", "TEXT", "ModalityFrame", "in_ranges", "open_frame_codes"]
+__all__ = [
+    "FRAME_FIELDS",
+    "IMAGE",
+    "INTERLEAVED",
+    "TEXT",
+    "ModalityFrame",
+    "in_ranges",
+    "open_frame_codes",
+    "problem_of_name",
+]

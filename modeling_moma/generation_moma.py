@@ -30,7 +30,7 @@ from .compat_moma import GenerationCompat
 from .configuration_moma import MomaConfig
 from .cpu_moma import is_on_cpu, unobserved_inference_mode
 from .errors_moma import InputError
-from .frames_moma import IMAGE, TEXT, ModalityFrame, in_ranges, open_frame_codes
+from .frames_moma import IMAGE, INTERLEAVED, TEXT, ModalityFrame, in_ranges, open_frame_codes
 from .routing_moma import RULES
 from .token_groups_moma import seen_positions, token_modalities
 
@@ -233,8 +233,6 @@ def _all_codes(config: MomaConfig) -> torch.Tensor:
     return in_ranges(torch.arange(config.vocab_size), ranges)
 
 
-# the mode beside that of text and those of modalities with a frame
-INTERLEAVED = "interleaved"
 # new tokens that the stock loop generates by default
 STOCK_NEW_TOKENS = 20
 # what a model's own configuration says against repeated words means no codes, many of which are alike
@@ -332,7 +330,8 @@ class MomaGenerationMixin(GenerationCompat):
             suppressed = {"caption_suppress_tokens": caption_suppress_tokens}
             ids = _checked_tokens(self._option("caption_suppress_tokens", generation_config, suppressed), self.config)
             # behind a cache nothing tells whether a frame stands alone
-            if ids and mode in (TEXT, INTERLEAVED) and not num_before and prompt.shape[1]:
+            may_caption = bool(self.config.frames) and not num_before and prompt.shape[1] > 0
+            if ids and mode in (TEXT, INTERLEAVED) and may_caption:
                 pad_token_id = self._option("pad_token_id", generation_config, kwargs)
                 processors.append(CaptionBeginLogitsProcessor(self.config, ids, prompt.shape[1], pad_token_id))
         if num_before:
@@ -565,7 +564,8 @@ class MomaGenerationMixin(GenerationCompat):
     def _stop_token(self, mode: str, generation_config: GenerationConfig | None, kwargs: dict) -> int:
         for name in ("eos_token_id", "pad_token_id"):
             value = self._option(name, generation_config, kwargs)
-            value = value[0] if isinstance(value, (list, tuple)) else value
+            value = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
+            value = next(iter(value), None) if isinstance(value, (list, tuple)) else value
             if value is not None:
                 return int(value)
         raise InputError(f"generation_mode={mode!r} needs an `eos_token_id` or a `pad_token_id` to end rows with.")
@@ -662,6 +662,9 @@ def _positions_before(prompt: torch.Tensor, kwargs: dict) -> int:
 
 
 def _check_prompt(prompt: torch.Tensor, pad_token_id: int | None, config: MomaConfig, kwargs: dict) -> None:
+    if not isinstance(prompt, torch.Tensor):
+        kind = type(prompt).__name__
+        raise InputError(f"`input_ids` is a {kind}: give a tensor of shape (batch_size, sequence_length).")
     if prompt.ndim != 2:
         raise InputError(f"`input_ids` must have two dimensions, rows and positions, got shape {tuple(prompt.shape)}.")
     if prompt.shape[0] == 0 or (prompt.shape[1] == 0 and kwargs.get("inputs_embeds") is None):

@@ -42,6 +42,14 @@ BAD = [
     ("modality_token_ranges", {"modality_token_ranges": {"image": [[8, 16, 24]]}}),
     ("modality_token_ranges", {"modality_token_ranges": {"image": [[8, 24], [20, 23]]}}),
     ("modality_token_ranges", {"modality_token_ranges": {"im.age": [[8, 24]]}}),
+    *(
+        ("modality_token_ranges.*no name of a modality", {"modality_token_ranges": {name: [[8, 24]]}})
+        for name in ("", "keys", "train", "interleaved")
+    ),
+    ("modality_token_ranges.*range of ids", {"modality_token_ranges": {"image": []}}),
+    ("bos_token_id", {"bos_token_id": 40}),
+    ("eos_token_id", {"eos_token_id": -1}),
+    ("eos_token_id", {"eos_token_id": [2, 40]}),
     ("begin_image_token_id", {"begin_image_token_id": 40}),
     ("begin_image_token_id", {"begin_image_token_id": 25}),
     ("end_image_token_id", {"end_image_token_id": 10}),

@@ -98,6 +98,33 @@ def assert_grammar(rows):
 CAPTIONED = batch([BOS, *IMAGE], [BOS, *IMAGE, 30, 31], [BOS, 20, *IMAGE], [BOS, *IMAGE, *IMAGE], [BOS, 20, 21])
 
 
+def test_suppressed_tokens_mean_nothing_to_a_model_without_frames():
+    torch.manual_seed(0)
+    plain = MomaForCausalLM(make_config(begin_image_token_id=None, end_image_token_id=None)).eval()
+    call = {**TEXTS, "max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(plain.generate(**call, caption_suppress_tokens=[EOS]), plain.generate(**call))
+
+
+def test_lists_in_place_of_tensors_are_named(model):
+    ids = TEXTS["input_ids"].tolist()
+    with pytest.raises(InputError, match="`input_ids` is a list: give a tensor"):
+        model.generate(ids, max_new_tokens=2)
+    with pytest.raises(InputError, match=r"`image_tokens` must be a tensor of two dimensions, got a list"):
+        model.decode_image_tokens(ids)
+
+
+@pytest.mark.parametrize("ends", [torch.tensor(EOS), torch.tensor([EOS, 31]), [EOS]], ids=str)
+def test_an_image_ends_with_the_first_of_its_end_tokens(model, ends):
+    call = {**STATES, "generation_mode": "image", "do_sample": False}
+    expected = model.generate(**call, eos_token_id=EOS)
+    assert torch.equal(model.generate(**call, eos_token_id=ends), expected)
+
+
+def test_an_empty_list_of_end_tokens_leaves_the_padding(model):
+    expected = model._stop_token("image", None, {"eos_token_id": [], "pad_token_id": PAD})
+    assert expected == PAD
+
+
 @pytest.mark.parametrize("mode", ["text", "interleaved"])
 @pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}], ids=str)
 def test_what_begins_no_caption_is_left_out_behind_an_image_alone(model, mode, more):
