@@ -7,7 +7,7 @@ Shape suffixes:
     C thresholds of a router (one for each expert, or for each pool of a depth router).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -240,12 +240,17 @@ def run_observed(
             the routing under which the hidden states arise.
 
     Raises:
-        ValueError: there is no batch, or the model has no routers.
+        ValueError: there is no batch, one is no dict, or the model has no routers.
     """
     is_empty = True
     with evaluation_mode(model), observed_routers(model, observe):
         for batch in batches:
             is_empty = False
+            if not isinstance(batch, Mapping):
+                raise InputError(
+                    f"`batches` has a {type(batch).__name__} where the model's inputs by name are needed: give a list "
+                    "of dicts, as [{'input_ids': ids}]."
+                )
             # lengths of packed documents are numbers, too
             inputs = {
                 name: values.to(model.device) if isinstance(values, torch.Tensor) else values

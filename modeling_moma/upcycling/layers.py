@@ -24,7 +24,8 @@ _LAST = {
 
 def _layer_sources(num_layers: int, after: Sequence[int]) -> list[tuple[int, bool]]:
     """Return of which layer each layer of the result is made, and whether it is a copy that begins with nothing."""
-    if not after or not all(type(layer) is int and 0 <= layer < num_layers for layer in after):
+    is_list = isinstance(after, Sequence) and len(after) > 0
+    if not is_list or not all(type(layer) is int and 0 <= layer < num_layers for layer in after):
         raise InputError(
             f"`after` = {after!r}: give indices of layers, counted from 0, of which the model has {num_layers}."
         )

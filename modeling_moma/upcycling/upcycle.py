@@ -90,7 +90,8 @@ def upcycled_config(
 
     Raises:
         ValueError: the source has a group of several experts, or groups that the target would have to merge; a width
-            is given without `keep_seed`, or for a group that does not grow; the embedding and the head of a source
+            is given without `keep_seed`, or for a group that does not grow; a field that no configuration has is to
+            change; the embedding and the head of a source
             that has both are to be tied; or `keep_seed` meets a field that it decides on, or `gate_after_norm`, with
             which a fresh router scales what the shared expert gives.
     """
@@ -112,6 +113,10 @@ def upcycled_config(
             f"`expert_intermediate_size` = {expert_intermediate_size!r} needs `keep_seed`: without it experts are "
             "copies of the seed's network and have its width."
         )
+    # a configuration takes any name, and keeps it without a use
+    unknown = sorted(set(fields) - set(config.to_dict()))
+    if unknown:
+        raise InputError(f"`fields` = {sorted(fields)}: a MomaConfig has no {unknown}. Is a name misspelt?")
     decided = sorted(set(fields) & set(_KEPT_SIZES))
     if keep_seed and decided:
         raise InputError(

@@ -230,6 +230,10 @@ def test_calibrated_again_under_its_own_rule_a_model_takes_nearly_its_capacity()
 def test_what_cannot_be_calibrated_is_refused():
     with pytest.raises(ValueError, match="`batches` is empty"):
         calibrate_thresholds(build("4t4i"), [])
+    # one batch in place of a list, and ids without their name
+    for batches, kind in (({"input_ids": mixed_ids()}, "str"), ([mixed_ids()], "Tensor")):
+        with pytest.raises(ValueError, match=f"`batches` has a {kind} where"):
+            calibrate_thresholds(build("4t4i"), batches)
     with pytest.raises(ValueError, match="without routers"):
         calibrate_thresholds(tiny_model(**GROUPS["1t1i"]), padded_batches())
     with pytest.raises(ValueError, match="auxiliary_routers=False"):

@@ -96,7 +96,7 @@ def test_dtype_mode_and_generation_config_stay():
     assert deeper.generation_config is not model.generation_config
 
 
-@pytest.mark.parametrize("after", [[], [-1], [2], [0, 2], [0.5], [True]])
+@pytest.mark.parametrize("after", [[], [-1], [2], [0, 2], [0.5], [True], 1, None])
 def test_layers_that_are_not_there_are_refused(after):
     with pytest.raises(ValueError, match="`after` = .*counted from 0, of which the model has 2"):
         add_layers(tiny_model(**GROUPS["4t4i"]), after)

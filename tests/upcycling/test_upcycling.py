@@ -164,6 +164,14 @@ def test_a_seed_with_several_experts_is_refused(groups):
         upcycle(tiny_model(**GROUPS[groups]), FOUR_EACH)
 
 
+def test_fields_that_no_configuration_has_are_refused():
+    seed = tiny_model(**GROUPS["1t1i"])
+    with pytest.raises(ValueError, match=r"`fields` = .*a MomaConfig has no \['norm_placment'\]"):
+        upcycle(seed, norm_placment="pre")
+    # of every configuration of Transformers, and of depth layers that the seed does not have
+    assert upcycled_config(seed.config, use_cache=False, depth_pool="row").depth_pool == "row"
+
+
 def test_bad_arguments_are_refused():
     seed = tiny_model(**GROUPS["1t1i"])
     with pytest.raises(ValueError, match="`num_experts` = 8"):
