@@ -35,7 +35,7 @@ from .output_comparison import (
 from .reading import CheckpointError, CheckpointReader, TensorSource
 from .report import Receipt
 from .sources import open_source
-from .transfer import SAME_NAMED_FIELDS, Entry, check_free, check_source, transfer
+from .transfer import SAME_NAMED_FIELDS, Entry, check_dtype, check_free, check_source, transfer
 from .unsupported import check_features, check_model_type
 
 
@@ -107,7 +107,8 @@ def convert_llama(
     for name, value, choices in (("image_group", image_group, IMAGE_GROUPS), ("code_rows", code_rows, CODE_ROWS)):
         if value not in choices:
             raise InputError(f"`{name}` must be one of {choices}, got {value!r}.")
-    # check the output folder before minutes are spent on the fit
+    # before minutes are spent on the fit
+    check_dtype(dtype)
     check_free(Path(output).absolute())
     reader = open_source(source, gguf_file, allow_pickle)
     rounded = rounded_weights(reader, dtype)

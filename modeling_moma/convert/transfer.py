@@ -41,6 +41,8 @@ SAME_NAMED_FIELDS = (
     "tie_word_embeddings",
 )
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# of weights that a model computes with
+WRITTEN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def unchanged(tensor: torch.Tensor) -> torch.Tensor:
@@ -128,10 +130,11 @@ def transfer(
         `Receipt`: saved in the folder as `conversion.json`, too.
 
     Raises:
-        CheckpointError: a key is missing, surplus or of another shape, the output exists or comes to exist meanwhile,
-            or the probe fails.
+        CheckpointError: a key is missing, surplus or of another shape, no model has the dtype, the output exists or
+            comes to exist meanwhile, or the probe fails.
     """
     output = Path(output).absolute()
+    check_dtype(dtype)
     check_free(output)
     with torch.device("meta"):
         model = MomaForCausalLM(config)
@@ -176,6 +179,12 @@ def check_free(output: Path) -> None:
         check_writable(output)
     except InputError as error:
         raise CheckpointError(str(error)) from error
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise `CheckpointError` at what is none of `WRITTEN_DTYPES`; the name of a type is none, either."""
+    if dtype is not None and dtype not in WRITTEN_DTYPES:
+        raise CheckpointError(f"`dtype` = {dtype!r}: it must be one of {WRITTEN_DTYPES}, or None for the source's.")
 
 
 def _check_difference(difference: float, reader: TensorSource) -> None:
@@ -253,10 +262,6 @@ def check_source(reader: TensorSource, entries: Sequence[Entry], ignored: Mappin
         new=kinds["new"],
         ignored=dict(reasons),
     )
-
-
-# of weights that a model computes with
-WRITTEN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _with_dtypes(reader: TensorSource, entries: Sequence[Entry], dtype: torch.dtype | None) -> list[TypedEntry]:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from helpers.processes import start_script
-from helpers.text_sources import CONFIGS, Q_PROJ, SIZES, edit_tensors, save_source
+from helpers.text_sources import CONFIGS, Q_PROJ, SIZES, assert_nothing_written, edit_tensors, save_source
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli.main import main as moma
 from modeling_moma.convert.llama import convert_llama
@@ -248,6 +248,13 @@ def test_half_precision_stays_bit_by_bit_unless_another_type_is_asked_for(tmp_pa
         assert model.dtype == (dtype or torch.bfloat16)
         key = "model.layers.1.mlp.groups.image.mlp.down_proj.weight"
         assert torch.equal(model.state_dict()[key], original["model.layers.1.mlp.down_proj.weight"].to(model.dtype))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_type_that_no_model_is_written_in_is_refused(dtype, source, convert, tmp_path):
+    with pytest.raises(CheckpointError, match="`dtype` = .*must be one of .*torch.bfloat16"):
+        convert(source, dtype=dtype)
+    assert_nothing_written(tmp_path)
 
 
 def test_same_seed_gives_the_same_file(source, tmp_path, processor_folder):
