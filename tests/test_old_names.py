@@ -106,7 +106,11 @@ def test_the_old_name_of_a_case_of_the_benchmarks_warns_and_means_the_new_one():
 
 @pytest.mark.parametrize(
     "program, others",
-    [(quickstart, []), (contact_sheet, ["--model", str(RELEASED), "--output", "o.png"]), (data_pipeline, ["scaling"])],
+    [
+        (quickstart, []),
+        (contact_sheet, ["--model", str(RELEASED), "--output", "o.png"]),
+        (data_pipeline, ["scaling", "--processor", str(RELEASED)]),
+    ],
 )
 def test_the_old_flag_of_scripts_warns_and_means_the_new_one(program, others):
     with pytest.warns(FutureWarning, match="--pictures is --images now"):

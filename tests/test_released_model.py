@@ -109,6 +109,16 @@ def test_names_of_icons_are_those_of_the_card_whatever_its_captions_begin_with()
     assert labeler.names(codes) == named
 
 
+def test_the_folder_has_a_memory_that_knows_what_the_weights_do_not():
+    image = Image.open(ROOT / "model_cards" / "moma-icons-space" / "examples" / "underline.png")
+    labeler = open_labeler(str(ICONS))
+    codes = labeler.encode([image])
+    assert labeler.names(codes, 1)[0][0].text == "underline"
+    assert "underline" in labeler.memory.names and len(labeler.memory) > 40_000
+    labeler.take_memory(None)
+    assert labeler.names(codes, 1)[0][0].text != "underline"
+
+
 def losses_of_the_folder(output, *limit):
     paths = {"--model": FOLDER, "--data": ROOT / "data" / "emoji", "--output": output}
     arguments = [str(text) for pair in paths.items() for text in pair]
