@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from lm_eval import evaluator
@@ -36,6 +37,8 @@ from helpers.released import skip_without_released_model, write_shallow
 from helpers.sounds import as_file, tone
 from modeling_moma.cli.main import SUBCOMMANDS
 from modeling_moma.cli.main import main as moma
+from modeling_moma.labelling.labeler import open_labeler
+from modeling_moma.labelling.memory import MEMORY_FILE, ImageMemory
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,6 +178,10 @@ def model_cards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("released") / "model_cards"
     for name in ("moma-emoji", "moma-icons"):
         write_shallow(ROOT / "model_cards" / name, folder / name)
+    # the memory beside the one of icons is of all its layers
+    labeler = open_labeler(str(folder / "moma-icons"))
+    states = torch.randn(4, labeler.model.config.hidden_size)
+    ImageMemory.build(states, list("abcd"), [[]] * 4, *labeler.probe()).save(folder / "moma-icons" / MEMORY_FILE)
     return folder
 
 

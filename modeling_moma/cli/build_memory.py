@@ -27,7 +27,8 @@ class Arguments:
 
     Args:
         data (`str`):
-            folder, file or Hub name of a data set with images and their names; its split `train` is read.
+            folder, file or Hub name of a data set with images and their names; its split `train` is read, or the only
+            one.
         model (`str`):
             folder or Hub name of a model with its processor.
         output (`str`, *optional*):
@@ -46,6 +47,8 @@ class Arguments:
             images of a name that are kept.
         dimensions (`int`, *optional*, defaults to `64`):
             numbers that are kept of an image, half a byte each.
+        extend (`str`, *optional*):
+            memory of the same model that the images are added to, such as the one in its folder.
         batch_size (`int`, *optional*, defaults to `64`):
             images at once.
     """
@@ -60,6 +63,7 @@ class Arguments:
     least_groups: Count = 1
     most: Count = 24
     dimensions: Annotated[Int, Field(ge=2, le=4096)] = 64
+    extend: str | None = None
     batch_size: Count = 64
 
 
@@ -85,7 +89,10 @@ def run(args: Arguments) -> None:
     check_place(output)
     kind = NamedImages(image=args.image, label=args.name, tags=args.tags, group=args.group)
     labeler = open_labeler(args.model, batch_size=args.batch_size, memory_share=0.0)
-    memory = build_memory(Source("data", args.data, kind), labeler, args.least_groups, args.most, args.dimensions)
+    labeler.take_memory(args.extend, "--extend")
+    memory = build_memory(
+        Source("data", args.data, kind), labeler, args.least_groups, args.most, args.dimensions, labeler.memory
+    )
     path = memory.save(output)
     size = path.stat().st_size / 1e6
     print(f"{path}: {len(memory):,} images of {len(memory.names):,} names, {size:.2f} MB")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from ..errors_moma import InputError
 from ..labelling import MOST_GUESSES, MOST_VIEWS
 from ..utils.fields import Count, Float, Int
 from ..utils.messages import without_import_notices
@@ -84,6 +85,8 @@ def checked_labeler(args: FolderArguments) -> "ImageLabeler":
     from ..labelling.images import folder_files
     from ..labelling.labeler import CaptionForm, open_labeler
 
+    if args.memory is not None and args.memory_share == 0:
+        raise InputError(f"--memory {args.memory!r}: with --memory-share 0 it is not read; leave one out.")
     if args.output is not None:
         check_table(args.output)
     folder_files(args.folder)

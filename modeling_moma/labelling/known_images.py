@@ -64,6 +64,7 @@ def build_memory(
     least_groups: int = 1,
     most: int = 24,
     dimensions: int = 64,
+    known: ImageMemory | None = None,
 ) -> ImageMemory:
     """Keep the named images of a data set's training rows.
 
@@ -81,9 +82,11 @@ def build_memory(
             images of a name.
         dimensions (`int`, *optional*, defaults to `64`):
             see [`ImageMemory.build`].
+        known ([`ImageMemory`], *optional*):
+            of the same model, which the images are added to, in as many dimensions as it has.
 
     Raises:
-        ValueError: the data cannot be opened, have no such column, or no two images that can be kept.
+        ValueError: the data cannot be opened, have no such column, or too few images that can be kept.
     """
     kind = source.kind
     if not isinstance(kind, NamedImages):
@@ -118,6 +121,8 @@ def build_memory(
         print(f"{left_out.total()} rows left out: {dict(left_out)}", file=sys.stderr)
     if not names:
         raise InputError(f"{source.data!r}: none of the {len(chosen)} images that would be kept can be read.")
+    if known is not None:
+        return known.extended(torch.cat(features), names, tags)
     return ImageMemory.build(torch.cat(features), names, tags, *labeler.probe(), dimensions=dimensions)
 
 

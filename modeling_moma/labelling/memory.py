@@ -13,7 +13,7 @@ import json
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,22 +125,47 @@ class ImageMemory:
         share_F = (variance_F / variance_F[0]).clamp(min=1e-6)
         # as it is saved
         projection_DF = (axes_DF * share_F ** (-WHITENING / 2)).to(torch.float16).float().contiguous()
-        kept_MF = F.normalize((features_MD - mean_D).float() @ projection_DF, dim=1)
+        nothing = cls(
+            torch.zeros(0, count),
+            mean_D.float(),
+            projection_DF,
+            torch.zeros(0, dtype=torch.long),
+            [],
+            [],
+            probe.float(),
+            processor,
+        )
+        return nothing.extended(features_MD, names, tags)
+
+    def extended(self, features: torch.Tensor, names: Sequence[str], tags: Sequence[Sequence[str]]) -> "ImageMemory":
+        """Return a memory that keeps further images as well; what it keeps already is not kept twice.
+
+        Args:
+            features (`torch.Tensor`):
+                `[M, D]`, of the same model, see [`ImageLabeler.features`].
+            names (`Sequence[str]`):
+                of each image.
+            tags (`Sequence[Sequence[str]]`):
+                of each image, perhaps none. Those of a name are pooled, and come before tags that it has already.
+        """
+        kept_MF = F.normalize((features.double() - self.mean).float() @ self.projection, dim=1)
         step_M1 = kept_MF.std(1, keepdim=True).clamp(min=1e-12) * STEPS / LARGEST
         keys_MF = (kept_MF / step_M1).round().clamp(-LARGEST, LARGEST)
-        number = {name: place for place, name in enumerate(dict.fromkeys(names))}
+        known = set(zip((self.names[place] for place in self.name_of.tolist()), _as_bytes(self.keys), strict=True))
+        new = [place for place, image in enumerate(zip(names, _as_bytes(keys_MF), strict=True)) if image not in known]
+        number = {name: place for place, name in enumerate(dict.fromkeys([*self.names, *names]))}
         counted = [Counter[str]() for _ in number]
         for name, found in zip(names, tags, strict=True):
             counted[number[name]].update(list(dict.fromkeys(found)))
-        return cls(
-            keys_MF,
-            mean_D.float(),
-            projection_DF,
-            torch.tensor([number[name] for name in names]),
-            list(number),
-            [[tag for tag, _ in counts.most_common(MOST_TAGS)] for counts in counted],
-            probe.float(),
-            processor,
+        pooled = [[tag for tag, _ in counts.most_common()] for counts in counted]
+        for found, earlier in zip(pooled, self.tags):
+            found += [tag for tag in earlier if tag not in found]
+        return replace(
+            self,
+            keys=torch.cat([self.keys, keys_MF[new]]),
+            name_of=torch.cat([self.name_of, torch.tensor([number[names[place]] for place in new], dtype=torch.long)]),
+            names=list(number),
+            tags=[found[:MOST_TAGS] for found in pooled],
         )
 
     def name_shares(self, features: torch.Tensor) -> list[dict[str, float]]:
@@ -269,6 +294,8 @@ class ImageMemory:
         Raises:
             ValueError: it is no memory, or damaged.
         """
+        if not Path(path).is_file():
+            raise InputError(f"{option} {str(path)!r}: there is no such file.")
         try:
             tensors = load_file(path)
             with safe_open(path, framework="pt") as file:
@@ -318,6 +345,10 @@ def memory_of(model: str) -> str | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
+
+
+def _as_bytes(keys: torch.Tensor) -> list[bytes]:
+    return [row.tobytes() for row in keys.to(torch.int8).numpy()]
 
 
 def _unpacked(packed: torch.Tensor) -> dict[str, Any]:

@@ -147,6 +147,20 @@ def test_the_nearest_image_of_a_kept_one_is_itself():
     assert likeliest == memory.names
 
 
+def test_a_memory_takes_further_images_and_none_twice():
+    torch.manual_seed(0)
+    features = torch.randn(40, 24)
+    names, tags = [f"name {place % 9}" for place in range(40)], [[f"tag {place % 5}"] for place in range(40)]
+    first = some_memory(features[:30], names[:30], tags[:30])
+    both = first.extended(features[20:], [*names[20:30], *(f"new {name}" for name in names[30:])], tags[20:])
+    assert len(both) == 40 and torch.equal(both.keys[:30], first.keys) and both.names[:9] == first.names
+    found = [max(shares, key=shares.get) for shares in both.name_shares(features)]
+    assert found == [*names[:30], *(f"new {name}" for name in names[30:])]
+    # own tags of a known name come first, and those that it had stay
+    more = first.extended(features[30:31], ["name 0"], [["own"]])
+    assert more.tags[0] == ["own", *first.tags[0]]
+
+
 @pytest.mark.parametrize(
     "features, message",
     [
@@ -225,6 +239,14 @@ def test_a_built_memory_is_what_the_commands_name_by(data, model, tmp_path, caps
     assert capsys.readouterr().out.startswith("five.png: pear (")
     assert moma.main([*label, "--memory-share", "0"]) == 0
     alone = capsys.readouterr().out
+    more = str(tmp_path / "more.safetensors")
+    command = ["build-memory", str(data), "--model", str(model), "--output", more, "--extend", str(place)]
+    # without groups the second house and the pear, which is known, come
+    assert moma.main(command) == 0 and f"{more}: 5 images of 3 names" in capsys.readouterr().out
+    assert moma.main([*label, "--memory", more, "--memory-share", "1"]) == 0
+    assert capsys.readouterr().out.startswith("five.png: pear (")
+    assert moma.main([*label, "--memory", more, "--memory-share", "0"]) == 2
+    assert "with --memory-share 0 it is not read" in capsys.readouterr().err
     place.unlink()
     assert moma.main(label) == 0
     assert capsys.readouterr().out == alone
@@ -271,7 +293,7 @@ def test_a_file_that_is_no_memory_is_refused_by_its_name(tmp_path, harm):
         file.write_text(json.dumps({"names": []}))
     else:
         file.unlink()
-    with pytest.raises(InputError, match=r"images\.safetensors'.*is no memory of images"):
+    with pytest.raises(InputError, match=r"images\.safetensors'(.*is no memory of images|: there is no such file)"):
         ImageMemory.load(file)
 
 
