@@ -327,6 +327,8 @@ class ImageMemory:
         shapes = [self.keys.shape[1:] == (count,), self.mean.shape == (size,), self.probe.shape == (size,)]
         if not all(shapes) or self.name_of.shape != self.keys.shape[:1] or len(self.names) != len(self.tags):
             raise InputError("its parts do not go together")
+        if not all(isinstance(text, str) for texts in (self.names, *self.tags) for text in texts):
+            raise InputError("its names and tags are no lists of texts")
         if not len(self) or self.name_of.min() < 0 or self.name_of.max() >= len(self.names):
             raise InputError("it holds no image, or numbers of names that it has not")
 

@@ -3,6 +3,7 @@
 
 import json
 import math
+import zlib
 
 import pytest
 import torch
@@ -270,7 +271,7 @@ def test_a_memory_of_another_model_is_refused(data, labeler, model, processor, t
     assert status == 2 and f"--memory {str(file)!r}: it was made by another model" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("harm", ["cut", "text", "keys", "names", "numbers", "no metadata", "absent"])
+@pytest.mark.parametrize("harm", ["cut", "text", "keys", "names", "other texts", "numbers", "no metadata", "absent"])
 def test_a_file_that_is_no_memory_is_refused_by_its_name(tmp_path, harm):
     torch.manual_seed(0)
     file = some_memory(torch.randn(5, 8), list("aabcd")).save(tmp_path / "images.safetensors")
@@ -279,9 +280,12 @@ def test_a_file_that_is_no_memory_is_refused_by_its_name(tmp_path, harm):
         tensors["keys"] = tensors["keys"][:, 1:]
     elif harm == "names":
         tensors["texts"] = tensors["texts"][:5]
+    elif harm == "other texts":
+        packed = zlib.compress(json.dumps({"names": [1, 2, 3, 4], "tags": [[]] * 4}).encode())
+        tensors["texts"] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
     elif harm == "numbers":
         tensors["name_of"] = torch.full_like(tensors["name_of"].long(), 77)
-    if harm in ("keys", "names", "numbers", "no metadata"):
+    if harm in ("keys", "names", "other texts", "numbers", "no metadata"):
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             file,
