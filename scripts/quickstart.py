@@ -162,7 +162,9 @@ def show_names(labeler: ImageLabeler, rows: Dataset, source: Source):
     start = time.time()
     codes = labeler.encode(rows[source.kind.image][:])
     named, tagged = labeler.names(codes, NAMES), labeler.tags(codes, TAGS)
-    print(f"the likeliest names and tags of them in {time.time() - start:.1f} s:")
+    # that of a released model knows nothing of the states of one that was trained further
+    whose = "the model alone" if labeler.memory is None else "the model and its memory of named images"
+    print(f"the likeliest names and tags of them, by {whose}, in {time.time() - start:.1f} s:")
     lines = [
         (
             caption,
