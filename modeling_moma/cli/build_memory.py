@@ -45,8 +45,8 @@ class Arguments:
             names that fewer groups have are left out.
         most (`int`, *optional*, defaults to `24`):
             images of a name that are kept.
-        dimensions (`int`, *optional*, defaults to `64`):
-            numbers that are kept of an image, half a byte each.
+        dimensions (`int`, *optional*):
+            numbers that are kept of an image, half a byte each; by default 64, or as an extended memory has.
         extend (`str`, *optional*):
             memory of the same model that the images are added to, such as the one in its folder.
         batch_size (`int`, *optional*, defaults to `64`):
@@ -62,7 +62,7 @@ class Arguments:
     group: str | None = None
     least_groups: Count = 1
     most: Count = 24
-    dimensions: Annotated[Int, Field(ge=2, le=4096)] = 64
+    dimensions: Annotated[Int, Field(ge=2, le=4096)] | None = None
     extend: str | None = None
     batch_size: Count = 64
 
@@ -83,6 +83,8 @@ def run(args: Arguments) -> None:
         raise InputError(f"--output is needed: --model {args.model!r} is no folder that a memory could be written to.")
     if args.least_groups > 1 and args.group is None:
         raise InputError(f"--least-groups {args.least_groups}: name the column of the groups by --group.")
+    if args.extend is not None and args.dimensions is not None:
+        raise InputError(f"--dimensions {args.dimensions}: a memory that is extended keeps its own; leave it out.")
     output = Path(args.output) if args.output is not None else Path(args.model) / MEMORY_FILE
     if output.suffix != ".safetensors":
         raise InputError(f"--output: {str(output)!r} does not end in .safetensors, which it is.")
@@ -91,7 +93,7 @@ def run(args: Arguments) -> None:
     labeler = open_labeler(args.model, batch_size=args.batch_size, memory_share=0.0)
     labeler.take_memory(args.extend, "--extend")
     memory = build_memory(
-        Source("data", args.data, kind), labeler, args.least_groups, args.most, args.dimensions, labeler.memory
+        Source("data", args.data, kind), labeler, args.least_groups, args.most, args.dimensions or 64, labeler.memory
     )
     path = memory.save(output)
     size = path.stat().st_size / 1e6

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names, tags and search of images by the likelihoods of a model that was trained on captions.
+"""Names, tags and search of images by the likelihoods of a model that was trained on captions, and by its memory.
 
 Shape suffixes:
     N images, B of their views at once, Q queries, K beams, T tokens, V vocabulary, D hidden size.

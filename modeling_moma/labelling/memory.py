@@ -14,6 +14,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ NEAREST = 100
 TEMPERATURE = 0.06
 # tags of a name, its most frequent
 MOST_TAGS = 12
-# of a component's deviation is divided out: without it the first few decide, and by all of it noise does
+# power of a component's deviation that is divided out: at 0 the first few decide, and at 1 noise does
 WHITENING = 0.3
 # kept numbers are whole ones up to this, two in a byte, in steps of a part of their deviation
 LARGEST, STEPS = 7, 2.7
@@ -215,12 +216,11 @@ class ImageMemory:
         """
         shares_NK, places_NK = self._nearest(features)
         scores_NQ = torch.zeros(len(shares_NK), len(queries), dtype=torch.float64)
-        folded = [(name.casefold(), [tag.casefold() for tag in tags]) for name, tags in zip(self.names, self.tags)]
         for column, query in enumerate(queries):
             words = " ".join(query.split()).casefold()
             value = [
                 float(name == words or name.startswith(words + " ")) + (1 / len(tags) if words in tags else 0.0)
-                for name, tags in folded
+                for name, tags in self._folded_texts
             ]
             value_NK = torch.tensor(value, dtype=torch.float64)[self.name_of[places_NK]]
             scores_NQ[:, column] = (shares_NK * value_NK).sum(1)
@@ -229,9 +229,18 @@ class ImageMemory:
     def _nearest(self, features_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return shares (float64) and places of the nearest images, `[N, K]` each."""
         wanted_NF = F.normalize((features_ND.float().cpu() - self.mean) @ self.projection, dim=1)
-        cosine_NM = wanted_NF @ F.normalize(self.keys, dim=1).T
+        cosine_NM = wanted_NF @ self._unit_keys_MF.T
         cosine_NK, places_NK = cosine_NM.topk(min(NEAREST, len(self)), dim=1)
         return (cosine_NK.double() / TEMPERATURE).softmax(1), places_NK
+
+    @cached_property
+    def _unit_keys_MF(self) -> torch.Tensor:
+        return F.normalize(self.keys, dim=1)
+
+    @cached_property
+    def _folded_texts(self) -> list[tuple[str, list[str]]]:
+        """Names and their tags as they are compared with words."""
+        return [(name.casefold(), [tag.casefold() for tag in tags]) for name, tags in zip(self.names, self.tags)]
 
     def check_fits(self, probe: torch.Tensor, processor: str, option: str = "memory") -> None:
         """Raise `ValueError` where a memory is of another model or processor.

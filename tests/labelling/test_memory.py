@@ -309,6 +309,7 @@ def test_a_file_that_is_no_memory_is_refused_by_its_name(tmp_path, harm):
         (["--output", "memory.bin"], "does not end in .safetensors"),
         (["--group", "family", "--least-groups", "3"], "none of its rows is kept"),
         (["--tags", "family", "--dimensions", "1"], "--dimensions"),
+        (["--extend", "memory.safetensors", "--dimensions", "8"], "a memory that is extended keeps its own"),
     ],
 )
 def test_wrong_flags_are_told(data, model, flags, message, capsys):
