@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from ..data.encoding import DocumentEncoder, processor_fingerprint, with_channels_last
 from ..errors_moma import InputError
-from ..evaluation.measures import encode_images
+from ..evaluation.measures import encode_images, plain_generation
 from ..hub.loading import open_model, open_processor
 from ..utils.fields import check_utf8
 from . import MOST_GUESSES, MOST_VIEWS
@@ -304,25 +304,27 @@ class ImageLabeler:
             ids_BT = torch.cat([ids_BT, prompt_BT], dim=1)
             cache = copy.deepcopy(prefix)
             cache.batch_repeat_interleave(beams)
-            written = self.model.generate(
-                input_ids=ids_BT,
-                attention_mask=torch.ones_like(ids_BT),
-                cache=cache,
-                generation_mode="text",
-                do_sample=False,
-                guidance_scale=1.0,
-                # what is no name or tag is known here, whatever captions of the model begin with
-                caption_suppress_tokens=[],
-                max_new_tokens=MOST_TOKENS,
-                # so that a score is the sum over tokens
-                num_beams=beams,
-                num_return_sequences=beams,
-                length_penalty=0.0,
-                bad_words_ids=[list(never)] if never else None,
-                eos_token_id=list(ends),
-                return_dict_in_generate=True,
-                output_scores=True,
-            )
+            # minimum lengths and the like that the model's own configuration has would change the probabilities
+            with plain_generation(self.model):
+                written = self.model.generate(
+                    input_ids=ids_BT,
+                    attention_mask=torch.ones_like(ids_BT),
+                    cache=cache,
+                    generation_mode="text",
+                    do_sample=False,
+                    guidance_scale=1.0,
+                    # what is no name or tag is known here, whatever captions of the model begin with
+                    caption_suppress_tokens=[],
+                    max_new_tokens=MOST_TOKENS,
+                    # so that a score is the sum over tokens
+                    num_beams=beams,
+                    num_return_sequences=beams,
+                    length_penalty=0.0,
+                    bad_words_ids=[list(never)] if never else None,
+                    eos_token_id=list(ends),
+                    return_dict_in_generate=True,
+                    output_scores=True,
+                )
             new_BKT = written.sequences[:, ids_BT.shape[1] :].unflatten(0, (-1, beams)).tolist()
             shares_BK = written.sequences_scores.double().exp().cpu().unflatten(0, (-1, beams)) / others_B.unsqueeze(1)
             found += [self._texts(*rows, ends) for rows in zip(new_BKT, shares_BK.tolist(), strict=True)]

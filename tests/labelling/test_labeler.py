@@ -200,6 +200,14 @@ def test_the_more_tags_the_fewer_images_at_once(processor, monkeypatch, count, s
     assert seen == sizes
 
 
+def test_what_a_model_generates_by_changes_no_name(labeler, codes, monkeypatch):
+    plain = labeler.names(codes, 3), labeler.tags(codes, 3)
+    monkeypatch.setattr(labeler.model.generation_config, "min_new_tokens", 5)
+    monkeypatch.setattr(labeler.model.generation_config, "exponential_decay_length_penalty", (1, 2.0))
+    assert (labeler.names(codes, 3), labeler.tags(codes, 3)) == plain
+    assert labeler.model.generation_config.min_new_tokens == 5
+
+
 @pytest.mark.parametrize("queries, said", [([], "is empty"), (["house", " "], "no words")])
 def test_queries_without_words_are_refused(labeler, codes, queries, said):
     with pytest.raises(InputError, match=said):
