@@ -219,7 +219,7 @@ class ImageMemory:
         for column, query in enumerate(queries):
             words = " ".join(query.split()).casefold()
             value = [
-                float(name == words or name.startswith(words + " ")) + (1 / len(tags) if words in tags else 0.0)
+                float(_begins_with(name, words)) + (1 / len(tags) if words in tags else 0.0)
                 for name, tags in self._folded_texts
             ]
             value_NK = torch.tensor(value, dtype=torch.float64)[self.name_of[places_NK]]
@@ -356,6 +356,11 @@ def memory_of(model: str) -> str | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
+
+
+def _begins_with(name: str, words: str) -> bool:
+    """Return whether a name begins with words; as for the model, whatever is no letter or digit may follow them."""
+    return name.startswith(words) and not name[len(words) : len(words) + 1].isalnum()
 
 
 def _as_bytes(keys: torch.Tensor) -> list[bytes]:

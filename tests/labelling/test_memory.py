@@ -94,12 +94,12 @@ def loop_shares(memory, feature):
 def test_names_tags_and_matches_are_sums_over_the_nearest_images(monkeypatch):
     monkeypatch.setattr(memories, "NEAREST", 4)
     torch.manual_seed(0)
-    names = ["house", "House 2", "pear", "house", "red apple", "pear"]
+    names = ["house", "House-2", "pear", "house", "red apple", "pear"]
     tags = [["home", "building"], [], ["fruit"], ["home"], ["fruit", "red"], []]
     memory = some_memory(torch.randn(6, 8), names, tags, dimensions=6)
     assert memory.tags == [["home", "building"], [], ["fruit"], ["fruit", "red"]]
     wanted_ND = torch.randn(3, 8)
-    found = memory.match(wanted_ND, ["House", "fruit", "ho"])
+    found = memory.match(wanted_ND, ["House", "fruit", "ho", "red"])
     for row, named, tagged in zip(range(3), memory.name_shares(wanted_ND), memory.tag_shares(wanted_ND), strict=True):
         shares = loop_shares(memory, wanted_ND[row])
         expected = {name: sum(share for place, share in shares.items() if names[place] == name) for name in names}
@@ -111,11 +111,13 @@ def test_names_tags_and_matches_are_sums_over_the_nearest_images(monkeypatch):
             for tag in of_name[names[place]]:
                 wanted[tag] = wanted.get(tag, 0) + share / len(of_name[names[place]]) / sum(with_tags.values())
         assert tagged == pytest.approx(wanted, rel=1e-4)
-        begins = sum(share for place, share in shares.items() if names[place].lower().split()[0] == "house")
+        begins = sum(share for place, share in shares.items() if names[place].lower().split("-")[0] == "house")
         fruit = sum(
             share / len(of_name[names[place]]) for place, share in shares.items() if "fruit" in of_name[names[place]]
         )
-        assert found[row].tolist() == pytest.approx([begins, fruit, 0.0], rel=1e-4)
+        # the name, and the second of its two tags
+        red = sum(1.5 * share for place, share in shares.items() if names[place] == "red apple")
+        assert found[row].tolist() == pytest.approx([begins, fruit, 0.0, red], rel=1e-4)
 
 
 @settings(max_examples=25, deadline=None)
