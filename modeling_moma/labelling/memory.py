@@ -6,7 +6,7 @@ the caption of an image begins: its key is the hidden state there, its value a w
 interpolated with the model's as there (equation 3).
 
 Shape suffixes:
-    N images, M kept ones, D hidden size, F numbers kept of each, K nearest, Q queries.
+    N images, B of them at once, M kept ones, D hidden size, F numbers kept of each, K nearest, Q queries.
 """
 
 import json
@@ -33,6 +33,8 @@ from ..utils.messages import one_line
 MEMORY_FILE = "memory/images.safetensors"
 # kept images that an image is compared with in the end
 NEAREST = 100
+# images at once that are compared with all kept ones: of each pair there is a cosine
+AT_ONCE = 256
 # cosines are divided by it: how much nearer ones count for
 TEMPERATURE = 0.06
 # tags of a name, its most frequent
@@ -229,8 +231,9 @@ class ImageMemory:
     def _nearest(self, features_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return shares (float64) and places of the nearest images, `[N, K]` each."""
         wanted_NF = F.normalize((features_ND.float().cpu() - self.mean) @ self.projection, dim=1)
-        cosine_NM = wanted_NF @ self._unit_keys_MF.T
-        cosine_NK, places_NK = cosine_NM.topk(min(NEAREST, len(self)), dim=1)
+        count = min(NEAREST, len(self))
+        found = [(part_BF @ self._unit_keys_MF.T).topk(count, dim=1) for part_BF in wanted_NF.split(AT_ONCE)]
+        cosine_NK, places_NK = (torch.cat(parts) for parts in zip(*found, strict=True))
         return (cosine_NK.double() / TEMPERATURE).softmax(1), places_NK
 
     @cached_property

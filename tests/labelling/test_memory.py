@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.captions import IMAGES, caption_model, caption_processor
 from helpers.tiny import noise_images
@@ -148,6 +149,32 @@ def test_the_nearest_image_of_a_kept_one_is_itself():
     memory = some_memory(features, [f"name {place}" for place in range(300)])
     likeliest = [max(shares, key=shares.get) for shares in memory.name_shares(features)]
     assert likeliest == memory.names
+
+
+class LargestTensor(TorchDispatchMode):
+    """Keeps the number of elements of the largest tensor that is made."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        parts = found if isinstance(found, (tuple, list)) else [found]
+        self.count = max([self.count, *(part.numel() for part in parts if isinstance(part, torch.Tensor))])
+        return found
+
+
+def test_many_images_are_compared_with_a_memory_in_parts(monkeypatch):
+    monkeypatch.setattr(memories, "NEAREST", 5)
+    torch.manual_seed(0)
+    memory = some_memory(torch.randn(200, 24), [f"name {place % 60}" for place in range(200)], dimensions=8)
+    wanted_ND = torch.randn(90, 24)
+    whole = memory.match(wanted_ND, ["name 1"])
+    monkeypatch.setattr(memories, "AT_ONCE", 4)
+    with LargestTensor() as largest:
+        parts = memory.match(wanted_ND, ["name 1"])
+    assert torch.allclose(parts, whole) and whole.max() > 0
+    # where each image has a cosine with each of the memory's, these are 18,000
+    assert largest.count <= 90 * 24
 
 
 def test_a_memory_takes_further_images_and_none_twice():
