@@ -326,7 +326,7 @@ class ImageMemory:
                 processor,
             )
             memory._check()
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError, zlib.error) as error:
+        except (OSError, SafetensorError, LookupError, ValueError, TypeError, RuntimeError, zlib.error) as error:
             raise InputError(
                 f"{option} {str(path)!r} is no memory of images that `moma build-memory` writes, or is damaged "
                 f"({type(error).__name__}: {one_line(error, 200)})."

@@ -300,13 +300,17 @@ def test_a_memory_of_another_model_is_refused(data, labeler, model, processor, t
     assert status == 2 and f"--memory {str(file)!r}: it was made by another model" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("harm", ["cut", "text", "keys", "names", "other texts", "numbers", "no metadata", "absent"])
+@pytest.mark.parametrize(
+    "harm", ["cut", "text", "keys", "a row", "names", "other texts", "numbers", "no metadata", "absent"]
+)
 def test_a_file_that_is_no_memory_is_refused_by_its_name(tmp_path, harm):
     torch.manual_seed(0)
     file = some_memory(torch.randn(5, 8), list("aabcd")).save(tmp_path / "images.safetensors")
     tensors = load_file(file)
     if harm == "keys":
         tensors["keys"] = tensors["keys"][:, 1:]
+    elif harm == "a row":
+        tensors["keys"] = tensors["keys"][0]
     elif harm == "names":
         tensors["texts"] = tensors["texts"][:5]
     elif harm == "other texts":
@@ -314,7 +318,7 @@ def test_a_file_that_is_no_memory_is_refused_by_its_name(tmp_path, harm):
         tensors["texts"] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
     elif harm == "numbers":
         tensors["name_of"] = torch.full_like(tensors["name_of"].long(), 77)
-    if harm in ("keys", "names", "other texts", "numbers", "no metadata"):
+    if harm in ("keys", "a row", "names", "other texts", "numbers", "no metadata"):
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             file,
