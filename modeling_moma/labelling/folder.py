@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ..data.images import LeftOut
 from ..errors_moma import InputError
 from ..utils.atomic_files import check_place, write_aside
+from ..utils.finite_json import only_finite
 from ..utils.messages import one_line
 from .guesses import Guess
 from .images import folder_files, read_files
@@ -275,7 +276,8 @@ def write_table(output: str, entries: Sequence[Label | Found], rows: Sequence[di
 
     Args:
         output (`str`):
-            path in `.json` for all that entries hold, or in `.csv` for their rows.
+            path in `.json` for all that entries hold, `null` for a score of minus infinity, or in `.csv` for their
+            rows.
         entries (`Sequence[Label | Found]`):
             of the table.
         rows (`Sequence[dict]`):
@@ -284,9 +286,10 @@ def write_table(output: str, entries: Sequence[Label | Found], rows: Sequence[di
 
     def write(path: Path) -> None:
         if Path(output).suffix.lower() == ".json":
-            content = [asdict(entry) for entry in entries]
+            # JSON has no infinity, which the score is of an image that a memory alone does not find
+            content = only_finite([asdict(entry) for entry in entries])
             # in escapes a path keeps bytes that are no text
-            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
             return
         with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.DictWriter(file, list(rows[0]))

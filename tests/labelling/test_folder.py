@@ -5,6 +5,7 @@ import csv
 import gzip
 import importlib.util
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ from helpers.tiny import noise_images, tiny_model, tiny_processor
 from modeling_moma.cli import main as moma
 from modeling_moma.data.images import LeftOut
 from modeling_moma.labelling import images as reading
+from modeling_moma.labelling.folder import Found, write_table
 from modeling_moma.labelling.images import SVG_SIDE, SvgRenderer, folder_files, read_files
 from modeling_moma.labelling.labeler import ImageLabeler, open_labeler
 
@@ -153,6 +155,13 @@ def test_a_search_ranks_every_image_for_every_query(folder, model, tmp_path, cap
     assert moma_command("search", folder, "red", "--model", model) == 0
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[0].split() == [f"{found[0]['score']:.2f}", found[0]["file"]]
+
+
+def test_a_score_of_minus_infinity_is_null_in_json(tmp_path):
+    found = [Found("red", 1, "a.png", -0.5), Found("red", 2, "b.png", -math.inf)]
+    path = write_table(str(tmp_path / "found.json"), found, [])
+    entries = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert [entry["score"] for entry in entries] == [-0.5, None]
 
 
 def test_more_images_than_a_piece_come_in_the_order_of_their_paths(folder, model, tmp_path, monkeypatch):
