@@ -63,9 +63,11 @@ def is_input_error(error: BaseException) -> bool:
     """Return whether an error says what is wrong with an input; any other is a defect, and keeps its traceback."""
     if isinstance(error, InputError):
         return True
-    # a path that a user gave, and may not enter
-    if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)) and error.filename is not None:
-        return True
+    # a path that a user gave, and may not enter, or that no system would take
+    if isinstance(error, OSError) and error.filename is not None:
+        refused = isinstance(error, (PermissionError, NotADirectoryError, FileExistsError))
+        if refused or error.errno == errno.ENAMETOOLONG:
+            return True
     # Both take time to import, and have been where one of their errors is raised.
     from huggingface_hub.errors import StrictDataclassError
 

@@ -210,6 +210,8 @@ def test_a_link_to_a_folder_is_told_in_one_line(folder, model, tmp_path, capfd):
         (["label", "{root}/icons", "--output", "{root}/folder.csv"], "is a folder"),
         (["label", "{root}/icons", "--output", "{root}/texts/notes.txt/a.csv"], "nothing can be written into"),
         (["search", "{root}/icons", "red", "--output", "{root}/texts/notes.txt/a.csv"], "nothing can be written"),
+        (["label", "a" * 300], "File name too long"),
+        (["label", "{root}/icons", "--memory", "a" * 300], "File name too long"),
         (["search", "{root}/icons", " "], "there are no words in it"),
         (["search", "{root}/icons", "red \udcff"], "is no text in UTF-8 (character 4)"),
     ],
