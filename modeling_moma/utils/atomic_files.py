@@ -160,7 +160,7 @@ def check_place(path: str | Path) -> None:
             the file that `--output` names, which may be there.
 
     Raises:
-        ValueError: it is a folder, or its folder can neither be made nor written into.
+        ValueError: it is a folder, its folder can neither be made nor written into, or its name is too long.
     """
     if os.path.isdir(path):
         raise InputError(f"--output: {str(path)!r} is a folder; name a file in it.")
@@ -171,6 +171,16 @@ def check_place(path: str | Path) -> None:
     except OSError as error:
         raise _not_writable(path.parent, error) from error
     check_writable(path.parent)
+    # the longest name of all that are written
+    try:
+        os.lstat(_name_aside(path))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(
+            f"--output: {str(path)!r} is too long: it is written under a name of some 40 letters more, and then "
+            f"renamed ({error.strerror})."
+        ) from error
 
 
 def check_writable(folder: str | Path) -> None:
