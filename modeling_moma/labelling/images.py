@@ -48,8 +48,10 @@ def folder_files(
         ValueError: it is no folder, cannot be read, or holds no file.
     """
     root = Path(folder)
-    if not root.is_dir():
-        what = "is a file" if root.exists() else "does not exist"
+    # no text at all, as of a variable that is not set, would be the working directory
+    is_named = bool(os.fspath(folder))
+    if not is_named or not root.is_dir():
+        what = "is a file" if is_named and root.exists() else "does not exist"
         raise InputError(f"{option} {str(folder)!r} {what}: name a folder of images.")
 
     def skip(error: OSError):

@@ -485,7 +485,7 @@ def open_labeler(
         open_model(model).to(device).eval(), processor, form, batch_size, views, memory_share=memory_share
     )
     if memory_share:
-        labeler.take_memory(memory or memory_of(model))
+        labeler.take_memory(memory_of(model) if memory is None else memory)
     return labeler
 
 

@@ -213,6 +213,8 @@ def test_a_link_to_a_folder_is_told_in_one_line(folder, model, tmp_path, capfd):
         (["label", "a" * 300], "File name too long"),
         (["label", "{root}/icons", "--memory", "a" * 300], "File name too long"),
         (["label", "{root}/icons", "--output", "{root}/" + "a" * 240 + ".csv"], "is too long"),
+        (["label", ""], "FOLDER '' does not exist"),
+        (["label", "{root}/icons", "--memory", ""], "--memory '': there is no such file"),
         (["search", "{root}/icons", " "], "there are no words in it"),
         (["search", "{root}/icons", "red \udcff"], "is no text in UTF-8 (character 4)"),
     ],
