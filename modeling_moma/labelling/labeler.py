@@ -446,6 +446,8 @@ def check_queries(queries: Sequence[str]) -> None:
         raise InputError(f"`queries` is the text {queries!r}: give a list of texts, [{queries!r}].")
     if not queries:
         raise InputError("`queries` is empty: give the words to look for.")
+    if others := [query for query in queries if not isinstance(query, str)]:
+        raise InputError(f"query {others[0]!r}: it is no text, but {type(others[0]).__name__}.")
     if blank := [query for query in queries if not query.strip()]:
         raise InputError(f"query {blank[0]!r}: there are no words in it to look for.")
     for query in queries:

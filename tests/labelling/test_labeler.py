@@ -208,7 +208,7 @@ def test_what_a_model_generates_by_changes_no_name(labeler, codes, monkeypatch):
     assert labeler.model.generation_config.min_new_tokens == 5
 
 
-@pytest.mark.parametrize("queries, said", [([], "is empty"), (["house", " "], "no words")])
+@pytest.mark.parametrize("queries, said", [([], "is empty"), (["house", " "], "no words"), (["house", 3], "no text")])
 def test_queries_without_words_are_refused(labeler, codes, queries, said):
     with pytest.raises(InputError, match=said):
         labeler.match(codes, queries)
