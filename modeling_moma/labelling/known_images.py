@@ -94,7 +94,9 @@ def build_memory(
     if least_groups > 1 and kind.group is None:
         raise InputError(f"least_groups is {least_groups}, and there is no column of groups: name it.")
     rows = source.open(source.split_names()[TRAIN])
-    chosen = chosen_rows(undecoded_rows(rows.select_columns(kind.columns()[1:])), kind, least_groups, most)
+    # one column may be both, such as name and tag, and `datasets` selects none twice
+    columns = list(dict.fromkeys(kind.columns()[1:]))
+    chosen = chosen_rows(undecoded_rows(rows.select_columns(columns)), kind, least_groups, most)
     if not chosen:
         raise InputError(
             f"{source.data!r}: none of its rows is kept: none has a name in {kind.label!r} that {least_groups} groups "

@@ -248,6 +248,8 @@ def test_one_image_of_a_name_and_group_is_kept_and_what_is_no_image_told(data, l
     assert "row 2: left out: image damaged" in capsys.readouterr().err
     every = build_memory(Source("data", str(data), NamedImages("image")), labeler, most=2)
     assert [every.names[number] for number in every.name_of] == ["house", "house", "red apple", "pear"]
+    by_name = build_memory(Source("data", str(data), NamedImages("image", tags="name")), labeler)
+    assert by_name.tags == [[name] for name in by_name.names]
     streamed = Source("data", str(data), kind, load={"streaming": True})
     assert torch.equal(build_memory(streamed, labeler, least_groups=2).keys, memory.keys)
 
