@@ -62,7 +62,7 @@ class Examples:
         images = sorted(str(path.resolve()) for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
         prompts = folder / PROMPTS
         try:
-            lines = prompts.read_text(encoding="utf-8").splitlines() if prompts.exists() else []
+            lines = prompts.read_text(encoding="utf-8-sig").splitlines() if prompts.exists() else []
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--examples: {str(prompts)!r} cannot be read as text in UTF-8 ({error}).") from error
         if not images and not lines:

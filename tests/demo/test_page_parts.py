@@ -79,7 +79,7 @@ def test_files_of_this_machine_that_nobody_uploaded_are_refused(tmp_path):
 def test_examples_are_the_images_and_the_lines_of_a_folder(tmp_path):
     for name in ("b.png", "a.jpg"):
         noise_images(1)[0].save(tmp_path / name)
-    (tmp_path / "prompts.txt").write_text("noto: red apple\n\ncastle \n")
+    (tmp_path / "prompts.txt").write_text("noto: red apple\n\ncastle \n", encoding="utf-8-sig")
     (tmp_path / "notes.md").write_text("no image")
     examples = Examples.from_folder(tmp_path)
     assert [path.rsplit("/", 1)[1] for path in examples.images] == ["a.jpg", "b.png"]
