@@ -59,7 +59,9 @@ class Examples:
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"--examples: there is no folder {str(folder)!r}.")
-        images = sorted(str(path.resolve()) for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
+        paths = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS]
+        # neither folders nor links to nowhere, which Gradio copies at once or cannot show
+        images = sorted(str(path.resolve()) for path in paths if path.is_file())
         prompts = folder / PROMPTS
         try:
             lines = prompts.read_text(encoding="utf-8-sig").splitlines() if prompts.exists() else []

@@ -81,6 +81,8 @@ def test_examples_are_the_images_and_the_lines_of_a_folder(tmp_path):
         noise_images(1)[0].save(tmp_path / name)
     (tmp_path / "prompts.txt").write_text("noto: red apple\n\ncastle \n", encoding="utf-8-sig")
     (tmp_path / "notes.md").write_text("no image")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to("nowhere.png")
     examples = Examples.from_folder(tmp_path)
     assert [path.rsplit("/", 1)[1] for path in examples.images] == ["a.jpg", "b.png"]
     assert examples.prompts == ["noto: red apple", "castle"]
