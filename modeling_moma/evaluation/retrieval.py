@@ -175,14 +175,15 @@ def ranks(scores_QA: torch.Tensor, query_N: torch.Tensor, answer_N: torch.Tensor
             its answer. Other answers that the query has in other pairs are right as well and do not count.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: ranks `[N]` from 1, a wrong answer of equal score ahead of the right one;
-        and among how many, `[N]`.
+        `tuple[torch.Tensor, torch.Tensor]`: ranks `[N]` from 1, a wrong answer of equal score ahead of the right one,
+        and so where either score is NaN; and among how many, `[N]`.
     """
     is_right_QA = torch.zeros_like(scores_QA, dtype=torch.bool)
     is_right_QA[query_N, answer_N] = True
     is_wrong_NA = ~is_right_QA[query_N]
     own_N1 = scores_QA[query_N, answer_N].unsqueeze(1)
-    is_ahead_NA = is_wrong_NA & (scores_QA[query_N] >= own_N1)
+    # what is no number is neither above nor below another
+    is_ahead_NA = is_wrong_NA & ~(scores_QA[query_N] < own_N1)
     return 1 + is_ahead_NA.sum(dim=1), 1 + is_wrong_NA.sum(dim=1)
 
 

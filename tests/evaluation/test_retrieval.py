@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks by likelihood, with equal captions and equal images, against a loop over single pairs."""
 
+import math
 from statistics import fmean, median
 
 import pytest
@@ -111,6 +112,8 @@ def test_equal_answers_are_one_and_equal_scores_count_against():
 
 
 def test_a_model_that_tells_nothing_apart_gets_nothing():
+    rank, _ = ranks(torch.full((8, 8), math.nan), torch.arange(8), torch.arange(8))
+    assert rank.tolist() == [8] * 8
     rank, candidates = ranks(torch.zeros(8, 8), torch.arange(8), torch.arange(8))
     figures = rank_figures(rank, candidates)
     assert (figures["recall@1"], figures["recall@5"], figures["median_rank"]) == (0.0, 0.0, 8.0)
