@@ -9,6 +9,7 @@ Some icons of every held-out split are measured, chosen by a hash of set and fil
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from PIL import Image
 
 from icons_recipe.measuring import Evaluation
 from icons_recipe.model_card import EVALUATION_FILE, SHEET_FILE, report_tables, write_card
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.errors_moma import InputError
+from modeling_moma.utils.atomic_files import check_place, check_writable, write_aside
 
 
 # smallest values of numbers that are asked for; fewer drawings are no test
@@ -63,15 +65,32 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     for name, least in LEAST.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
+    if not 0 < args.temperature < math.inf:
+        parser.error(f"--temperature {args.temperature}: it must be above 0, and finite")
+    if not math.isfinite(args.guidance_scale):
+        parser.error(f"--guidance-scale {args.guidance_scale}: it must be a finite number, 1 for none")
+    if args.emoji and not Path(args.emoji).is_dir():
+        parser.error(f"--emoji {args.emoji!r} is no folder: `make data` builds it, and '' leaves it out")
+    try:
+        if args.output is not None:
+            check_place(args.output)
+        if args.output is None or args.write_card:
+            check_writable(args.model)
+    except InputError as error:
+        parser.error(str(error))
     words = sys.argv[1:] if arguments is None else arguments
     args.command = shlex.join(["python", "scripts/evaluate_icons.py", *words])
     return args
 
 
-def main(arguments=None):
+def main(arguments=None) -> int:
     args = parse_arguments(arguments)
-    evaluation = Evaluation(args)
-    report = evaluation.run()
+    try:
+        evaluation = Evaluation(args)
+        report = evaluation.run()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     folder = Path(args.model)
     write_aside(
         args.output or folder / EVALUATION_FILE, lambda path: path.write_text(json.dumps(report, indent=2) + "\n")
@@ -82,7 +101,8 @@ def main(arguments=None):
         sheet = evaluation.sheet().quantize(256, dither=Image.Dither.NONE)
         write_aside(folder / SHEET_FILE, lambda path: sheet.save(path, "PNG", optimize=True))
         write_card(folder, report)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

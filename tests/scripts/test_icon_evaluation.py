@@ -45,12 +45,13 @@ def measured(data, tmp_path_factory):
     sizes = {"limit": 5, "ranked": 2, "queries": 3, "drawings": 8, "seeds": 2, "sheet": 3, "batch-size": 8, "views": 2}
     words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
     try:
-        evaluate_icons.main(
+        status = evaluate_icons.main(
             ["--model", str(folder), "--control", str(folder), "--data", str(data), "--write-card"]
             + ["--emoji", str(emoji), *words]
         )
     finally:
         patch.undo()
+    assert status == 0
     return folder
 
 
@@ -118,7 +119,26 @@ def test_neighbours_of_an_earlier_report_are_those_that_are_computed(data, measu
         measuring.read_report(str(tmp_path / "other.json"))
 
 
-def test_numbers_that_are_too_small_are_refused(capsys):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--drawings", "7"], "--drawings 7: it must be at least 8"),
+        (["--temperature", "0"], "--temperature 0.0: it must be above 0"),
+        (["--temperature", "nan"], "--temperature nan: it must be above 0"),
+        (["--guidance-scale", "inf"], "--guidance-scale inf: it must be a finite number"),
+        (["--output", "."], "is a folder; name a file in it"),
+        (["--emoji", "nowhere"], "--emoji 'nowhere' is no folder"),
+    ],
+)
+def test_an_evaluation_that_could_not_end_does_not_begin(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        evaluate_icons.parse_arguments(["--model", "here", "--drawings", "7"])
-    assert "--drawings 7: it must be at least 8" in capsys.readouterr().err
+        evaluate_icons.parse_arguments(["--model", "here", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_data_that_are_none_are_one_line(measured, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measuring, "feature_extractor", lambda device: patches)
+    words = ["--model", str(measured), "--data", str(tmp_path / "nowhere"), "--emoji", "", "--views", "2"]
+    assert evaluate_icons.main(words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "nowhere' is no folder: `make data` builds icons and emoji" in line
