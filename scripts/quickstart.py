@@ -34,6 +34,7 @@ NAMES, TAGS = 3, 4
 FINE_TUNE_IMAGES = 320
 EVALUATION_IMAGES = 32
 CAPTION_TOKENS = 32
+SPLITS = ("test", "train", "validation")
 # as recommended by the card of the released model
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 0}
 
@@ -59,8 +60,23 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         check_writable(args.output)
     except ValueError as error:
         parser.error(str(error))
+    # the largest that NumPy takes
+    if args.seed >= 2**32:
+        parser.error(f"--seed {args.seed}: it must be below {2**32}")
     args.source = open_source(parser, args)
+    check_splits(parser, args.source)
     return args
+
+
+def check_splits(parser: argparse.ArgumentParser, source: Source):
+    """Refuses data without one of the splits that are read, the last of which only after some minutes."""
+    try:
+        found = list(source.split_names().values())
+    except ValueError as error:
+        parser.error(str(error))
+    missing = [split for split in SPLITS if split not in found]
+    if missing:
+        parser.error(f"--data {source.data!r} has no split {missing[0]!r}, but {found}.")
 
 
 def check_number(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str, least: int):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -99,17 +100,20 @@ def test_rows_depend_on_the_seed_alone(source):
 def test_bad_arguments_are_one_line(model_folder, data_folder, recipe, tmp_path, capsys):
     text = tmp_path / "text.yaml"
     text.write_text("sources: {words: {data: words, text: text}}")
+    part = shutil.copytree(data_folder, tmp_path / "part", ignore=shutil.ignore_patterns("validation-*"))
     for arguments, told in (
         (["--model", "no/such/model"], "--model: there is no model in a folder 'no/such/model'"),
         (["--images", "-1"], "--images -1: it must be at least 1"),
         (["--fine-tune-steps", "0"], "--fine-tune-steps 0: it must be at least 1"),
         (["--batch-size", "0"], "--batch-size 0: it must be at least 1"),
         (["--seed", "-1"], "--seed -1: it must be at least 0"),
+        (["--seed", "4294967296"], "--seed 4294967296: it must be below 4294967296"),
         (["--query", " "], "query ' ': there are no words in it"),
         (["--output", text], f"'{text}'"),
         (["--recipe", "no/such.yaml"], "RECIPE 'no/such.yaml' is no file"),
         (["--recipe", text], "its first source, 'words', has no images with captions"),
         (["--data", "no/such/data"], "--data: there is no folder 'no/such/data'"),
+        (["--data", part], "has no split 'validation', but ['train', 'test']"),
     ):
         defaults = ["--model", model_folder, "--recipe", recipe, "--data", data_folder]
         with pytest.raises(SystemExit):
