@@ -27,7 +27,7 @@ from ..errors_moma import InputError
 from ..evaluation.routing_images import record_routing, token_pieces
 from ..generation_moma import INTERLEAVED
 from ..hub.loading import open_model, open_processor
-from ..labelling.folder import CodedFolder
+from ..labelling.folder import CodedFolder, shown
 from ..labelling.guesses import Guess
 from ..labelling.labeler import CaptionForm, ImageLabeler
 from ..labelling.memory import memory_of
@@ -44,6 +44,7 @@ MOST_CODES = 256
 MOST_FOUND = 12
 # longest side in pixels that it sends of each
 LARGEST_SHOWN = 320
+MODES_OF_PNG = ("1", "L", "LA", "P", "RGB", "RGBA")
 # logits are divided by it, and would become infinite, or all alike
 MIN_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 100.0
 # number of views of an image while it is drawn
@@ -113,7 +114,7 @@ class Studio:
             return self.labeler.names(codes)[0], self.labeler.tags(codes)[0]
 
     def find(self, words: str) -> list[tuple[Image.Image, str]]:
-        """Return images of the library that fit words, the best first, with their paths in it.
+        """Return images of the library that fit words, the best first, with their paths in it, as [`shown`] has them.
 
         Args:
             words (`str`):
@@ -126,11 +127,12 @@ class Studio:
             raise InputError("This page has no folder of images to search.")
         with self._lock:
             found = self.coded.search(words, self.labeler, MOST_FOUND)
-        shown = self.coded.images(found)
-        for image, _ in shown:
+        images = self.coded.images(found)
+        for image, _ in images:
             # a page that shows small images need not send large ones
             image.thumbnail((LARGEST_SHOWN, LARGEST_SHOWN))
-        return shown
+        # it takes PNG, and names that are text
+        return [(image if image.mode in MODES_OF_PNG else image.convert("RGB"), shown(name)) for image, name in images]
 
     @property
     def sampling_rate(self) -> int | None:

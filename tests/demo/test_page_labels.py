@@ -2,9 +2,11 @@
 """Names, tags and search on the page, through the page's own server."""
 
 import asyncio
+import os
 
 import httpx
 import pytest
+from PIL import Image
 
 from helpers.captions import caption_model, caption_processor
 from helpers.tiny import noise_images, tiny_model, tiny_processor
@@ -109,6 +111,19 @@ def test_found_images_are_sent_small(tmp_path):
     processor = caption_processor()
     ((image, name),) = Studio(caption_model(processor), processor, "tiny", library=str(tmp_path)).find("red apple")
     assert name == "large.png" and image.size == (320, 213)
+
+
+def test_images_and_names_that_a_page_cannot_take_are_found_all_the_same(tmp_path):
+    (image,) = noise_images(1)
+    with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.jpg"), "wb") as file:
+        image.convert("CMYK").save(file, format="jpeg")
+    processor = caption_processor()
+    found = Studio(caption_model(processor), processor, "tiny", library=str(tmp_path)).find("red apple")
+    gallery = gr.Gallery(format="png")
+    gallery.GRADIO_CACHE = str(tmp_path)
+    (entry,) = gallery.postprocess(found).root
+    assert entry.caption == r"caf\udce9.jpg" and entry.caption.encode()
+    assert Image.open(entry.image.path).size == image.size
 
 
 def test_words_to_draw_beside_the_images_are_no_news(tmp_path, capsys):
