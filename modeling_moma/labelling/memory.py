@@ -221,7 +221,7 @@ class ImageMemory:
         for column, query in enumerate(queries):
             words = " ".join(query.split()).casefold()
             value = [
-                float(_begins_with(name, words)) + (1 / len(tags) if words in tags else 0.0)
+                float(_begins_with(name, words)) + (tags.count(words) / len(tags) if tags else 0.0)
                 for name, tags in self._folded_texts
             ]
             value_NK = torch.tensor(value, dtype=torch.float64)[self.name_of[places_NK]]

@@ -96,9 +96,9 @@ def test_names_tags_and_matches_are_sums_over_the_nearest_images(monkeypatch):
     monkeypatch.setattr(memories, "NEAREST", 4)
     torch.manual_seed(0)
     names = ["house", "House-2", "pear", "house", "red apple", "pear"]
-    tags = [["home", "building"], [], ["fruit"], ["home"], ["fruit", "red"], []]
+    tags = [["home", "building"], [], ["fruit"], ["home"], ["fruit", "Fruit", "red"], []]
     memory = some_memory(torch.randn(6, 8), names, tags, dimensions=6)
-    assert memory.tags == [["home", "building"], [], ["fruit"], ["fruit", "red"]]
+    assert memory.tags == [["home", "building"], [], ["fruit"], ["fruit", "Fruit", "red"]]
     wanted_ND = torch.randn(3, 8)
     found = memory.match(wanted_ND, ["House", "fruit", "ho", "red"])
     for row, named, tagged in zip(range(3), memory.name_shares(wanted_ND), memory.tag_shares(wanted_ND), strict=True):
@@ -113,11 +113,14 @@ def test_names_tags_and_matches_are_sums_over_the_nearest_images(monkeypatch):
                 wanted[tag] = wanted.get(tag, 0) + share / len(of_name[names[place]]) / sum(with_tags.values())
         assert tagged == pytest.approx(wanted, rel=1e-4)
         begins = sum(share for place, share in shares.items() if names[place].lower().split("-")[0] == "house")
-        fruit = sum(
-            share / len(of_name[names[place]]) for place, share in shares.items() if "fruit" in of_name[names[place]]
-        )
-        # the name, and the second of its two tags
-        red = sum(1.5 * share for place, share in shares.items() if names[place] == "red apple")
+        firsts = [
+            (share / len(of_name[names[place]]), tag)
+            for place, share in shares.items()
+            for tag in of_name[names[place]]
+        ]
+        fruit = sum(share for share, tag in firsts if tag.lower() == "fruit")
+        # the name, and the last of its three tags
+        red = sum(4 / 3 * share for place, share in shares.items() if names[place] == "red apple")
         assert found[row].tolist() == pytest.approx([begins, fruit, 0.0, red], rel=1e-4)
 
 
