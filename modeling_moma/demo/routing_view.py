@@ -3,6 +3,7 @@
 
 import html
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ..evaluation.routing_images import UNCOVERED, RoutedTokens, expert_colors, fill_stripes, shaded
 
 
+# such as `<bos>` and `<|end_image|>`, but no arrow of a text
+SPECIAL = re.compile(r"<\|?(\w+)\|?>")
 SIDE = 384
 SKIPPED = "#ffffff"
 # patches narrower than this are too small for a number
@@ -180,7 +183,9 @@ def _stripes(colors: list[str]) -> str:
 
 def _visible(piece: str) -> str:
     """Return a token's text without the space before it and the marks of special tokens; spaces alone as dots."""
-    return piece.strip().strip("<|>") or piece.replace(" ", "\u00b7").replace("\n", "\u21b5")
+    text = piece.strip()
+    special = SPECIAL.fullmatch(text)
+    return special[1] if special else text or piece.replace(" ", "\u00b7").replace("\n", "\u21b5")
 
 
 __all__ = ["RoutedExample", "RoutingView"]

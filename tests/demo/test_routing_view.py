@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers of the routing as a visitor sees them: against what was recorded, for every kind of model."""
 
+import html
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +109,11 @@ def test_words_alone_have_no_image_and_their_characters_are_escaped():
     assert view.image(example, 0) is None
     shown = re.sub(r"<span[^>]*>|</span>|<div[^>]*>|</div>", "", view.words(example, 0))
     assert "<" not in shown and "&lt;" in shown
+    # no chip of a text's characters loses some, and special tokens lose their marks
+    pieces = ["<bos>", " ->", "<=", "|", " ", "<|end_image|>"]
+    shown = view.words(replace(example, pieces=pieces), 0)
+    words = [html.unescape(word) for word in re.findall(r"<span[^>]*>(.*?)</span>", shown)]
+    assert words == ["bos", "->", "<=", "|", "\u00b7", "end_image"]
 
 
 def test_an_image_alone_is_routed_with_its_caption_and_nothing_at_all_is_refused():
