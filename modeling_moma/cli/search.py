@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the images of a folder that fit words best, by what a model would call them.
+"""Find the images of a folder that fit words best, by what a model would call them and by the names of their files.
 
 moma search icons/ cog "shopping cart" --model MODEL
 
@@ -10,7 +10,8 @@ import argparse
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
-from ..utils.fields import Count
+from ..labelling import FILE_NAME_SHARE
+from ..utils.fields import Count, Share
 from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 from .label import FolderArguments, checked_labeler
@@ -25,10 +26,13 @@ class Arguments(FolderArguments):
             words to look for; in quotes where one query has several.
         top (`int`, *optional*, defaults to `10`):
             images of each query at most.
+        file_name_share (`float`, *optional*, defaults to `0.5`):
+            what words in names of files count for, and tags that the memory has of such names; 0 for images alone.
     """
 
     queries: Annotated[list[str], Flag(metavar="WORDS", is_positional=True)]
     top: Count = 10
+    file_name_share: Share = FILE_NAME_SHARE
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:
@@ -43,7 +47,7 @@ def run(args: Arguments) -> None:
 
     check_queries(args.queries)
     labeler = checked_labeler(args)
-    found = search_folder(args.folder, args.queries, labeler, args.top, args.output)
+    found = search_folder(args.folder, args.queries, labeler, args.top, args.output, args.file_name_share)
     if args.output is not None:
         print(write_table(args.output, found, [asdict(entry) for entry in found]))
         return

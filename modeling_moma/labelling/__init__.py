@@ -5,3 +5,5 @@
 MOST_GUESSES = 100
 # codings of an image that may be asked for
 MOST_VIEWS = 9
+# what names of files count for in a search
+FILE_NAME_SHARE = 0.5

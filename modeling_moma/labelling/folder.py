@@ -19,6 +19,8 @@ from ..errors_moma import InputError
 from ..utils.atomic_files import check_place, write_aside
 from ..utils.finite_json import only_finite
 from ..utils.messages import one_line
+from . import FILE_NAME_SHARE
+from .file_names import file_name_shares, with_file_names
 from .guesses import Guess
 from .images import folder_files, read_files
 from .labeler import ImageLabeler, check_queries
@@ -59,7 +61,7 @@ class Found:
         file (`str`):
             its path in the folder.
         score (`float`):
-            see [`ImageLabeler.match`].
+            see [`ImageLabeler.match`], and [`with_file_names`] where names of files count.
     """
 
     query: str
@@ -148,7 +150,12 @@ def label_folder(
 
 
 def search_folder(
-    folder: str, queries: Sequence[str], labeler: ImageLabeler, top: int = 10, output: str | None = None
+    folder: str,
+    queries: Sequence[str],
+    labeler: ImageLabeler,
+    top: int = 10,
+    output: str | None = None,
+    file_name_share: float = FILE_NAME_SHARE,
 ) -> list[Found]:
     """Return the images of a folder that fit words best, query by query; see [`coded_images`].
 
@@ -163,13 +170,21 @@ def search_folder(
             images of each query at most.
         output (`str`, *optional*):
             see [`coded_images`].
+        file_name_share (`float`, *optional*, defaults to `0.5`):
+            what words in names of files, and tags that the labeler's memory has of them, count for beside the images.
+
+    Raises:
+        ValueError: the share is not between 0 and 1, a query has no words, or there is no image.
     """
     check_queries(queries)
+    if not 0 <= file_name_share <= 1:
+        raise InputError(f"`file_name_share` is {file_name_share}: it is a share, from 0 to 1.")
     paths, scores = [], []
     for names, codes in coded_images(folder, labeler, output):
         paths += names
         scores.append(labeler.match(codes, queries))
-    return _ranked(queries, paths, torch.cat(scores), top)
+    shares = file_name_shares(paths, queries, labeler.memory if labeler.memory_share else None)
+    return _ranked(queries, paths, with_file_names(torch.cat(scores), shares, file_name_share), top)
 
 
 def _ranked(queries: Sequence[str], paths: list[str], scores_NQ: torch.Tensor, top: int) -> list[Found]:
@@ -222,7 +237,7 @@ class CodedFolder:
         return cls(folder, paths, torch.cat(codes))
 
     def search(self, words: str, labeler: ImageLabeler, top: int = 10) -> list[Found]:
-        """Return the images that fit words best, as [`search_folder`] does.
+        """Return the images that fit words best, as [`search_folder`] does where names of files count for nothing.
 
         Args:
             words (`str`):

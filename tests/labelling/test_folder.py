@@ -17,7 +17,7 @@ from helpers.tiny import noise_images, tiny_model, tiny_processor
 from modeling_moma.cli import main as moma
 from modeling_moma.data.images import LeftOut
 from modeling_moma.labelling import images as reading
-from modeling_moma.labelling.folder import Found, write_table
+from modeling_moma.labelling.folder import Found, search_folder, write_table
 from modeling_moma.labelling.images import SVG_SIDE, SvgRenderer, folder_files, read_files
 from modeling_moma.labelling.labeler import ImageLabeler, open_labeler
 
@@ -155,6 +155,24 @@ def test_a_search_ranks_every_image_for_every_query(folder, model, tmp_path, cap
     assert moma_command("search", folder, "red", "--model", model) == 0
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[0].split() == [f"{found[0]['score']:.2f}", found[0]["file"]]
+
+
+def test_a_search_finds_words_in_names_of_files(model, tmp_path, capfd):
+    folder = tmp_path / "icons"
+    folder.mkdir()
+    (image,) = noise_images(1)
+    for name in ("a.png", "b.png", "big-house.png"):
+        image.save(folder / name)
+    assert moma_command("search", folder, "house", "--model", model) == 0
+    files = [line.split()[-1] for line in capfd.readouterr().out.splitlines()]
+    assert files == ["big-house.png", "a.png", "b.png"]
+    alone = search_folder(str(folder), ["house"], open_labeler(model), file_name_share=0)
+    assert [entry.score for entry in alone] == pytest.approx([alone[0].score] * 3)
+
+
+def test_a_share_of_file_names_that_is_none_is_refused_before_the_work(model, tmp_path):
+    with pytest.raises(ValueError, match="`file_name_share` is 1.5"):
+        search_folder(str(tmp_path / "nowhere"), ["red"], open_labeler(model), file_name_share=1.5)
 
 
 def test_a_score_of_minus_infinity_is_null_in_json(tmp_path):

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of files in a search: their words, the tags that a memory has of them, and what they count for."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modeling_moma.labelling.file_names import file_name_shares, with_file_names
+from modeling_moma.labelling.memory import ImageMemory
+
+
+NAMES = ["cog", "cog off", "House", "arrow-left", "plain"]
+TAGS = [["settings", "Gear"], ["disabled"], ["home", "real-estate"], ["back"], []]
+
+
+@pytest.fixture(scope="module")
+def memory():
+    states = torch.randn(len(NAMES), 8, generator=torch.Generator().manual_seed(0))
+    return ImageMemory.build(states, NAMES, TAGS, states[0], "processor", dimensions=4)
+
+
+@pytest.mark.parametrize(
+    ("file", "query", "share"),
+    [
+        ("cog.svg", "cog", 1),
+        ("icons/cog.svg", "icons", 0),
+        ("cog-outline.svg", "Cog", 1 / 2),
+        ("shoppingCart_24.png", "shopping cart", 2 / 3),
+        ("shoppingCart_24.png", "cart shopping", 0),
+        ("cogwheel.svg", "cog", 0),
+        ("archive.tar.svgz", "tar", 1 / 2),
+        # by the memory
+        ("cog.svg", "settings", 1),
+        ("CogFilled.svg", "gear", 1 / 2),
+        # of the longest name alone: what is off is no setting
+        ("cog-off.svg", "disabled", 1),
+        ("cog-off.svg", "settings", 0),
+        ("cog-house.svg", "home", 1 / 2),
+        ("house.svg", "real estate", 1),
+        ("arrow_left.png", "back", 1),
+        ("plain.png", "home", 0),
+        # no words at all
+        ("---.svg", "cog", 0),
+        ("cog.svg", "+", 0),
+        ("caf\udce9.svg", "cog", 0),
+        ("\u6b6f\u8eca.svg", "\u6b6f\u8eca", 1),
+    ],
+)
+def test_shares_of_words_that_speak_of_a_query(memory, file, query, share):
+    assert file_name_shares([file], [query], memory).tolist() == [[share]]
+
+
+def test_without_a_memory_words_alone_count():
+    assert file_name_shares(["cog.svg", "key.svg"], ["cog", "settings"]).tolist() == [[1, 0], [0, 0]]
+    assert file_name_shares([], ["cog"]).shape == (0, 1)
+
+
+WORDS = st.lists(st.sampled_from(["cog", "off", "house", "arrow", "left", "x", "24"]), max_size=6)
+
+
+@given(files=st.lists(WORDS, min_size=1, max_size=4), query=WORDS)
+def test_equal_a_plain_loop_over_all_runs_of_words(memory, files, query):
+    found = file_name_shares(["-".join(words) + ".svg" for words in files], [" ".join(query)], memory)
+    tags = {tuple(name.lower().replace("-", " ").split()): texts for name, texts in zip(NAMES, TAGS, strict=True)}
+    for words, share in zip(files, found.flatten().tolist(), strict=True):
+        best, longest = 0, 0
+        for start in range(len(words)):
+            for stop in range(start + 1, len(words) + 1):
+                run = words[start:stop]
+                if run == query:
+                    best = max(best, len(run) / len(words))
+                if tuple(run) in tags:
+                    longest = max(longest, len(run))
+        for start in range(len(words) - longest + 1):
+            run = tuple(words[start : start + longest])
+            if " ".join(query) in [tag.lower() for tag in tags.get(run, [])]:
+                best = max(best, longest / len(words))
+        assert share == pytest.approx(best)
+
+
+@pytest.mark.parametrize("weight", [0, 0.25, 1])
+def test_scores_are_logarithms_of_the_mixture(weight):
+    scores = torch.tensor([[-1.0, -3.0], [-math.inf, -2.0]], dtype=torch.float64)
+    shares = torch.tensor([[0.0, 0.5], [1.0, 0.0]], dtype=torch.float64)
+    mixed = with_file_names(scores, shares, weight)
+    assert torch.allclose(mixed.exp(), (1 - weight) * scores.exp() + weight * shares)
