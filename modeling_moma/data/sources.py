@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sources of a training: what a recipe calls them, where their rows are, and how `datasets` opens them."""
 
-import csv
 import dataclasses
 import hashlib
 import itertools
@@ -40,6 +39,7 @@ from .json_lines import has_broken_lines, is_json_lines, mended_copy
 from .kinds import SourceKind, read_kind
 from .split_folders import METADATA, data_files, rows_below, split_folders
 from .split_parts import refuse_shared_parts
+from .tables import reading_options, refuse_longer_rows, table_files
 
 
 logger = logging.get_logger(__name__)
@@ -143,6 +143,8 @@ class Source:
             ValueError: the data cannot be opened, or lack a column of the source.
         """
         path, options = self._loading()
+        if path == READERS[".csv"]:
+            refuse_longer_rows(f"sources: {self.name!r}", table_files(options.get("data_files")), options)
         options = self._with_cache_of_files(path, {**options, "split": split})
         try:
             rows = self._call(load_dataset, path, options)
@@ -279,11 +281,7 @@ class Source:
     def _reading(self, suffix: str) -> dict[str, Any]:
         """Return arguments of the reader of a file, by its ending."""
         if READERS[suffix] == "csv":
-            # a caption is what stands there: 007 is no 7, and NA is a word
-            texts = {"converters": dict.fromkeys(self.kind.columns(), str), "keep_default_na": False}
-            # quotes mean nothing in a table of tabs
-            tabs = {"sep": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
-            return {**texts, "na_values": [""], **tabs}
+            return reading_options(suffix, self.kind.columns())
         # the mark that some editors put before a text is none of its characters
         return {"encoding": "utf-8-sig"} if suffix == ".txt" else {}
 
