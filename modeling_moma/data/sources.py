@@ -27,6 +27,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from datasets.inspect import SplitsNotFoundError
+from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.table import CastError
 from pydantic import Field
 from transformers.utils import logging
@@ -143,9 +144,11 @@ class Source:
             ValueError: the data cannot be opened, or lack a column of the source.
         """
         path, options = self._loading()
+        options = {**options, "split": split}
         if path == READERS[".csv"]:
             refuse_longer_rows(f"sources: {self.name!r}", table_files(options.get("data_files")), options)
-        options = self._with_cache_of_files(path, {**options, "split": split})
+        elif Path(path).resolve() == Path(self.data).resolve() and Path(path).is_dir():
+            options = self._of_folder(path, options)
         try:
             rows = self._call(load_dataset, path, options)
         except ValueError:
@@ -166,17 +169,21 @@ class Source:
             raise InputError(f"sources: {self.name!r}: {self.data!r} has no column {missing[0]!r}, but {columns}.")
         return rows
 
-    def _with_cache_of_files(self, path: str, options: dict[str, Any]) -> dict[str, Any]:
-        """Return the options with a cache that belongs to the files of a folder as they are now.
+    def _of_folder(self, path: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the options of a folder: how its tables are read, and a cache that belongs to its files as they are.
 
         What `datasets` has prepared of a folder with a card it finds again by the card's patterns, whatever files
         match them since, in this folder or another of that name.
         """
-        if Path(path).resolve() != Path(self.data).resolve() or not Path(path).is_dir() or options.get("streaming"):
-            return options
         builder = self._call(load_dataset_builder, path, options)
         # by split, with when each file was changed
         files = {split: (list(found), found.origin_metadata) for split, found in builder.config.data_files.items()}
+        if isinstance(builder.config, CsvConfig):
+            options = {**self._reading(".csv"), **options}
+            tables = table_files([escape(file) for found, _ in files.values() for file in found])
+            refuse_longer_rows(f"sources: {self.name!r}", tables, {**options, "sep": builder.config.sep})
+        if options.get("streaming"):
+            return options
         folder = Path(options.get("cache_dir") or config.HF_DATASETS_CACHE)
         return {**options, "cache_dir": str(folder / f"{Path(path).name}-{Hasher.hash(files)}")}
 
@@ -270,7 +277,7 @@ class Source:
             problem = None if {"data_files", "data_dir"} & self.load.keys() else why_nowhere(self.data, "dataset")
             if problem is not None:
                 raise InputError(f"sources: {self.name!r}: {problem}.")
-            return self.data, dict(self.load)
+            return self.data, {**(self._reading(".csv") if self.data == READERS[".csv"] else {}), **self.load}
         if path.suffix not in READERS:
             raise InputError(
                 f"sources: {self.name!r}: no reader is known for files that end in {path.suffix!r}, only for those in "

@@ -35,6 +35,20 @@ def test_a_table_that_says_what_its_rows_begin_or_end_with_is_read(tmp_path):
     assert texts(tmp_path / "d.csv", index_col=False) == ["red", "blue"]
 
 
+@pytest.mark.parametrize("form", ["folder", "reader", "stream"])
+def test_texts_of_tables_in_a_folder_are_the_characters_that_stand_there(tmp_path, form):
+    words = ["007", "NA", "1.50"]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.csv").write_text("\n".join(["text", *words]) + "\n")
+    data, load = str(tmp_path / "rows"), {"streaming": True} if form == "stream" else {}
+    if form == "reader":
+        data, load = "csv", {"data_files": f"{tmp_path}/rows/train.csv"}
+    assert texts(data, **load) == words
+    (tmp_path / "rows" / "train.csv").write_text("id,text\n1,Hello, world\n")
+    with pytest.raises(InputError, match="has 3 fields"):
+        texts(data, **load)
+
+
 def test_commas_in_quotes_and_other_separators_are_no_further_fields(tmp_path):
     (tmp_path / "d.csv").write_text('text,size\n"red, round",1\n"two\nlines",2\n')
     assert texts(tmp_path / "d.csv") == ["red, round", "two\nlines"]
