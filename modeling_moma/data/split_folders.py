@@ -34,7 +34,7 @@ def data_files(folder: Path) -> dict[str, list[str]]:
 
 
 def rows_below(rows: Dataset, folders: Sequence[Path], column: str) -> Dataset:
-    """Return the rows whose image lies below one of some folders.
+    """Return the rows whose image lies below one of some folders, and those that name no image.
 
     Args:
         rows (`Dataset`):
@@ -46,8 +46,9 @@ def rows_below(rows: Dataset, folders: Sequence[Path], column: str) -> Dataset:
     """
     values: Any = rows.select_columns(column).cast_column(column, Image(decode=False))[column]
     below = [folder.resolve() for folder in folders]
-    paths = [Path(value["path"]).resolve() for value in values]
-    return rows.select([row for row, path in enumerate(paths) if any(map(path.is_relative_to, below))])
+    # a row without an image is of no split: whoever reads the rows tells of it
+    paths = [None if value is None else Path(value["path"]).resolve() for value in values]
+    return rows.select([row for row, path in enumerate(paths) if path is None or any(map(path.is_relative_to, below))])
 
 
 __all__ = ["data_files", "rows_below", "split_folders"]

@@ -82,6 +82,14 @@ def test_captions_above_the_folders_of_splits_are_read(run, tmp_path, splits, su
     }
 
 
+def test_a_row_without_an_image_above_such_folders_is_left_out(run, tmp_path):
+    sorted_photos(tmp_path / "photos", ["train", "test"], "jsonl")
+    with open(tmp_path / "photos" / "metadata.jsonl", "a") as file:
+        file.write(json.dumps({"file_name": None, "text": "nothing"}) + "\n")
+    entry, documents, _ = run(data=str(tmp_path / "photos"), image="image", text="text")
+    assert entry["read"]["train"]["left_out"] == {"image missing": 1} and len(documents["train"]) == 3
+
+
 def test_part_or_stream_of_such_a_split_is_refused(tmp_path):
     sorted_photos(tmp_path / "photos", ["train", "test"])
     fields = {"data": str(tmp_path / "photos"), "image": "image", "text": "text"}
