@@ -183,6 +183,13 @@ class _RecipeLoader(yaml.SafeLoader):
             lines[name] = line
         return node
 
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        # a value that looks like a date and is none says nothing of its place
+        except ValueError as error:
+            raise yaml.constructor.ConstructorError(None, None, one_line(error), node.start_mark) from error
+
 
 def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe.
@@ -207,7 +214,8 @@ def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
         raise InputError(f"{where} is no file.")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # brackets in brackets may go too deep
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{where} cannot be read as YAML: {one_line(error)}") from error
     sections = [entry.name for entry in dataclasses.fields(Recipe)]
     if not isinstance(content, dict) or not content.keys() <= set(sections):

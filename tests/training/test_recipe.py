@@ -114,6 +114,8 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
         ("sources: []\n", "sources: expected a mapping"),
         ("- 1\n", "got list"),
         ("model: {\n", "cannot be read as YAML"),
+        ("model: {}\ndata: {packed: 2024-02-30}\n", "cannot be read as YAML: day is out of range .*line 2, column 16"),
+        (f"model: {'[' * 500}\n", "cannot be read as YAML: maximum recursion depth"),
     ],
 )
 def test_what_nothing_knows_is_refused_by_name(tmp_path, text, message):
