@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from glob import escape, glob
 from pathlib import Path
 from typing import Annotated, Any
@@ -441,10 +442,18 @@ def read_sources(section: Any, is_stored: bool = False) -> list[Source]:
             for key, value in fields.items()
             if key in COMMON_FIELDS
         }
+        _refuse_dates(where, common.get("load", {}))
         own = {key: value for key, value in fields.items() if key not in COMMON_FIELDS}
         kind = read_kind(name, own, COMMON_FIELDS, is_stored)
         sources.append(Source(name=str(name), kind=kind, **common))
     return sources
+
+
+def _refuse_dates(where: str, load: dict[str, Any]) -> None:
+    """Raise `ValueError` for a date, which YAML makes of a text: no reader takes it, and no job in JSON holds it."""
+    for name, value in load.items():
+        if isinstance(value, date):
+            raise InputError(f"{where}: load: {name} = {value} is a date in YAML: put quotes around it.")
 
 
 def source_texts(sources: Sequence[Source], rows: int) -> Iterator[str]:

@@ -487,6 +487,7 @@ def test_missing_image_of_a_page_is_no_row_left_out(run, tmp_path):
         ({"weight": float("nan")}, "weight = nan must be between 1e-06"),
         ({"held_out": 1}, "held_out = 1 must be at least 0 and below 1: share of the training rows"),
         ({"held_out": True}, "held_out = True must be a number"),
+        ({"load": {"revision": date(2024, 2, 1)}}, "load: revision = 2024-02-01 is a date in YAML: put quotes around"),
     ],
 )
 def test_misspelt_field_and_value_out_of_range_say_what_may_stand_there(fields, said):
