@@ -20,7 +20,7 @@ from ..errors_moma import InputError
 from ..utils.atomic_files import check_new_folder, check_writable, is_of_model
 from ..utils.digests import files_digest
 from .checkpoints import read_state, whole_checkpoints
-from .stages import EARLIER_STEPS, RUN_FILE, data_order, examples_a_step
+from .stages import EARLIER_STEPS, RUN_FILE, data_order, examples_a_step, read_record
 
 
 # facts by name, in sections
@@ -193,7 +193,7 @@ def check_output(output: str, facts: Facts, resume: bool, arguments: TrainingArg
     records = {name: _facts_of_state(state) for name, state in held.items()}
     # a run may be killed while it writes its model and have no checkpoint
     if not records and (folder / RUN_FILE).is_file() and any(map(is_of_model, folder.glob("*"))):
-        records[RUN_FILE] = json.loads((folder / RUN_FILE).read_text()).get("fingerprint")
+        records[RUN_FILE] = read_record(folder / RUN_FILE).get("fingerprint")
     for name, then in records.items():
         if then is None:
             raise InputError(

@@ -29,6 +29,26 @@ EARLIER_STEPS = "earlier_steps"
 logger = logging.get_logger(__name__)
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Return what a run, or a command after it, has written about itself.
+
+    Args:
+        path (`Path`):
+            a file in JSON.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+        problem = f"it holds a {type(record).__name__}"
+    except ValueError as error:
+        problem = f"it cannot be read as JSON ({error})"
+    raise InputError(f"{str(path)!r}: {problem}; was its folder copied in part, or changed by hand?")
+
+
 def data_order(folder: str | Path) -> dict[str, Any] | None:
     """Return what decided on the order of the data in the training that a model comes from.
 
@@ -39,18 +59,21 @@ def data_order(folder: str | Path) -> dict[str, Any] | None:
     Returns:
         `dict[str, Any] | None`: `seed`, `examples_a_step` over all devices and, where the training kept it, `data`,
             of which the stream was made; `None` where no file tells.
+
+    Raises:
+        ValueError: a file that would tell is damaged.
     """
     folder = Path(folder).resolve()
     run_folder = folder.parent if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else folder
     if (run_folder / RUN_FILE).is_file():
-        run = json.loads((run_folder / RUN_FILE).read_text())
-        order = {"seed": run.get("arguments", {}).get("seed"), "examples_a_step": run["examples_a_step"]}
+        run = read_record(run_folder / RUN_FILE)
+        order = {"seed": run.get("arguments", {}).get("seed"), "examples_a_step": run.get("examples_a_step")}
         if data := run.get("fingerprint", {}).get("data"):
             order["data"] = {name: value for name, value in data.items() if name != EARLIER_STEPS}
-        return None if order["seed"] is None else order
+        return None if None in (order["seed"], order["examples_a_step"]) else order
     for name in (UPCYCLING_FILE, LAYERS_FILE):
         if (folder / name).is_file():
-            return json.loads((folder / name).read_text()).get("data_order")
+            return read_record(folder / name).get("data_order")
     return None
 
 
@@ -140,13 +163,13 @@ def first_step(
             whether to begin at the first example whatever the model has seen.
 
     Raises:
-        ValueError: that stage was finished, took its data in another order, or this one would end before it.
+        ValueError: that stage was finished, took its data in another order, or this one would end before it; or one
+            of its records is damaged.
     """
     state_file = Path(model or "") / TRAINER_STATE_NAME
     if not model or restart_data or not state_file.is_file():
         return 0
-    state = TrainerState.load_from_json(str(state_file))
-    anew = "--restart-data begins anew in the data."
+    state, anew = _earlier_state(state_file), "--restart-data begins anew in the data."
     if state.global_step == state.max_steps:
         raise InputError(
             f"`--model` {model!r} comes from a training that is finished: it has taken all of its "
@@ -178,6 +201,16 @@ def first_step(
             f"{stop_at} count, too: nothing is left to train. {anew}"
         )
     return state.global_step
+
+
+def _earlier_state(path: Path) -> TrainerState:
+    try:
+        return TrainerState(**read_record(path))
+    except TypeError as error:
+        raise InputError(
+            f"{str(path)!r} is none that a training of this version wrote ({one_line(error)}). --restart-data begins "
+            "anew in the data."
+        ) from error
 
 
 def copy_checkpoint(checkpoint: str | Path, output: Path, processor: MomaProcessor, model: PreTrainedModel):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, TrainerCallback, get_scheduler
+from transformers import AutoTokenizer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.utils import is_flash_attn_2_available
 
 from helpers.tiny import TRAINED, tiny_model, tiny_processor, write_tokens, write_training
@@ -23,8 +23,9 @@ from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.errors_moma import InputError
 from modeling_moma.routing_moma import MomaRouter
 from modeling_moma.training import pretraining, stage_trainer
+from modeling_moma.training.fingerprints import check_output
 from modeling_moma.training.pretraining import build_trainer
-from modeling_moma.training.stages import data_order, examples_a_step, feeding_fields, set_attention
+from modeling_moma.training.stages import data_order, examples_a_step, feeding_fields, first_step, set_attention
 from tokenization import MomaProcessor
 
 
@@ -489,6 +490,31 @@ def test_order_of_the_data_is_known_of_outputs_checkpoints_and_grown_models(stag
         assert (order["seed"], order["examples_a_step"], order["data"]["packed"]) == (0, 4, False), folder
     monkeypatch.chdir(checkpoint)
     assert data_order(".") == order
+    assert data_order(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "run.json", "upcycling.json"])
+@pytest.mark.parametrize("text, said", [('{"max_steps": ', "it cannot be read as JSON"), ("[]", "it holds a list")])
+def test_damaged_record_of_an_earlier_stage_is_named(tmp_path, name, text, said):
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 4, "max_steps": 8}')
+    (tmp_path / name).write_text(text)
+    settings = TrainingArguments(output_dir=str(tmp_path / "out"), max_steps=8, use_cpu=True)
+    with pytest.raises(InputError, match=f"{name}.: {said}.*; was its folder copied in part"):
+        first_step(str(tmp_path), settings)
+    assert first_step(str(tmp_path), settings, restart_data=True) == 0
+    (tmp_path / "config.json").write_text("{}")
+    if name == "run.json":
+        (tmp_path / "trainer_state.json").unlink()
+        with pytest.raises(InputError, match=f"run.json.: {said}"):
+            check_output(str(tmp_path), {}, resume=False)
+
+
+def test_records_of_something_else_are_no_earlier_stage(tmp_path):
+    (tmp_path / "trainer_state.json").write_text('{"steps": 4}')
+    settings = TrainingArguments(output_dir=str(tmp_path / "out"), max_steps=8, use_cpu=True)
+    with pytest.raises(InputError, match="trainer_state.json. is none that a training .*--restart-data"):
+        first_step(str(tmp_path), settings)
+    (tmp_path / "run.json").write_text('{"arguments": {"seed": 0}}')
     assert data_order(tmp_path) is None
 
 
