@@ -105,7 +105,7 @@ def run_facts(
     facts = {
         "model": {**_model_facts(config, weights), "processor": tokens.manifest["fingerprint"]},
         "data": {**_data_facts(tokens, sources, *packing), EARLIER_STEPS: earlier_steps},
-        "seed": {"seed": arguments.seed, "data_seed": arguments.data_seed},
+        "seed": {"seed": arguments.seed},
         "batch": {"examples_a_step": examples_a_step(arguments)},
         "training": {**_training_facts(arguments), **training},
     }

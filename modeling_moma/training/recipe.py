@@ -24,6 +24,7 @@ REFUSED = {
     "ignore_data_skip": "a run that goes on would read its first documents again",
     "auto_find_batch_size": "documents of a step are counted before: give a `per_device_train_batch_size` that fits",
     "dataloader_drop_last": "held-out documents would be left out of their loss",
+    "data_seed": "the order of the documents follows from `seed`",
     "num_train_epochs": "a training is as long as `max_steps` says, whose documents come from a stream",
 }
 # the one value that each of Accelerate's settings may have, and why

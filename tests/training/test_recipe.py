@@ -82,6 +82,10 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
             "model: {}\ntrainer: {num_train_epochs: 3}\n",
             "trainer: num_train_epochs = 3: a training is as long as `max_steps` says",
         ),
+        (
+            "model: {}\ntrainer: {data_seed: 3}\n",
+            "trainer: data_seed = 3: the order of the documents follows from `seed`",
+        ),
         *[
             (f"model: {{}}\ntrainer: {{{name}: true}}\n", f"trainer: {name} = True: {reason}")
             for name, reason in (
