@@ -23,7 +23,7 @@ from ..utils.fields import former_names
 from .encoding import has_caption_template, loaded_encoder, template_digest
 from .kinds import KINDS
 from .shared_rows import warn_of_shared_rows
-from .sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, read_sources, undecoded_rows
+from .sources import HELD_OUT_RULE, READERS, TRAIN, VALIDATION, Source, read_sources, undecoded_rows
 
 
 JOB_FILE = "job.json"
@@ -410,7 +410,7 @@ def _warn_of_later_files(path: Path, job: Job) -> None:
     began = path.stat().st_mtime
     for name in job.sources:
         files = source_files(job.source(name))
-        later = [file for file in files if file.suffix in ROW_FILES and file.stat().st_mtime > began]
+        later = [file for file in files if file.suffix in READERS and file.stat().st_mtime > began]
         if later:
             logger.warning(
                 f"sources: {name!r}: {str(later[0])!r} was written after the tokens in {str(path.parent)!r} were "

@@ -30,7 +30,7 @@ from helpers.tiny import noise_images, tiny_processor, write_tokens
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.encoding import DocumentEncoder, caption_chat_template
 from modeling_moma.data.images import LeftOut, read_image
-from modeling_moma.data.jobs import plan_job, read_job, source_digest, write_job
+from modeling_moma.data.jobs import Job, plan_job, read_job, source_digest, write_job
 from modeling_moma.data.reports import read_manifest, write_manifest
 from modeling_moma.data.sources import read_sources
 from modeling_moma.data.workers import Workers, run_tasks
@@ -719,6 +719,22 @@ def test_a_file_that_is_written_after_its_tokens_is_told(processor, tmp_path, ca
         assert told.startswith(f"sources: 'lines': {str(rows)!r}") and "give a new folder" in told
         earlier = rows.stat().st_mtime - 100
         os.utime(rows, (earlier, earlier))
+
+
+@pytest.mark.parametrize("name", ["t.ndjson", "t.tar"])
+def test_a_file_of_any_reader_that_is_written_after_its_tokens_is_told(processor, tmp_path, caplog, name):
+    if name == "t.tar":
+        with tarfile.open(tmp_path / name, "w") as archive:
+            archive.addfile(tarfile.TarInfo("0.txt"))
+    else:
+        (tmp_path / name).write_text('{"txt": "one"}\n{"txt": "two"}\n')
+    (source,) = read_sources({"lines": {"data": str(tmp_path / name), "text": "txt", "held_out": 0}})
+    job = Job(processor, "", 64, True, 0, {"lines": source.fields()}, {"lines": {}})
+    write_job(tmp_path / "tokens", job)
+    later = time.time() + 10
+    os.utime(tmp_path / name, (later, later))
+    write_job(tmp_path / "tokens", job)
+    assert f"{name}' was written after the tokens" in caplog.text
 
 
 def test_sources_of_the_same_rows_that_hold_out_others_are_told(processor, tmp_path, caplog):
