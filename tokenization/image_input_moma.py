@@ -364,9 +364,19 @@ class MomaImageInputMixin(_Backend):
             if (bottom - top, right - left) != (image.height, image.width):
                 image = image.crop((left, top, right, bottom))
             return super().process_image(image, do_rescale=do_rescale, **kwargs)
-        array = super().process_image(clean_array_image(image, do_rescale), do_rescale=do_rescale, **kwargs)
+        array = self._process_array(clean_array_image(image, do_rescale), do_rescale=do_rescale, **kwargs)
         top, left, bottom, right = box(array.shape[-2], array.shape[-1])
         return array[..., top:bottom, left:right]
+
+    def _process_array(self, image: Any, **kwargs) -> Any:
+        try:
+            return super().process_image(image, **kwargs)
+        # of the base class, which does not name what it was given
+        except ValueError as error:
+            raise InputError(
+                f"images: an array of shape {tuple(image.shape)} is no image ({error}): its first or last axis has "
+                "1, 3 or 4 channels."
+            ) from error
 
     def _preprocess(self, images: list, *args, **kwargs) -> BatchFeature:
         size, crop_size = kwargs.get("size"), kwargs.get("crop_size")

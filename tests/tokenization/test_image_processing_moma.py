@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from tokenization import MomaImageProcessor, MomaImageProcessorPil
+from tokenization.processor_errors_moma import InputError
 
 
 SIZES = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
@@ -316,6 +317,12 @@ def test_values_of_any_range_keep_it_and_do_not_depend_on_their_neighbours(image
 def test_wrong_type_of_image_raises_type_error(image_processor):
     with pytest.raises(TypeError, match="got int"):
         image_processor([3])
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 2), (5, 16, 16)])
+def test_arrays_of_other_channels_are_named_by_their_shape(image_processor, shape):
+    with pytest.raises(InputError, match=rf"images: an array of shape \({shape[0]},.* is no image .*3 or 4 channels"):
+        image_processor([np.zeros(shape, dtype=np.uint8)])
 
 
 def test_postprocess_undoes_preprocess(image_processor):
