@@ -263,7 +263,8 @@ class ImageMemory:
             what = "processor" if is_same_model else "model"
             raise InputError(
                 f"{option}: it was made by another {what}, whose states mean something else: was the {what} trained "
-                "further? Make it anew with `moma build-memory`, or do without it (`--memory-share 0`)."
+                "further? Make it anew with `moma build-memory`, or do without it: move the file away, or "
+                "give `moma label` and `moma search` `--memory-share 0`."
             )
 
     def save(self, path: str | Path) -> Path:
