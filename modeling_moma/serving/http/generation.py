@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.cli.serving.utils import GenerateManager
 
 from .errors import RequestError
@@ -150,6 +150,32 @@ class StopInTime(StoppingCriteria):
         return torch.full((input_ids.shape[0],), is_over, device=input_ids.device, dtype=torch.bool)
 
 
+class StopAtText(StoppingCriteria):
+    """Ends a generation in place of `stop_strings`, which `generate` looks for in the prompt, too.
+
+    Args:
+        tokenizer (`Any`):
+            whose tokens are looked through for stop strings.
+        gen_config (`GenerationConfig`):
+            of the generation; its `stop_strings` are taken out.
+        prompt_length (`int`):
+            positions of the prompt, in which no stop string begins.
+    """
+
+    def __init__(self, tokenizer: Any, gen_config: Any, prompt_length: int):
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+        self.stops, gen_config.stop_strings = _stops(gen_config), None
+        self._search: StopStringCriteria | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> Any:
+        """Return True for rows whose last token completes a stop string of the answer, `[B]`."""
+        if not self.stops:
+            return torch.zeros(input_ids.shape[0], device=input_ids.device, dtype=torch.bool)
+        # made here, in the thread of generation: it walks over the whole vocabulary
+        self._search = self._search or StopStringCriteria(self.tokenizer, self.stops)
+        return self._search(input_ids[:, self.prompt_length :], None)
+
+
 class StoppedText:
     """The text of an answer piece by piece, without the first stop string and what follows it.
 
@@ -219,23 +245,24 @@ class StoppedQueue:
 class CheckedManager(GenerateManager):
     """Generates until an answer is complete, its time is over or its client has gone.
 
-    The server hands `generate` the processor as its tokenizer, which has no vocabulary to look for stop strings in.
+    The server hands `generate` the processor as its tokenizer, which has no vocabulary to look for stop strings in,
+    and `generate` looks for them in the prompt, too.
     """
 
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
         """Stream an answer, without the stop string at which it ends."""
         tokenizer = getattr(processor, "tokenizer", processor)
-        inputs = _ending(inputs, gen_config)
+        inputs, at_text = _ending(tokenizer, inputs, gen_config)
         queue, streamer = super().generate_streaming(model, tokenizer, inputs, gen_config, request_id, response_parser)
-        stops = _stops(gen_config)
+        stops = at_text.stops
         return (StoppedQueue(queue, stops) if stops else queue), streamer  # pyright: ignore[reportReturnType]
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         """Make an answer, without the stop string at which it ends."""
         tokenizer = getattr(processor, "tokenizer", processor)
-        inputs = _ending(inputs, gen_config)
+        inputs, at_text = _ending(tokenizer, inputs, gen_config)
         text, length, ids = await super().generate_non_streaming(model, tokenizer, inputs, gen_config, request_id)
-        stopped = StoppedText(_stops(gen_config))
+        stopped = StoppedText(at_text.stops)
         return stopped.add(text) + stopped.end(), length, ids
 
     def submit(self, fn, *args, **kwargs):
@@ -250,11 +277,12 @@ class CheckedManager(GenerateManager):
         return asyncio.shield(answer)
 
 
-def _ending(inputs: Any, gen_config: Any) -> dict[str, Any]:
-    """Return the arguments of `generate`, which stops once the client has gone or the time is over."""
+def _ending(tokenizer: Any, inputs: Any, gen_config: Any) -> tuple[dict[str, Any], StopAtText]:
+    """Return the arguments of `generate`, which stops in time, and what ends it at a stop string."""
     request = current_request.get()
-    criteria = [StopOnDisconnect(request.disconnected), StopInTime(request, gen_config)]
-    return {**inputs, "stopping_criteria": StoppingCriteriaList(criteria)}
+    at_text = StopAtText(tokenizer, gen_config, inputs["input_ids"].shape[-1])
+    criteria = [StopOnDisconnect(request.disconnected), StopInTime(request, gen_config), at_text]
+    return {**inputs, "stopping_criteria": StoppingCriteriaList(criteria)}, at_text
 
 
 def _stops(gen_config: Any) -> list[str]:

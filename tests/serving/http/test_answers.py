@@ -116,6 +116,21 @@ def test_answer_ends_before_its_stop_string(client, processor, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_stop_string_does_not_begin_in_the_prompt(client, stream):
+    def asked(**fields):
+        body = {"prompt": "a", "max_tokens": 3, "temperature": 0, **fields}
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        lines = answer.text.splitlines() if body.get("stream") else [answer.text]
+        choices = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines if line]
+        return "".join(choice["text"] for choice in choices), choices[-1]["finish_reason"]
+
+    expected, _ = asked()
+    assert expected[0].isprintable() and expected[0] != "\ufffd"
+    assert asked(stream=stream, stop="a" + expected[0]) == (expected, "length")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_whole_numbers_sample_as_fractions_do(client, processor, stream):
     settings = {"do_sample": True, "temperature": 2, "repetition_penalty": 1, "top_p": 1, "max_new_tokens": 8}
     fractions = {**settings, "temperature": 2.0, "repetition_penalty": 1.0, "top_p": 1.0}
