@@ -150,10 +150,12 @@ class StopInTime(StoppingCriteria):
         return torch.full((input_ids.shape[0],), is_over, device=input_ids.device, dtype=torch.bool)
 
 
-class StopAtText(StoppingCriteria):
-    """Ends a generation in place of `stop_strings`, which `generate` looks for in the prompt, too.
+class StopByItself(StoppingCriteria):
+    """Ends a generation in place of `stop_strings`, and has the server not call cut what ended by itself.
 
     Args:
+        model (`Any`):
+            whose ends of a text count where the request names none.
         tokenizer (`Any`):
             whose tokens are looked through for stop strings.
         gen_config (`GenerationConfig`):
@@ -162,18 +164,29 @@ class StopAtText(StoppingCriteria):
             positions of the prompt, in which no stop string begins.
     """
 
-    def __init__(self, tokenizer: Any, gen_config: Any, prompt_length: int):
-        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+    def __init__(self, model: Any, tokenizer: Any, gen_config: Any, prompt_length: int):
+        self.tokenizer, self.gen_config, self.prompt_length = tokenizer, gen_config, prompt_length
+        ends = gen_config.eos_token_id
+        ends = model.generation_config.eos_token_id if ends is None else ends
+        self.ends = set(ends if isinstance(ends, list) else [ends])
         self.stops, gen_config.stop_strings = _stops(gen_config), None
         self._search: StopStringCriteria | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> Any:
         """Return True for rows whose last token completes a stop string of the answer, `[B]`."""
-        if not self.stops:
-            return torch.zeros(input_ids.shape[0], device=input_ids.device, dtype=torch.bool)
-        # made here, in the thread of generation: it walks over the whole vocabulary
-        self._search = self._search or StopStringCriteria(self.tokenizer, self.stops)
-        return self._search(input_ids[:, self.prompt_length :], None)
+        has_stop_B = torch.zeros(input_ids.shape[0], device=input_ids.device, dtype=torch.bool)
+        if self.stops:
+            # made here, in the thread of generation: it walks over the whole vocabulary
+            self._search = self._search or StopStringCriteria(self.tokenizer, self.stops)
+            has_stop_B = self._search(input_ids[:, self.prompt_length :], None)
+        # which of several beams is the answer is known at their end
+        if len(input_ids) == 1 and (has_stop_B.any() or int(input_ids[0, -1]) in self.ends):
+            self.say_it_is_whole()
+        return has_stop_B
+
+    def say_it_is_whole(self) -> None:
+        """Have the server say so: it calls an answer cut that has as many tokens as it may have."""
+        self.gen_config.max_new_tokens = None
 
 
 class StoppedText:
@@ -186,16 +199,16 @@ class StoppedText:
 
     def __init__(self, stops: Sequence[str]):
         self.stops = stops
-        self._held, self._has_ended = "", False
+        self._held, self.has_ended = "", False
 
     def add(self, text: str) -> str:
         """Return what may be shown of the text so far; what may begin a stop string is held back."""
-        if self._has_ended:
+        if self.has_ended:
             return ""
         text = self._held + text
         found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
         if found:
-            self._held, self._has_ended = "", True
+            self._held, self.has_ended = "", True
             return text[: min(found)]
         held = max((_overlap(text, stop) for stop in self.stops), default=0)
         shown = len(text) - held
@@ -252,18 +265,21 @@ class CheckedManager(GenerateManager):
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
         """Stream an answer, without the stop string at which it ends."""
         tokenizer = getattr(processor, "tokenizer", processor)
-        inputs, at_text = _ending(tokenizer, inputs, gen_config)
+        inputs, by_itself = _ending(model, tokenizer, inputs, gen_config)
         queue, streamer = super().generate_streaming(model, tokenizer, inputs, gen_config, request_id, response_parser)
-        stops = at_text.stops
+        stops = by_itself.stops
         return (StoppedQueue(queue, stops) if stops else queue), streamer  # pyright: ignore[reportReturnType]
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
         """Make an answer, without the stop string at which it ends."""
         tokenizer = getattr(processor, "tokenizer", processor)
-        inputs, at_text = _ending(tokenizer, inputs, gen_config)
+        inputs, by_itself = _ending(model, tokenizer, inputs, gen_config)
         text, length, ids = await super().generate_non_streaming(model, tokenizer, inputs, gen_config, request_id)
-        stopped = StoppedText(at_text.stops)
-        return stopped.add(text) + stopped.end(), length, ids
+        stopped = StoppedText(by_itself.stops)
+        text = stopped.add(text) + stopped.end()
+        if stopped.has_ended or len(ids) and int(ids[-1]) in by_itself.ends:
+            by_itself.say_it_is_whole()
+        return text, length, ids
 
     def submit(self, fn, *args, **kwargs):
         """Run a function in the thread of generation, for the current request."""
@@ -277,12 +293,13 @@ class CheckedManager(GenerateManager):
         return asyncio.shield(answer)
 
 
-def _ending(tokenizer: Any, inputs: Any, gen_config: Any) -> tuple[dict[str, Any], StopAtText]:
-    """Return the arguments of `generate`, which stops in time, and what ends it at a stop string."""
+def _ending(model: Any, tokenizer: Any, inputs: Any, gen_config: Any) -> tuple[dict[str, Any], StopByItself]:
+    """Return the arguments of `generate`, which stops in time, and what ends an answer that is not cut."""
     request = current_request.get()
-    at_text = StopAtText(tokenizer, gen_config, inputs["input_ids"].shape[-1])
-    criteria = [StopOnDisconnect(request.disconnected), StopInTime(request, gen_config), at_text]
-    return {**inputs, "stopping_criteria": StoppingCriteriaList(criteria)}, at_text
+    by_itself = StopByItself(model, tokenizer, gen_config, inputs["input_ids"].shape[-1])
+    # the last one has the last word where an answer ends as its time does
+    criteria = [StopOnDisconnect(request.disconnected), StopInTime(request, gen_config), by_itself]
+    return {**inputs, "stopping_criteria": StoppingCriteriaList(criteria)}, by_itself
 
 
 def _stops(gen_config: Any) -> list[str]:

@@ -116,6 +116,19 @@ def test_answer_ends_before_its_stop_string(client, processor, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_answer_that_ends_by_itself_at_its_last_token_is_not_called_cut(client, processor, stream):
+    ends = {str(processor.tokenizer.eos_token_id): 100}
+    assert ask(client, processor, stream, max_tokens=1, logit_bias=ends)[:2] == ("", "stop")
+    expected, _, _ = ask(client, processor, max_tokens=1)
+    assert expected.isprintable()
+    text, reason, usage = ask(client, processor, stream, max_tokens=1, stop=expected[-1])
+    assert (text, reason, usage["completion_tokens"]) == (expected[:-1], "stop", 1)
+    in_beams = json.dumps({"num_beams": 2, "max_new_tokens": 1})
+    assert ask(client, processor, logit_bias=ends, generation_config=in_beams)[:2] == ("", "stop")
+    assert ask(client, processor, generation_config=in_beams)[1] == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_stop_string_does_not_begin_in_the_prompt(client, stream):
     def asked(**fields):
         body = {"prompt": "a", "max_tokens": 3, "temperature": 0, **fields}
