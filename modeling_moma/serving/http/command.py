@@ -18,6 +18,7 @@ from .limits import Limits
 DEFAULTS = Limits()
 # an address rather than localhost, which a hosts file may send elsewhere
 HOST = "127.0.0.1"
+MAX_PORT = 2**16 - 1
 
 
 def serve(
@@ -124,6 +125,8 @@ def command(take: Callable[..., object]) -> Callable:
 def _check_options(options: dict[str, Any]) -> None:
     """Check arguments of `transformers serve` that it would answer by a traceback."""
     level, arguments = options.get("log_level"), options.get("chat_template_kwargs")
+    if not 0 <= options.get("port", 0) <= MAX_PORT:
+        raise InputError(f"--port: {options['port']} must be from 0 to {MAX_PORT}.")
     if level is not None and level.lower() not in log_levels:
         raise InputError(f"--log-level: {level!r} must be one of {', '.join(log_levels)}.")
     if not arguments:
