@@ -194,6 +194,7 @@ SERVE = {
     "serve pair:weights.gguf": "`FORCE_MODEL` 'pair:weights.gguf': there is no file weights.gguf in the folder",
     "serve pair --chat-template-kwargs {": "--chat-template-kwargs: '{' is no JSON",
     "serve pair --chat-template-kwargs []": "--chat-template-kwargs: '[]' must be a JSON object",
+    """serve pair --chat-template-kwargs '{"tokenize": 0}'""": "'tokenize' is set by the server, for each request",
     "serve pair --port 99999": "--port: 99999 must be from 0 to 65535.",
     "serve pair --log-level foo": "--log-level: 'foo' must be one of detail, debug,",
 }

@@ -19,6 +19,10 @@ DEFAULTS = Limits()
 # an address rather than localhost, which a hosts file may send elsewhere
 HOST = "127.0.0.1"
 MAX_PORT = 2**16 - 1
+# what the server itself gives to `apply_chat_template`, and that to the template: given twice, no request is answered
+SERVER_ARGUMENTS = frozenset(
+    "add_generation_prompt continue_final_message conversation messages return_dict return_tensors tokenize".split()
+)
 
 
 def serve(
@@ -132,11 +136,13 @@ def _check_options(options: dict[str, Any]) -> None:
     if not arguments:
         return
     try:
-        is_object = isinstance(json.loads(arguments), dict)
+        given = json.loads(arguments)
     except (ValueError, RecursionError) as error:
         raise InputError(f"--chat-template-kwargs: {short(arguments)} is no JSON ({error}).") from error
-    if not is_object:
+    if not isinstance(given, dict):
         raise InputError(f"--chat-template-kwargs: {short(arguments)} must be a JSON object.")
+    if taken := sorted(given.keys() & SERVER_ARGUMENTS):
+        raise InputError(f"--chat-template-kwargs: {taken[0]!r} is set by the server, for each request.")
 
 
 def _split(values: list[str] | None) -> list[str]:
