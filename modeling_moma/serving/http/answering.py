@@ -139,11 +139,13 @@ class Answering:
         handler._validate_request(body)
         try:
             model_id, model, processor = handler._resolve_model(body)
-        # only a server without a model of its own is asked for one that does not exist
-        except (OSError, ValueError) as error:
-            logger.warning("The model of a request cannot be loaded: %.300s", error)
+            modality = handler.model_manager.get_model_modality(model, processor=processor)
+        # only a server without a model of its own is asked for one that does not exist, or is damaged in any way
+        except Exception as error:
+            if self.limits.pinned is not None:
+                raise
+            logger.warning("The model of a request cannot be loaded: %s: %.300s", type(error).__name__, error)
             raise RequestError("model", "it cannot be loaded; the log of the server says why.", 404) from error
-        modality = handler.model_manager.get_model_modality(model, processor=processor)
         uses_batching = handler.generation_state.use_continuous_batching(model, modality)
         if uses_batching:
             check_batched(body, model)

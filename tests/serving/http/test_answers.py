@@ -171,6 +171,19 @@ def test_refusals_of_the_handlers_of_transformers_have_that_form_too():
     assert answer.json()["error"]["message"] == "body: Missing `model` field in the request body."
 
 
+@pytest.mark.parametrize(
+    ("file", "content"), [("model.safetensors", "cut"), ("config.json", "[]"), ("tokenizer.json", "{}")]
+)
+def test_a_damaged_model_that_a_request_names_is_not_found(model, processor, tmp_path, file, content):
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    with client_of(CheckedServe(Limits(), ImageHosts(), **OPTIONS)) as client:
+        answer = client.post("/v1/completions", json={"prompt": "a", "model": str(tmp_path)})
+    assert answer.status_code == 404, answer.text
+    assert answer.json()["error"]["param"] == "model"
+
+
 @pytest.mark.parametrize("prompt", ["<|image_0|>", "<image>", "<|begin_image|>", "noto: <eos> flag"])
 def test_special_tokens_in_a_bare_prompt_are_characters(client, model, processor, prompt):
     answers = []
