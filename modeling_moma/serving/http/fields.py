@@ -45,6 +45,13 @@ def _unused(value: Any) -> Any:
     return value
 
 
+def _no_logprobs(value: Any) -> Any:
+    # 0 asks for those of the tokens themselves, beside none of others
+    if value is not False:
+        raise _refusal("this server gives none: leave it out")
+    return value
+
+
 def _one(value: Any) -> Any:
     if value is not None and (value != 1 or isinstance(value, bool)):
         raise _refusal("a request has one answer, so it must be 1")
@@ -187,6 +194,7 @@ class CompletionSettings(_Completing):
 
     prompt: Annotated[str, Field(min_length=1)]
     suffix: Short | None = None
+    logprobs: Annotated[Any, AfterValidator(_no_logprobs)] = False
     best_of: One = 1
     echo: Unused = None
     logit_bias: Unused = None

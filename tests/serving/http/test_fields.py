@@ -7,7 +7,7 @@ import pytest
 from transformers import GenerationConfig
 
 from modeling_moma.serving.http.errors import RequestError
-from modeling_moma.serving.http.fields import ChatSettings, check_settings
+from modeling_moma.serving.http.fields import ChatSettings, CompletionSettings, check_settings
 from modeling_moma.serving.http.limits import Limits
 
 
@@ -25,6 +25,17 @@ def test_temperature_that_makes_logits_infinite_is_refused(temperature):
     with pytest.raises(RequestError, match="greater than or equal to 0.001") as refusal:
         checked(generation_config=json.dumps({"do_sample": True, "temperature": temperature}))
     assert (refusal.value.field, refusal.value.status) == ("generation_config.temperature", 400)
+
+
+@pytest.mark.parametrize("logprobs", [0, 1, True])
+def test_log_probabilities_of_a_completion_are_refused_also_those_of_its_tokens_alone(logprobs):
+    body = {"prompt": "a", "logprobs": logprobs}
+    with pytest.raises(RequestError, match="this server gives none") as refusal:
+        check_settings(body, CompletionSettings, Limits(pinned="moma"))
+    assert (refusal.value.field, refusal.value.status) == ("logprobs", 400)
+    check_settings({"prompt": "a", "logprobs": False}, CompletionSettings, Limits(pinned="moma"))
+    # of a chat it is yes or no, and 0 of others beside
+    checked(logprobs=False, top_logprobs=0)
 
 
 def test_temperatures_of_0_and_of_the_least_are_taken():
