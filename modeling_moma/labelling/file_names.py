@@ -25,15 +25,15 @@ _HUMP = re.compile(r"(?<=[a-z\d])(?=[A-Z])")
 def file_name_shares(files: Iterable[str], queries: Sequence[str], memory: ImageMemory | None = None) -> torch.Tensor:
     """Return the shares of the words in names of files that speak of queries.
 
-    Those do that are the query's, in its order; or, by a memory, the longest name that it keeps among a file's words,
-    where the query is a tag of that name. What counts is the larger share. Of `cog-outline.svg` half speaks of `cog`,
-    and half of `settings` where that is a tag of `cog`.
+    Words do that are the query's, in its order; or, by a memory, that are a name it keeps of which the query is a tag.
+    What counts is the largest share. Of `cog-outline.svg` half speaks of `cog`, and half of `settings` where that is a
+    tag of `cog`.
 
     Args:
         files (`Iterable[str]`):
             N paths, of which the last part counts, without its ending.
         queries (`Sequence[str]`):
-            Q of them, words each. Capital letters and signs count for nothing.
+            Q of them, words each. Capital letters, signs and the English plural count for nothing.
         memory ([`ImageMemory`], *optional*):
             gives the tags.
 
@@ -42,22 +42,17 @@ def file_name_shares(files: Iterable[str], queries: Sequence[str], memory: Image
     """
     wanted = [_words(query) for query in queries]
     tags = {} if memory is None else _tags_of_names(memory)
-    longest = max(map(len, tags), default=0)
+    longest = max(map(len, (*tags, *wanted)), default=0)
     rows = []
     for file in files:
         words = _words(Path(file).stem)
-        named = _longest_names(words, tags, longest)
-        tagged = {tag for name in named for tag in tags[name]}
-        share_of_name = len(named[0]) / len(words) if named else 0.0
-        rows.append(
-            [
-                max(
-                    len(query) / len(words) if query and query in _runs(words, len(query)) else 0.0,
-                    share_of_name if query in tagged else 0.0,
-                )
-                for query in wanted
-            ]
-        )
+        # runs grow, so that the largest share stays
+        spoken_of: dict[Words, float] = {}
+        for length in range(1, min(len(words), longest) + 1):
+            for start in range(len(words) - length + 1):
+                run = words[start : start + length]
+                spoken_of.update(dict.fromkeys((run, *tags.get(run, ())), length / len(words)))
+        rows.append([spoken_of.get(query, 0.0) if query else 0.0 for query in wanted])
     return torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(wanted))
 
 
@@ -79,28 +74,24 @@ def with_file_names(scores_NQ: torch.Tensor, shares_NQ: torch.Tensor, weight: fl
 
 
 def _words(text: str) -> Words:
-    return tuple(word.casefold() for word in _WORD.findall(_HUMP.sub(" ", text)))
+    return tuple(_singular(word.casefold()) for word in _WORD.findall(_HUMP.sub(" ", text)))
 
 
-def _runs(words: Words, length: int) -> list[Words]:
-    """Return so many words that stand side by side, from each place on."""
-    return [words[start : start + length] for start in range(len(words) - length + 1)]
+def _singular(word: str) -> str:
+    """Return a word without the ending of an English plural, by Harman's S stemmer ("How effective is suffixing?")."""
+    if word.endswith("ies") and not word.endswith(("eies", "aies")):
+        return word[:-3] + "y"
+    if word.endswith("es") and not word.endswith(("aes", "ees", "oes")):
+        return word[:-1]
+    return word[:-1] if word.endswith("s") and not word.endswith(("us", "ss")) else word
 
 
 def _tags_of_names(memory: ImageMemory) -> dict[Words, set[Words]]:
-    """Return the tags of each kept name that has any."""
+    """Return the tags of each kept name; names that are alike share theirs."""
     found = defaultdict(set)
     for name, tags in zip(memory.names, memory.tags, strict=True):
-        found[_words(name)].update(_words(tag) for tag in tags)
-    return {name: tags - {()} for name, tags in found.items() if name}
-
-
-def _longest_names(words: Words, names: dict[Words, set[Words]], longest: int) -> list[Words]:
-    """Return the names of most words among those of a file."""
-    for length in range(min(len(words), longest), 0, -1):
-        if found := [run for run in _runs(words, length) if run in names]:
-            return found
-    return []
+        found[_words(name)].update(map(_words, tags))
+    return found
 
 
 __all__ = ["file_name_shares", "with_file_names"]
