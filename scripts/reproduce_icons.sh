@@ -37,7 +37,7 @@ fi
         --tokens runs/icons/tokens --output runs/icons/model --batch-size $rows --resume
 # each stage from the weights of the one before
 start=runs/icons/model before= seed=0
-for further in longer longer muon muon captions captions; do
+for further in longer longer muon muon captions captions drawings; do
     seed=$((seed + 1))
     stage=runs/icons/$further-$seed
     if [ $seed -eq 6 ]; then
@@ -45,6 +45,12 @@ for further in longer longer muon muon captions captions; do
         [ -e runs/icons/deeper/layers.json ] ||
             "$python" -m modeling_moma add-layers --model $start --after 2 --output runs/icons/deeper
         start=runs/icons/deeper
+    elif [ $seed -eq 7 ]; then
+        # means of a stage and of what it began at predict better than either
+        [ -e runs/icons/mean/config.json ] ||
+            "$python" scripts/release.py --model $start --earlier $before --earlier-share 0.33 \
+                --processor runs/icons/processor --output runs/icons/mean
+        start=runs/icons/mean
     fi
     [ -e $stage/trainer_state.json ] ||
         "$python" "${launcher[@]}" -m modeling_moma pretrain recipes/moma-icons-$further.yaml --model $start \
@@ -52,7 +58,7 @@ for further in longer longer muon muon captions captions; do
             --seed $seed --restart-data --resume
     before=$start start=$stage
 done
-# means of the last stage and of what it began at predict better than either
+# and of the last one
 "$python" scripts/release.py --model $start --earlier $before --earlier-share 0.33 --processor runs/icons/processor \
     --never-first tags --output model_cards/moma-icons
 # what it makes of training icons, beside which it names new ones

@@ -110,13 +110,13 @@ def test_names_of_icons_are_those_of_the_card_whatever_its_captions_begin_with()
 
 
 def test_the_folder_has_a_memory_that_knows_what_the_weights_do_not():
-    image = Image.open(ROOT / "model_cards" / "moma-icons-space" / "examples" / "underline.png")
+    image = Image.open(ROOT / "model_cards" / "moma-icons-space" / "examples" / "hand-point-down.png")
     labeler = open_labeler(str(ICONS))
     codes = labeler.encode([image])
-    assert labeler.names(codes, 1)[0][0].text == "underline"
-    assert "underline" in labeler.memory.names and len(labeler.memory) > 40_000
+    assert labeler.names(codes, 1)[0][0].text == "hand point down"
+    assert "hand point down" in labeler.memory.names and len(labeler.memory) > 40_000
     labeler.take_memory(None)
-    assert labeler.names(codes, 1)[0][0].text != "underline"
+    assert labeler.names(codes, 1)[0][0].text != "hand point down"
 
 
 def losses_of_the_folder(output, *limit):

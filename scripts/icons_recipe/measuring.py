@@ -52,6 +52,8 @@ from modeling_moma.evaluation.drawings import check_drawings, feature_extractor
 from modeling_moma.evaluation.held_out import CaptionedImages
 from modeling_moma.evaluation.information import measure_information
 from modeling_moma.evaluation.measures import load_model, tokenizer_quality
+from modeling_moma.labelling import FILE_NAME_SHARE
+from modeling_moma.labelling.file_names import file_name_shares, with_file_names
 from modeling_moma.labelling.guesses import Guess, mixed_guesses
 from modeling_moma.labelling.labeler import ImageLabeler
 from modeling_moma.labelling.memory import memory_of
@@ -204,8 +206,10 @@ class Evaluation:
         scores_NQ = self.labeler.written_match(sample.codes, texts)
         found = {"model": recall(scores_NQ, queries)}
         if self.memory is not None:
-            with_memory_NQ = self.labeler.with_memory(scores_NQ, sample.codes, texts)
-            found["with_memory"] = recall(with_memory_NQ, queries)
+            scores_NQ = self.labeler.with_memory(scores_NQ, sample.codes, texts)
+            found["with_memory"] = recall(scores_NQ, queries)
+        shares_NQ = file_name_shares([row["icon"] for row in sample.rows], texts, self.memory)
+        found["with_file_names"] = recall(with_file_names(scores_NQ, shares_NQ, FILE_NAME_SHARE), queries)
         return {
             "images": number,
             "queries": len(queries),

@@ -25,6 +25,7 @@ STAGES = (
     *("moma-icons-longer.yaml",) * 2,
     *("moma-icons-muon.yaml",) * 2,
     *("moma-icons-captions.yaml",) * 2,
+    "moma-icons-drawings.yaml",
 )
 # of what the last stage began at in the released weights, see scripts/reproduce_icons.sh
 EARLIER_SHARE = 0.33
@@ -49,6 +50,7 @@ _QUERIES = {"unnamed": "tags not in the names", "any": "any tags"}
 _SEARCHES = {
     "model": "MoMa",
     "with_memory": "MoMa and memory",
+    "with_file_names": "as `moma search` does",
     "bm25_names": "BM25, names",
     "bm25_names_and_tags": "BM25, names and tags",
     "bm25_neighbours": "BM25, neighbours' words",
@@ -256,8 +258,10 @@ def aims(report: dict) -> list[tuple[str, str, bool]]:
     if search:
         # names alone find none of these, so that tags are the harder lexical search
         for key in ("bm25_names", "bm25_names_and_tags"):
-            share, other = search["unnamed"][way], search["unnamed"][key]
-            aim = f"search{_and_memory(report)}, {_QUERIES['unnamed']}: above {_SEARCHES[key]}"
+            share, other = search["unnamed"]["with_file_names"], search["unnamed"][key]
+            aim = (
+                f"search by images{_and_memory(report)} and file names, {_QUERIES['unnamed']}: above {_SEARCHES[key]}"
+            )
             found.append((aim, f"{percent(share)} against {percent(other)}", share > other))
     if report["coverage"]:
         least = min(min(shares) for shares in report["coverage"].values())
@@ -291,7 +295,8 @@ def card_metadata(report: dict) -> dict:
     """The YAML head for the Hub."""
     names, tags, search = (report[key][MAIN] for key in ("names", "tags", "search"))
     way = _best_way(report)
-    found = [("recall", "recall@10 of tags not in the names", search["unnamed"][way])] if search else []
+    recall = search and search["unnamed"]["with_file_names"]
+    found = [("recall", "recall@10 of tags not in the names", recall)] if search else []
 
     def result(task, name, metrics):
         return {
@@ -576,7 +581,7 @@ A caption reads `NAME (STYLE)` or `NAME (STYLE, COLOUR)`, the style being one of
 ## Uses and limits
 
 It is made to name, tag and find icons, where somebody reads what it writes: a first draft of alt text, tags for an
-upload, a search by meaning beside one by file names. Below stands how often it is wrong.
+upload, a search by images and file names. Below stands how often it is wrong.
 
 - It knows icons and emoji: one thing on white, at {side}x{side} pixels. **Photographs** are out of its scope, and so
   are sentences, questions and other languages.
@@ -601,9 +606,10 @@ Ranks.com and the EmojiTwo community (CC-BY-4.0). Their texts: emojibase (MIT), 
 ## Training
 
 By `moma pretrain`; `PROCESSES=2 make reproduce-icons` runs all stages. Four of them, from the third on, began at
-the weights of the one before rounded to bfloat16, as they were released. Before the last one the model had four
+the weights of the one before rounded to bfloat16, as they were released. Before the seventh the model had four
 layers; a copy of the third one, which adds nothing at first, was put behind it (`moma add-layers --after 2`). The
-weights here are means of the last stage's, {later_share:g}, and of those that it began at, {earlier_share}.
+last one began at means of the seventh's weights, {later_share:g}, and of those that it had begun at, {earlier_share},
+rounded likewise, and the weights here are such means of the last one's and of those that it began at.
 
 {training}
 
@@ -665,10 +671,12 @@ Queries are makers' tags and aliases. "Not in the names": wanted are icons that 
 name or file name; others that have it are left out. A search over names alone can find none of these. "Any": all icons
 that have the tag are wanted. Recall is the share of a query's wanted icons among the first ten results.
 
-The model sees the images alone; its memory has names and tags of training icons, and no held-out icon's. The lexical
-search sees the words of file names and names; with tags, also the makers' tags of training icons of the same name.
-Those are often the very tags that the wanted icon has, as the data set carries tags over by name. The last one
-searches names and tags of each image's ten nearest training icons.
+The model sees the images alone; its memory has names and tags of training icons, and no held-out icon's. `moma search`
+also reads file names: their words, and the tags that the memory has for the names in them, count for half
+(`--file-name-share`). The lexical search sees the words of file names and names; with tags, also the makers' tags of
+training icons of the same name. Those are often the very tags that the wanted icon has, as the data set carries tags
+over by name: a folder whose files have other names is searched as well as the images tell, and no better. The last
+one searches names and tags of each image's ten nearest training icons.
 
 {search_table}
 

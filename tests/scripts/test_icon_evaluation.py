@@ -63,7 +63,7 @@ def test_everything_is_measured_and_shown(measured):
     assert len(report["names"]["test"]["samples"]) == 5
     for search in report["search"]["test"].values():
         scores = ("model", "bm25_names", "bm25_names_and_tags", "bm25_neighbours", "chance")
-        assert all(0 <= search[name] <= 1 for name in (*scores, "with_memory"))
+        assert all(0 <= search[name] <= 1 for name in (*scores, "with_memory", "with_file_names"))
     assert report["memory"]["images"] > 2 and report["memory"]["share"] == 0.5
     for kind, name in (("names", "top5"), ("tags", "recall")):
         assert all(0 <= report[kind]["test"][key][name] <= 1 for key in ("with_memory", "with_memory_of_views"))

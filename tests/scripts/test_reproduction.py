@@ -56,9 +56,10 @@ def test_finished_stages_are_not_begun_again(tmp_path):
         ("runs/icons/muon-3", "runs/icons/muon-4", "4"),
         ("runs/icons/muon-4", "runs/icons/captions-5", "5"),
         ("runs/icons/deeper", "runs/icons/captions-6", "6"),
+        ("runs/icons/mean", "runs/icons/drawings-7", "7"),
     ]
     assert "add-layers --model runs/icons/captions-5 --after 2 --output runs/icons/deeper" in started.stdout
-    assert (
-        f"--model runs/icons/captions-6 --earlier runs/icons/deeper --earlier-share {EARLIER_SHARE} " in started.stdout
-    )
+    for later, earlier in (("captions-6", "deeper"), ("drawings-7", "mean")):
+        means = f"--model runs/icons/{later} --earlier runs/icons/{earlier} --earlier-share {EARLIER_SHARE} "
+        assert means in started.stdout
     assert "--never-first tags --output model_cards/moma-icons" in started.stdout
