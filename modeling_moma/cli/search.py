@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the images of a folder that fit words best, by what a model would call them and by the names of their files.
+"""Find the images of a folder that fit words best, by their looks and their file names.
 
 moma search icons/ cog "shopping cart" --model MODEL
 

@@ -259,9 +259,8 @@ def aims(report: dict) -> list[tuple[str, str, bool]]:
         # names alone find none of these, so that tags are the harder lexical search
         for key in ("bm25_names", "bm25_names_and_tags"):
             share, other = search["unnamed"]["with_file_names"], search["unnamed"][key]
-            aim = (
-                f"search by images{_and_memory(report)} and file names, {_QUERIES['unnamed']}: above {_SEARCHES[key]}"
-            )
+            ways = "images, memory and file names" if report.get("memory") else "images and file names"
+            aim = f"search by {ways}, {_QUERIES['unnamed']}: above {_SEARCHES[key]}"
             found.append((aim, f"{percent(share)} against {percent(other)}", share > other))
     if report["coverage"]:
         least = min(min(shares) for shares in report["coverage"].values())
@@ -368,7 +367,7 @@ def _memory(memory: dict | None) -> str:
         f"makers have the name, as with all names of `test`. Names and tags are those of data/icons, by the makers "
         f"and under the licences that stand below. It is made by `{MEMORY_COMMAND}`. `moma label` and "
         f"`moma search` count it for {100 * memory['share']:.0f} %, the model for the rest; without it, by "
-        '`--memory-share 0`, they do what "MoMa" does below.'
+        '`--memory-share 0` (a search with `--file-name-share 0`, too), they do what "MoMa" does below.'
     )
     return f"\n- {text}"
 

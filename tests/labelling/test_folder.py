@@ -257,7 +257,8 @@ def test_too_many_names_tags_or_views_are_refused_before_a_model_is_read(capfd, 
 
 def test_views_of_a_folder_are_those_of_the_labeler(folder, model, tmp_path):
     output, labeler = tmp_path / "found.json", open_labeler(model, views=2)
-    assert moma_command("search", folder, "house", "--model", model, "--views", 2, "--output", output) == 0
+    arguments = ("--model", model, "--views", 2, "--file-name-share", 0, "--output", output)
+    assert moma_command("search", folder, "house", *arguments) == 0
     found = {entry["file"]: entry["score"] for entry in json.loads(output.read_text())}
     with Image.open(folder / "0.png") as image:
         assert found["0.png"] == pytest.approx(labeler.match(labeler.encode([image]), ["house"]).item(), abs=1e-4)
