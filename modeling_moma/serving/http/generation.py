@@ -178,7 +178,8 @@ class StopByItself(StoppingCriteria):
         if self.stops:
             # made here, in the thread of generation: it walks over the whole vocabulary
             self._search = self._search or StopStringCriteria(self.tokenizer, self.stops)
-            has_stop_B = self._search(input_ids[:, self.prompt_length :], None)
+            answer: Any = input_ids[:, self.prompt_length :]
+            has_stop_B = self._search(answer, None)
         # which of several beams is the answer is known at their end
         if len(input_ids) == 1 and (has_stop_B.any() or int(input_ids[0, -1]) in self.ends):
             self.say_it_is_whole()
