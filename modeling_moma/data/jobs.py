@@ -20,6 +20,7 @@ from ..errors_moma import InputError
 from ..utils.atomic_files import check_new_folder, check_writable, write_aside
 from ..utils.digests import files_digest
 from ..utils.fields import former_names
+from ..utils.records import read_record
 from .encoding import has_caption_template, loaded_encoder, template_digest
 from .kinds import KINDS
 from .shared_rows import warn_of_shared_rows
@@ -27,6 +28,8 @@ from .sources import HELD_OUT_RULE, READERS, TRAIN, VALIDATION, Source, read_sou
 
 
 JOB_FILE = "job.json"
+# what to do about a damaged one
+DAMAGED = "Give a new folder, or delete this one."
 MANIFEST_FILE = "manifest.json"
 FORMAT = 2
 # rows of a shard grow with the data, so that the number of files stays in bounds
@@ -351,7 +354,7 @@ def write_job(folder: str | Path, job: Job) -> Path:
     path = Path(folder) / JOB_FILE
     content = {"format": FORMAT, **dataclasses.asdict(job)}
     if path.is_file():
-        then = _read_content(path)
+        then = read_record(path, DAMAGED)
         _compare(folder, then, content)
         _warn_of_later_files(path, job)
         if then.get("processor") != job.processor:
@@ -418,20 +421,6 @@ def _warn_of_later_files(path: Path, job: Job) -> None:
             )
 
 
-def _read_content(path: Path) -> dict[str, Any]:
-    """Return what a job's file says."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        problem = f"it holds {type(content).__name__}"
-    except ValueError as error:
-        problem = f"it cannot be read as JSON ({error})"
-    raise InputError(
-        f"{str(path)!r}: {problem}; was it changed by hand, or copied in part? Give a new folder, or delete this one."
-    )
-
-
 def done_report(folder: str | Path, task: Task) -> dict[str, Any] | None:
     """Return the report of a shard, or `None` where the shard is yet to be written, or lacks a file that it wrote.
 
@@ -480,7 +469,7 @@ def read_job(folder: str | Path) -> Job:
     path = Path(folder) / JOB_FILE
     if not path.is_file():
         raise InputError(f"{str(folder)!r} has no {JOB_FILE}: is it a folder that `moma tokenize` writes?")
-    content = _read_content(path)
+    content = read_record(path, DAMAGED)
     if content.pop("format", None) != FORMAT:
         raise InputError(f"{str(path)!r} is of another format than {FORMAT}; tokenize anew with this version.")
     return Job(**content)

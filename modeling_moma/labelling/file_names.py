@@ -67,8 +67,6 @@ def with_file_names(scores_NQ: torch.Tensor, shares_NQ: torch.Tensor, weight: fl
         weight (`float`):
             what file names count for, from 0 to 1.
     """
-    if weight == 0:
-        return scores_NQ
     counts = torch.tensor(weight, dtype=torch.float64)
     return torch.logaddexp(scores_NQ + (1 - counts).log(), shares_NQ.log() + counts.log())
 

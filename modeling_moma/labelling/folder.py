@@ -183,8 +183,11 @@ def search_folder(
     for names, codes in coded_images(folder, labeler, output):
         paths += names
         scores.append(labeler.match(codes, queries))
-    shares = file_name_shares(paths, queries, labeler.memory if labeler.memory_share else None)
-    return _ranked(queries, paths, with_file_names(torch.cat(scores), shares, file_name_share), top)
+    scores_NQ = torch.cat(scores)
+    if file_name_share:
+        memory = labeler.memory if labeler.memory_share else None
+        scores_NQ = with_file_names(scores_NQ, file_name_shares(paths, queries, memory), file_name_share)
+    return _ranked(queries, paths, scores_NQ, top)
 
 
 def _ranked(queries: Sequence[str], paths: list[str], scores_NQ: torch.Tensor, top: int) -> list[Found]:

@@ -19,8 +19,9 @@ from ..data.stream import MIXTURE_RULE, STREAM_RULE
 from ..errors_moma import InputError
 from ..utils.atomic_files import check_new_folder, check_writable, is_of_model
 from ..utils.digests import files_digest
+from ..utils.records import read_record
 from .checkpoints import read_state, whole_checkpoints
-from .stages import EARLIER_STEPS, RUN_FILE, data_order, examples_a_step, read_record
+from .stages import EARLIER_STEPS, RUN_FILE, data_order, examples_a_step
 
 
 # facts by name, in sections

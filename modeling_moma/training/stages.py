@@ -17,6 +17,7 @@ from tokenization import MomaProcessor
 from ..errors_moma import InputError
 from ..utils.atomic_files import write_aside, write_folder_aside
 from ..utils.messages import one_line
+from ..utils.records import read_record
 from .checkpoints import SHARDS, WHOLE
 
 
@@ -27,26 +28,6 @@ UPCYCLING_FILE, LAYERS_FILE = "upcycling.json", "layers.json"
 EARLIER_STEPS = "earlier_steps"
 
 logger = logging.get_logger(__name__)
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Return what a run, or a command after it, has written about itself.
-
-    Args:
-        path (`Path`):
-            a file in JSON.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record, dict):
-            return record
-        problem = f"it holds a {type(record).__name__}"
-    except ValueError as error:
-        problem = f"it cannot be read as JSON ({error})"
-    raise InputError(f"{str(path)!r}: {problem}; was its folder copied in part, or changed by hand?")
 
 
 def data_order(folder: str | Path) -> dict[str, Any] | None:
