@@ -472,7 +472,11 @@ def read_job(folder: str | Path) -> Job:
     content = read_record(path, DAMAGED)
     if content.pop("format", None) != FORMAT:
         raise InputError(f"{str(path)!r} is of another format than {FORMAT}; tokenize anew with this version.")
-    return Job(**content)
+    try:
+        return Job(**content)
+    except TypeError as error:
+        problem = f"{str(path)!r} is no record of a job ({error}); was it changed by hand?"
+        raise InputError(f"{problem} {DAMAGED}") from error
 
 
 __all__ = [

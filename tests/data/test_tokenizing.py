@@ -574,7 +574,7 @@ def test_images_that_changed_their_place_do_not_mix_into_a_folder(processor, tmp
 
 def test_a_shard_whose_file_or_report_is_gone_or_torn_is_written_again(processor, many, tmp_path):
     tokenize(many, processor, tmp_path, rows_per_shard=128)
-    expected = contents(tmp_path)
+    expected, job = contents(tmp_path), json.loads((tmp_path / "job.json").read_text())
     (tmp_path / "many" / "train-00000-of-00003.arrow").unlink()
     (tmp_path / "many" / "train-00001-of-00003.json").write_text('{"rows"')
     (tmp_path / "many" / "train-00002-of-00003.json").write_text("")
@@ -590,6 +590,11 @@ def test_a_shard_whose_file_or_report_is_gone_or_torn_is_written_again(processor
         (tmp_path / "job.json").write_text(text)
         with pytest.raises(ValueError, match="job.json': it .*changed by hand"):
             tokenize(many, processor, tmp_path, rows_per_shard=128)
+    without = {name: value for name, value in job.items() if name != "sources"}
+    for field, record in (("sources", without), ("other", {**job, "other": 1})):
+        (tmp_path / "job.json").write_text(json.dumps(record))
+        with pytest.raises(ValueError, match=f"no record of a job .*{field}.*changed by hand"):
+            read_job(tmp_path)
 
 
 def test_workers_find_a_processor_that_was_moved(processor, many, tmp_path):
