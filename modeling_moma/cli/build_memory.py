@@ -42,7 +42,7 @@ class Arguments:
         group (`str`, *optional*):
             column of what draws one thing alike, such as the maker: of each name and group one image is kept.
         least_groups (`int`, *optional*, defaults to `1`):
-            names that fewer groups have are left out.
+            of names that fewer groups have no image is kept, but their tags are.
         most (`int`, *optional*, defaults to `24`):
             images of a name that are kept.
         dimensions (`int`, *optional*):
@@ -97,7 +97,7 @@ def run(args: Arguments) -> None:
     )
     path = memory.save(output)
     size = path.stat().st_size / 1e6
-    print(f"{path}: {len(memory):,} images of {len(memory.names):,} names, {size:.2f} MB")
+    print(f"{path}: {len(memory):,} images of {memory.num_image_names:,} names, {size:.2f} MB")
 
 
 def main(arguments: list[str] | None = None):

@@ -3,7 +3,7 @@
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -68,8 +68,8 @@ def build_memory(
 ) -> ImageMemory:
     """Keep the named images of a data set's training rows.
 
-    Of each name and group one image is kept, the first. Images that cannot be read are told on the standard error, and
-    the others are kept.
+    Of each name and group one image is kept, the first, and of every name the tags of all its rows, whether or not any
+    image of it is. Images that cannot be read are told on the standard error, and the others are kept.
 
     Args:
         source ([`Source`]):
@@ -77,7 +77,7 @@ def build_memory(
         labeler ([`ImageLabeler`]):
             of the model that the memory is for.
         least_groups (`int`, *optional*, defaults to `1`):
-            names that fewer groups have are left out: one maker's alone are often of their own making.
+            of names that fewer groups have no image is kept: one maker's alone are often of their own making.
         most (`int`, *optional*, defaults to `24`):
             images of a name.
         dimensions (`int`, *optional*, defaults to `64`):
@@ -96,7 +96,8 @@ def build_memory(
     rows = source.open(source.split_names()[TRAIN])
     # one column may be both, such as name and tag, and `datasets` selects none twice
     columns = list(dict.fromkeys(kind.columns()[1:]))
-    chosen = chosen_rows(undecoded_rows(rows.select_columns(columns)), kind, least_groups, most)
+    texts = rows.select_columns(columns)
+    chosen = chosen_rows(undecoded_rows(texts), kind, least_groups, most)
     if not chosen:
         raise InputError(
             f"{source.data!r}: none of its rows is kept: none has a name in {kind.label!r} that {least_groups} groups "
@@ -124,8 +125,10 @@ def build_memory(
     if not names:
         raise InputError(f"{source.data!r}: none of the {len(chosen)} images that would be kept can be read.")
     if known is not None:
-        return known.extended(torch.cat(features), names, tags)
-    return ImageMemory.build(torch.cat(features), names, tags, *labeler.probe(), dimensions=dimensions)
+        memory = known.extended(torch.cat(features), names, tags)
+    else:
+        memory = ImageMemory.build(torch.cat(features), names, tags, *labeler.probe(), dimensions=dimensions)
+    return memory.with_tags(tags_of_names(undecoded_rows(texts), kind))
 
 
 def chosen_rows(rows: Iterator[dict[str, Any]], kind: NamedImages, least_groups: int, most: int) -> list[int]:
@@ -156,6 +159,22 @@ def chosen_rows(rows: Iterator[dict[str, Any]], kind: NamedImages, least_groups:
     )
 
 
+def tags_of_names(rows: Iterable[dict[str, Any]], kind: NamedImages) -> dict[str, list[str]]:
+    """Return the tags of each name that has any, the most frequent first.
+
+    Args:
+        rows (`Iterable[dict]`):
+            see [`chosen_rows`].
+        kind ([`NamedImages`]):
+            see [`chosen_rows`].
+    """
+    counted = defaultdict(Counter[str])
+    for row in rows:
+        if name := kind.row_name(row):
+            counted[name].update(list(dict.fromkeys(kind.row_tags(row))))
+    return {name: [tag for tag, _ in counts.most_common()] for name, counts in sorted(counted.items()) if counts}
+
+
 def _selected(rows: Any, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield chosen rows with their numbers, their images not decoded."""
     if isinstance(rows, Dataset):
@@ -171,4 +190,4 @@ def _words(column: str, value: Any) -> str:
     return " ".join(as_text(column, value).split()) if is_something(value) else ""
 
 
-__all__ = ["NamedImages", "build_memory", "chosen_rows"]
+__all__ = ["NamedImages", "build_memory", "chosen_rows", "tags_of_names"]

@@ -10,9 +10,10 @@ Shape suffixes:
 """
 
 import json
+import lzma
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +38,7 @@ NEAREST = 100
 AT_ONCE = 256
 # cosines are divided by it: how much nearer ones count for
 TEMPERATURE = 0.06
-# tags of a name, its most frequent
+# tags of a name that its images are given, its most frequent
 MOST_TAGS = 12
 # power of a component's deviation that is divided out: at 0 the first few decide, and at 1 noise does
 WHITENING = 0.3
@@ -45,6 +46,9 @@ WHITENING = 0.3
 LARGEST, STEPS = 7, 2.7
 # of texts once they are unpacked
 LARGEST_TEXTS = 256 << 20
+# what texts begin with that are packed by lzma; earlier ones are by zlib
+XZ = b"\xfd7zXZ"
+PACKING_ERRORS = (EOFError, zlib.error, lzma.LZMAError)
 # cosine below which two models are different ones, and not one in another precision
 SAME_MODEL = 0.98
 
@@ -63,9 +67,9 @@ class ImageMemory:
         name_of (`torch.Tensor`):
             `[M]`, int64, the number of each image's name.
         names (`list[str]`):
-            different ones.
+            different ones, some perhaps of no image.
         tags (`list[list[str]]`):
-            of each name, the most frequent first; perhaps none.
+            of each name, the most frequent first; perhaps none. Its images are given the first 12.
         probe (`torch.Tensor`):
             `[D]`, what the model made of a fixed image.
         processor (`str`):
@@ -83,6 +87,11 @@ class ImageMemory:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def num_image_names(self) -> int:
+        """How many names have images."""
+        return len(self.name_of.unique())
 
     @classmethod
     def build(
@@ -168,8 +177,20 @@ class ImageMemory:
             keys=torch.cat([self.keys, keys_MF[new]]),
             name_of=torch.cat([self.name_of, torch.tensor([number[names[place]] for place in new], dtype=torch.long)]),
             names=list(number),
-            tags=[found[:MOST_TAGS] for found in pooled],
+            tags=pooled,
         )
+
+    def with_tags(self, tags: Mapping[str, Sequence[str]]) -> "ImageMemory":
+        """Return a memory of the same images that knows tags of further names, or further tags of its own.
+
+        Args:
+            tags (`Mapping[str, Sequence[str]]`):
+                of each name. Those of a known name come behind the ones that it has.
+        """
+        known = dict(zip(self.names, self.tags, strict=True))
+        both = {name: list(dict.fromkeys([*found, *tags.get(name, ())])) for name, found in known.items()}
+        both.update({name: list(dict.fromkeys(found)) for name, found in tags.items() if name not in known and found})
+        return replace(self, names=list(both), tags=list(both.values()))
 
     def name_shares(self, features: torch.Tensor) -> list[dict[str, float]]:
         """Return the names of the nearest images with their shares, which sum to 1.
@@ -197,7 +218,7 @@ class ImageMemory:
         for shares_K, places_K in zip(*self._nearest(features), strict=True):
             shares, total = defaultdict(float), 0.0
             for share, place in zip(shares_K.tolist(), self.name_of[places_K].tolist(), strict=True):
-                tags = self.tags[place]
+                tags = self.tags[place][:MOST_TAGS]
                 total += share if tags else 0.0
                 for tag in tags:
                     shares[tag] += share / len(tags)
@@ -243,7 +264,10 @@ class ImageMemory:
     @cached_property
     def _folded_texts(self) -> list[tuple[str, list[str]]]:
         """Names and their tags as they are compared with words."""
-        return [(name.casefold(), [tag.casefold() for tag in tags]) for name, tags in zip(self.names, self.tags)]
+        return [
+            (name.casefold(), [tag.casefold() for tag in tags[:MOST_TAGS]])
+            for name, tags in zip(self.names, self.tags, strict=True)
+        ]
 
     def check_fits(self, probe: torch.Tensor, processor: str, option: str = "memory") -> None:
         """Raise `ValueError` where a memory is of another model or processor.
@@ -268,7 +292,7 @@ class ImageMemory:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write the memory aside and rename it; its folder is made where it is missing.
+        """Write the memory aside and rename it; its folder is made where it is missing. Its names are sorted in it.
 
         Args:
             path (`str | Path`):
@@ -276,13 +300,17 @@ class ImageMemory:
         """
         # of two numbers one in each half of a byte
         halves_MF = (self.keys + LARGEST + 1).to(torch.uint8)
-        texts = json.dumps({"names": self.names, "tags": self.tags}, separators=(",", ":"))
-        packed = zlib.compress(texts.encode("ascii"), level=9)
+        # names that begin alike take fewer bytes beside each other
+        order = sorted(range(len(self.names)), key=self.names.__getitem__)
+        rank = torch.tensor(order).argsort()
+        sorted_texts = {"names": [self.names[place] for place in order], "tags": [self.tags[place] for place in order]}
+        texts = json.dumps(sorted_texts, separators=(",", ":"))
+        packed = lzma.compress(texts.encode("ascii"), preset=6 | lzma.PRESET_EXTREME)
         tensors = {
             "keys": halves_MF[:, 0::2] * 16 + halves_MF[:, 1::2],
             "mean": self.mean,
             "projection": self.projection.to(torch.float16),
-            "name_of": self.name_of.to(torch.uint16 if len(self.names) <= 1 << 16 else torch.int32),
+            "name_of": rank[self.name_of].to(torch.uint16 if len(self.names) <= 1 << 16 else torch.int32),
             "probe": self.probe,
             "texts": torch.frombuffer(bytearray(packed), dtype=torch.uint8),
         }
@@ -327,7 +355,7 @@ class ImageMemory:
                 processor,
             )
             memory._check()
-        except (OSError, SafetensorError, LookupError, ValueError, TypeError, RuntimeError, zlib.error) as error:
+        except (OSError, SafetensorError, LookupError, ValueError, TypeError, RuntimeError, *PACKING_ERRORS) as error:
             raise InputError(
                 f"{option} {str(path)!r} is no memory of images that `moma build-memory` writes, or is damaged "
                 f"({type(error).__name__}: {one_line(error, 200)})."
@@ -373,10 +401,12 @@ def _as_bytes(keys: torch.Tensor) -> list[bytes]:
 
 def _unpacked(packed: torch.Tensor) -> dict[str, Any]:
     """Return the texts of a memory."""
-    unpack = zlib.decompressobj()
-    text = unpack.decompress(packed.numpy().tobytes(), LARGEST_TEXTS)
-    if unpack.unconsumed_tail:
-        raise InputError(f"texts of more than {LARGEST_TEXTS >> 20} MiB")
+    data = packed.numpy().tobytes()
+    is_xz = data.startswith(XZ)
+    unpack = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=LARGEST_TEXTS) if is_xz else zlib.decompressobj()
+    text = unpack.decompress(data, LARGEST_TEXTS)
+    if not unpack.eof:
+        raise InputError(f"texts that are cut, or of more than {LARGEST_TEXTS >> 20} MiB")
     return json.loads(text)
 
 

@@ -333,7 +333,8 @@ class Evaluation:
         size = Path(memory_of(self.args.model) or "").stat().st_size
         return {
             "images": len(self.memory),
-            "names": len(self.memory.names),
+            "names": self.memory.num_image_names,
+            "tagged_names": sum(map(bool, self.memory.tags)),
             "bytes": size,
             "share": self.labeler.memory_share,
         }

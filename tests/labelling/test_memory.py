@@ -136,14 +136,44 @@ def test_a_memory_is_saved_as_it_is(tmp_path_factory, count, size, dimensions, s
     torch.manual_seed(seed)
     names = [f"{letters}{place % 7}" for place in range(count)]
     memory = some_memory(torch.randn(count, size), names, [[name] for name in names], dimensions=dimensions)
+    memory = memory.with_tags({"A name of no image": ["its tag"], names[0]: [names[0], letters]})
     assert memory.keys.abs().max() <= 7 and memory.keys.shape[1] % 2 == 0 and len(memory) == count
     loaded = ImageMemory.load(memory.save(tmp_path_factory.mktemp("memory") / "new" / "images.safetensors"))
-    for name, value in vars(memory).items():
-        other = getattr(loaded, name)
-        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+    for name in ("keys", "mean", "projection", "probe"):
+        assert torch.equal(getattr(memory, name), getattr(loaded, name))
+    assert loaded.names == sorted(memory.names) and loaded.processor == "processor"
+    assert dict(zip(loaded.names, loaded.tags, strict=True)) == dict(zip(memory.names, memory.tags, strict=True))
+    assert [loaded.names[place] for place in loaded.name_of] == names
     features = torch.randn(3, size)
     for found, shares in zip(loaded.name_shares(features), memory.name_shares(features), strict=True):
         assert found == pytest.approx(shares)
+
+
+def test_a_memory_of_texts_that_zlib_packed_is_read(tmp_path):
+    torch.manual_seed(0)
+    memory = some_memory(torch.randn(3, 8), ["a", "b", "a"], [["x"], [], ["y"]])
+    file = memory.save(tmp_path / "images.safetensors")
+    tensors = load_file(file)
+    packed = zlib.compress(json.dumps({"names": memory.names, "tags": memory.tags}).encode())
+    tensors["texts"] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+    save_file(tensors, file, {"processor": "processor"})
+    assert ImageMemory.load(file).tags == [["x", "y"], []]
+
+
+def test_names_may_have_more_tags_than_their_images_are_given_and_names_may_have_no_image():
+    torch.manual_seed(0)
+    numbers, feature = [str(number) for number in range(40)], torch.randn(1, 8)
+    memory = some_memory(torch.randn(3, 8), ["a", "b", "a"], [numbers[:10], [], []], dimensions=8)
+    more = memory.with_tags({"c": ["0", "z", "z"], "a": numbers[::-1], "d": []})
+    assert more.names == ["a", "b", "c"] and more.num_image_names == 2 and len(more) == 3
+    assert more.tags == [[*numbers[:10], *numbers[:9:-1]], [], ["0", "z"]]
+    assert more.name_shares(feature) == memory.name_shares(feature)
+    # the first twelve
+    assert set(more.tag_shares(feature)[0]) == {*numbers[:10], "39", "38"}
+    found = more.match(feature, ["39", "37", "z"])[0]
+    assert found[0] > 0 and found[1:].tolist() == [0, 0]
+    again = more.extended(torch.randn(1, 8), ["c"], [["own"]])
+    assert again.num_image_names == 3 and again.tags[2] == ["own", "0", "z"]
 
 
 def test_the_nearest_image_of_a_kept_one_is_itself():
@@ -247,7 +277,13 @@ def test_one_image_of_a_name_and_group_is_kept_and_what_is_no_image_told(data, l
     memory = build_memory(Source("data", str(data), kind), labeler, least_groups=2)
     # rows 0, 3 and 4: the second house of a maker and a name of one maker alone are left out, and so is what is none
     assert [memory.names[number] for number in memory.name_of] == ["house", "house", "red apple"]
-    assert memory.tags == [["home", "building"], ["fruit"]]
+    assert dict(zip(memory.names, memory.tags)) == {
+        "house": ["home", "building"],
+        "red apple": ["fruit"],
+        # of one maker alone, so that no image of it is kept
+        "pear": ["fruit"],
+    }
+    assert memory.num_image_names == 2
     assert "row 2: left out: image damaged" in capsys.readouterr().err
     every = build_memory(Source("data", str(data), NamedImages("image")), labeler, most=2)
     assert [every.names[number] for number in every.name_of] == ["house", "house", "red apple", "pear"]
@@ -306,7 +342,7 @@ def test_a_memory_of_another_model_is_refused(data, labeler, model, processor, t
 
 
 @pytest.mark.parametrize(
-    "harm", ["cut", "text", "keys", "a row", "names", "other texts", "numbers", "no metadata", "absent"]
+    "harm", ["cut", "text", "keys", "a row", "names", "packed", "other texts", "numbers", "no metadata", "absent"]
 )
 def test_a_file_that_is_no_memory_is_refused_by_its_name(tmp_path, harm):
     torch.manual_seed(0)
@@ -318,12 +354,14 @@ def test_a_file_that_is_no_memory_is_refused_by_its_name(tmp_path, harm):
         tensors["keys"] = tensors["keys"][0]
     elif harm == "names":
         tensors["texts"] = tensors["texts"][:5]
+    elif harm == "packed":
+        tensors["texts"][-9:] = 0
     elif harm == "other texts":
         packed = zlib.compress(json.dumps({"names": [1, 2, 3, 4], "tags": [[]] * 4}).encode())
         tensors["texts"] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
     elif harm == "numbers":
         tensors["name_of"] = torch.full_like(tensors["name_of"].long(), 77)
-    if harm in ("keys", "a row", "names", "other texts", "numbers", "no metadata"):
+    if harm in ("keys", "a row", "names", "packed", "other texts", "numbers", "no metadata"):
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             file,

@@ -98,7 +98,7 @@ REPORT = {
     "resolution": 64,
     "train_icons": 270_452,
     "views": 4,
-    "memory": {"images": 49_321, "names": 10_028, "bytes": 1_987_654, "share": 0.5},
+    "memory": {"images": 49_321, "names": 10_028, "tagged_names": 13_816, "bytes": 1_987_654, "share": 0.5},
     "neighbour_images": 270_111,
     "tokenizer": {"psnr": 22.34, "codes_used": 987, "codebook_size": 2048, "perplexity": 765.4},
     "names": dict.fromkeys(HELD_OUT, NAMED),
