@@ -37,6 +37,9 @@ class MomaMetricsCallback(TrainerCallback):
     - `{modality}_depth_load`: share of the modality's tokens that a depth layer processed, averaged over these layers
       (one router serves all modalities, so their mix in a depth layer may drift away from the data's).
 
+    `Trainer` tells the loggers of `report_to` before any other callback, so that they do not get these figures: give
+    them behind this one, as `callbacks=[MomaMetricsCallback(), TensorBoardCallback()]`. `moma pretrain` does.
+
     Evaluation's keys have its prefix, `eval_`, and the set's name behind it where there are several. Forwards in
     training mode without gradients, as of samples that another callback draws, are left out. A training loss under
     `expert_choice` sees the future; the loss that `Trainer.evaluate` reports is causal. On several processes a plain

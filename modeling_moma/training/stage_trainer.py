@@ -215,6 +215,8 @@ class StageTrainer(ResumedTrainer):
                 "`--lora-rank` merges adapters into weights that FSDP and DeepSpeed would split: train under DDP."
             )
         self.add_callback(OwnRandomNumbers())
+        # it adds to a log what the loggers of `report_to`, which stand before all others, are to be told
+        self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, MomaMetricsCallback))
         if self.label_smoother is not None:
             self.label_smoother = ShiftedSmoother(epsilon=self.args.label_smoothing_factor)
 

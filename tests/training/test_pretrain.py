@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_flash_attn_2_available
 
 from helpers.tiny import TRAINED, tiny_model, tiny_processor, write_tokens, write_training
@@ -757,6 +758,26 @@ def test_gradients_without_a_norm_stop_a_training_that_would_not_pass_over_them(
     trainer._check_finite(torch.tensor(2.0), torch.tensor(1.0))
     with nullcontext() if fp16 else pytest.raises(InputError, match="The norm of the gradients is inf by step 0"):
         trainer._check_finite(torch.tensor(2.0), torch.tensor(float("inf")))
+
+
+class Recorder(TrainerCallback):
+    """A logger, as of TensorBoard."""
+
+    told = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Keep what there is to log."""
+        self.told.append(dict(logs))
+
+
+def test_loggers_are_told_all_that_the_log_holds(inputs, tmp_path, monkeypatch):
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "recorder", Recorder)
+    monkeypatch.setattr(Recorder, "told", [])
+    (tmp_path / "recipe.json").write_text(json.dumps({"model": TRAINED, "trainer": {"report_to": ["recorder"]}}))
+    main(arguments(inputs, tmp_path / "out", start=[tmp_path / "recipe.json"]))
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert Recorder.told == [{name: log[name] for name in log if name != "step"} for log in history]
+    assert any("eval_image_loss" in log for log in Recorder.told)
 
 
 def test_a_step_does_not_read_its_loss_and_a_recipe_wins(inputs, tmp_path):
