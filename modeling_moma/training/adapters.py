@@ -30,11 +30,13 @@ def with_adapters(model: MomaForCausalLM, rank: int, frozen_groups: Sequence[str
         rank (`int`):
             of the adapters; their output is scaled by 2, whatever the rank.
         frozen_groups (`Sequence[str]`, *optional*, defaults to `()`):
-            expert groups without adapters.
+            expert groups without adapters; with `config.untied_attention` neither have the projections of their
+            modalities.
 
     Raises:
         ImportError: PEFT is missing, the extra `finetune`.
-        ValueError: `rank` is below 1, or the model has no such group.
+        ValueError: `rank` is below 1, the model has no such group, or nothing is left that an adapter could stand
+            beside.
     """
     if rank < 1:
         raise InputError(f"`--lora-rank` = {rank}: a rank is at least 1.")
@@ -43,8 +45,17 @@ def with_adapters(model: MomaForCausalLM, rank: int, frozen_groups: Sequence[str
 
     config = model.config
     check_groups(config, frozen_groups)
-    groups = "|".join(re.escape(group) for group in config.expert_groups if group not in frozen_groups)
-    networks = [r"self_attn\.(.+\.)?(q_proj|k_proj|v_proj|o_proj)", rf"mlp\.shared_expert\.{_LINEAR}"]
+    learning = {group: members for group, members in config.expert_groups.items() if group not in frozen_groups}
+    groups = "|".join(map(re.escape, learning))
+    modalities = "|".join(re.escape(modality) for members in learning.values() for modality in members)
+    # projections of a modality's own stay as they are with its group
+    of_modality = rf"modalities\.({modalities})\." if config.untied_attention else ""
+    networks = [rf"self_attn\.{of_modality}(q_proj|k_proj|v_proj|o_proj)", rf"mlp\.shared_expert\.{_LINEAR}"]
+    if not groups and config.untied_attention and not config.common_shared_intermediate_size:
+        raise InputError(
+            f"`--freeze-groups` {list(frozen_groups)} leaves nothing that `--lora-rank` could adapt: with "
+            "`untied_attention` all projections are those of a group's modalities."
+        )
     if groups:
         networks.append(rf"groups\.({groups})\.(mlp|shared_expert)\.{_LINEAR}")
     packed = [name for name, _ in model.named_parameters() if groups and re.search(rf"\.({groups})\.experts\.", name)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.tiny import TRAINED, tiny_processor, write_training
+from helpers.tiny import TRAINED, tiny_model, tiny_processor, write_training
 from modeling_moma import MomaForCausalLM, upcycle
 from modeling_moma.cli.pretrain import main, parse_arguments
 from modeling_moma.errors_moma import InputError
@@ -22,6 +22,7 @@ SHAPES = {
     "1t1i, tied": {"num_experts": {"text": 1, "image": 1}, "tie_word_embeddings": True},
     "4t4i": {"num_experts": {"text": 4, "image": 4}},
     "shared": {"num_experts": {"text": 2, "image": 2}, "shared_expert_intermediate_size": {"text": 8, "image": 8}},
+    "untied": {"num_experts": {"text": 2, "image": 2}, "untied_attention": True},
 }
 
 
@@ -73,6 +74,8 @@ def test_adapters_learn_and_end_up_in_the_weights(shape, inputs, tmp_path):
     assert after.keys() == before.keys()
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     learning = {name for name in before if "self_attn" in name and name.endswith("proj.weight")}
+    # those of its modality are frozen with a group
+    learning -= {name for name in learning if ".modalities.text." in name}
     learning |= {name for name in before if ".groups.image." in name and "router" not in name}
     embeddings = {"model.embed_tokens.weight", "lm_head.weight"}
     assert moved == learning | embeddings
@@ -115,6 +118,14 @@ def test_adapters_stand_beside_what_an_upcycled_seed_has_kept(inputs, tmp_path):
 def test_what_cannot_be_adapted_is_refused(more, said, inputs, tmp_path):
     with pytest.raises(ValueError, match=said):
         main(arguments(inputs, "4t4i", tmp_path, *more))
+
+
+def test_frozen_groups_that_leave_nothing_to_adapt_are_named(inputs):
+    config = tiny_model(tiny_processor(), untied_attention=True).config
+    with pytest.raises(InputError, match="`--freeze-groups` .*text.*leaves nothing that `--lora-rank`"):
+        with_adapters(MomaForCausalLM(config), 2, ["text", "image"])
+    # attention that all modalities share is left
+    assert with_adapters(tiny_model(tiny_processor()), 2, ["text", "image"]).peft_config
 
 
 @pytest.mark.parametrize("other", [("--train-groups", "image"), ("--stop-at", "3")])
