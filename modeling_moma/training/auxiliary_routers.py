@@ -33,7 +33,7 @@ from ..hub.loading import open_processor, require_plain_weights
 from ..modeling_moma import MomaForCausalLM
 from ..utils.atomic_files import check_new_folder
 from ..utils.hardware import on_one_gpu, trains_in_bf16
-from .checkpoints import checkpoint_step, last_checkpoint, without_torn_checkpoints
+from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .fingerprints import Facts, RunFingerprint, check_output, run_facts
 from .output_lock import sole_run
 from .stage_trainer import FollowArguments, ResumedTrainer
@@ -173,6 +173,8 @@ def _train_and_save(args: argparse.Namespace, training_arguments: TrainingArgume
     set_attention(model, args.attn_implementation)
     trainer = build_trainer(training_arguments, model, tokens, facts)
     checkpoint = last_checkpoint(args.output) if args.resume else None
+    if checkpoint is not None:
+        check_kind(checkpoint, None)
     if checkpoint is not None and checkpoint_step(checkpoint) >= args.steps:
         print(f"{args.output}: this run has taken all of its {args.steps} steps; its routers are judged anew.")
     with without_torn_checkpoints(trainer):

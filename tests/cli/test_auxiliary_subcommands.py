@@ -17,6 +17,7 @@ from modeling_moma.cli.calibrate import main as calibrate
 from modeling_moma.cli.train_auxiliary_routers import main as train
 from modeling_moma.cli.train_auxiliary_routers import parse_arguments
 from modeling_moma.data.examples import open_documents
+from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.measures import held_out_batches, load_model
 from modeling_moma.training import auxiliary_routers
 from release import main as release
@@ -198,6 +199,10 @@ def test_a_run_goes_on_from_its_own_checkpoints_alone(inputs, trained, tmp_path,
     with pytest.raises(ValueError, match="holds another run: of checkpoint-4 .*weights = "):
         run(train, inputs, tmp_path / "out", "--steps", "4", "--resume", model=tmp_path / "other")
     assert sorted((tmp_path / "out").rglob("*")) == before
+    torn = tmp_path / "torn" / "checkpoint-4"
+    shutil.copytree(trained / "checkpoint-4", torn, ignore=shutil.ignore_patterns("optimizer.pt"))
+    with pytest.raises(InputError, match="checkpoint-4' has no optimizer.pt, without which it would begin anew"):
+        auxiliary_run(inputs, torn.parent, "--resume")
     capsys.readouterr()
     auxiliary_run(inputs, tmp_path / "out", "--resume")
     told = capsys.readouterr().out
