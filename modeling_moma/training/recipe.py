@@ -268,6 +268,11 @@ def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
 
 def _refuse_accelerator_fields(where: str, config: Any) -> None:
     """Raise `ValueError` for settings of Accelerate by which a step takes other documents than are counted."""
+    if isinstance(config, str):
+        raise InputError(
+            f"{where}, trainer: accelerator_config = {config!r}: give its fields here, not a file of them: some would "
+            "change which documents a step takes."
+        )
     if not isinstance(config, dict):
         return
     for name, (only, reason) in ACCELERATOR_FIELDS.items():

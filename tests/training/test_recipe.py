@@ -105,6 +105,10 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
                 ),
             )
         ],
+        (
+            "model: {}\ntrainer: {accelerator_config: accelerate.json}\n",
+            "accelerator_config = 'accelerate.json': give its fields here",
+        ),
         ("model: [1]\n", "model: expected a mapping of fields, got .1."),
         (
             "data: {length: 8}\n",
