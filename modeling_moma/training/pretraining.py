@@ -258,7 +258,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     try:
         training_arguments = TrainingArguments(output_dir=args.output, use_cpu=device == "cpu", **fields)
         _try_schedule(training_arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError, OSError) as error:
         # torch and Transformers say it in many lines
         raise InputError(f"the recipe's section `trainer`, {args.trainer}: {one_line(error)}") from error
     if (number := training_arguments.per_device_eval_batch_size) < 1:
@@ -376,22 +376,17 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     callbacks = [metrics, feeding, fingerprint, FollowArguments(parts.first_step), *samples]
     if args.stop_at:
         callbacks.append(StopAt(args.stop_at))
-    kind = trainer_kind(args, model, processor)
-    try:
-        trainer = kind(
-            model=model,
-            args=training_arguments,
-            train_dataset=stream,
-            eval_dataset=held_out,
-            data_collator=PackedCollator(MomaDataCollator(processor.tokenizer)),
-            callbacks=callbacks,
-            processing_class=processor.tokenizer,
-        )
-    except InputError:
-        raise
-    # settings that do not go together, or that need a package
-    except (ValueError, ImportError) as error:
-        raise InputError(f"the recipe's section `trainer`, {args.trainer}: {one_line(error)}") from error
+    trainer = _make_trainer(
+        args,
+        trainer_kind(args, model, processor),
+        model=model,
+        args=training_arguments,
+        train_dataset=stream,
+        eval_dataset=held_out,
+        data_collator=PackedCollator(MomaDataCollator(processor.tokenizer)),
+        callbacks=callbacks,
+        processing_class=processor.tokenizer,
+    )
     if args.train_groups:
         trainer.train_only(args.train_groups)
     trainer.first_step, trainer.earlier_stage, trainer.feeding = parts.first_step, args.model, feeding
@@ -400,6 +395,23 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     if share := code_noise(args.recipe.data):
         trainer.noise = CodeNoise(share, *processor.frames[IMAGE].bounds)
     return trainer
+
+
+def _make_trainer(arguments: argparse.Namespace, kind: Callable[..., StageTrainer], /, **parts: Any) -> StageTrainer:
+    """Return a trainer, or raise what is wrong with a recipe's section `trainer` before the first step."""
+    try:
+        trainer = kind(**parts)
+        # the optimizer is made when all else is read
+        trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)  # pyright: ignore[reportArgumentType]
+        return trainer
+    except InputError:
+        raise
+    # settings that do not go together, or that need a package
+    except (ValueError, ImportError, RuntimeError) as error:
+        # so do loggers of Transformers say it
+        if isinstance(error, RuntimeError) and "to be installed" not in str(error):
+            raise
+        raise InputError(f"the recipe's section `trainer`, {arguments.trainer}: {one_line(error)}") from error
 
 
 def resumed_checkpoint(output: str, resume: bool) -> tuple[str | None, int]:

@@ -760,6 +760,24 @@ def test_gradients_without_a_norm_stop_a_training_that_would_not_pass_over_them(
         trainer._check_finite(torch.tensor(2.0), torch.tensor(float("inf")))
 
 
+@pytest.mark.parametrize(
+    "trainer, message",
+    [
+        ({"report_to": ["dvclive"]}, "dvclive to be installed"),
+        ({"optim": "adamw_apex_fused"}, "apex"),
+        ({"optim_args": "foreach"}, "optim_args|unpack|dictionary|expected"),
+    ],
+)
+def test_settings_that_need_what_is_not_there_are_told_in_one_line_before_the_first_step(
+    inputs, tmp_path, trainer, message
+):
+    recipe = {"model": TRAINED, "trainer": trainer}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(InputError, match=f"section `trainer`, .*: .*({message})") as raised:
+        main(arguments(inputs, tmp_path / "out", start=[tmp_path / "recipe.json"]))
+    assert "\n" not in str(raised.value) and not (tmp_path / "out" / "run.json").exists()
+
+
 class Recorder(TrainerCallback):
     """A logger, as of TensorBoard."""
 

@@ -180,6 +180,7 @@ def test_schedule_may_be_named_alone(tmp_path, schedule):
         ("{lr_scheduler_type: linear, lr_scheduler_kwargs: {min_lr_rate: 0.1}}", "min_lr_rate"),
         ("{lr_scheduler_type: warmup_stable_decay}", "num_decay_steps"),
         ("{optim: Muon}", "did you mean 'muon'"),
+        ("{fsdp: full_shard, fsdp_config: nowhere.json}", "nowhere.json"),
     ],
 )
 def test_what_the_trainer_refuses_is_told_in_one_line(tmp_path, trainer, message):
