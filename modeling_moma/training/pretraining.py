@@ -460,8 +460,7 @@ def _train_and_save(args: argparse.Namespace, parts: RunParts) -> None:
     trainer = build_trainer(args, parts)
     if checkpoint is not None:
         check_kind(checkpoint, trainer.checkpoint_kind())
-    processor = parts.processor
-    output = Path(args.output).absolute()
+    processor, output = parts.processor, Path(args.output).absolute()
     run = {
         "examples_a_step": examples_a_step(trainer.args),
         "first_step": trainer.first_step,
@@ -476,7 +475,8 @@ def _train_and_save(args: argparse.Namespace, parts: RunParts) -> None:
     elif args.stop_at and taken == args.stop_at:
         # a run killed after its last checkpoint has no step left: the loop would take one before it checks
         if trainer.is_world_process_zero():
-            copy_checkpoint(str(checkpoint), output, processor, trainer.model)  # pyright: ignore[reportArgumentType]
+            folders = str(checkpoint), trainer.chosen_checkpoint(str(checkpoint))
+            copy_checkpoint(*folders, output, processor, trainer.model)  # pyright: ignore[reportArgumentType]
         return
     with without_torn_checkpoints(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -19,7 +19,7 @@ from tokenization import MomaProcessor
 from ..data.packing import IGNORED
 from ..errors_moma import InputError
 from ..utils.messages import one_line
-from .checkpoints import DEEPSPEED, SHARDS, WHOLE, last_checkpoint
+from .checkpoints import DEEPSPEED, SHARDS, WHOLE, last_checkpoint, read_state
 from .code_noise import CodeNoise
 from .freezing import freeze_all_but
 from .metrics_callback import MomaMetricsCallback
@@ -250,6 +250,22 @@ class StageTrainer(ResumedTrainer):
         if plugin is None:
             return None
         return SHARDS if "SHARDED" in str(plugin.state_dict_type) else WHOLE
+
+    def chosen_checkpoint(self, last: str) -> str:
+        """Return the checkpoint that a run whose last step is taken gives its weights of: the best one, or the last.
+
+        Args:
+            last (`str`):
+                folder of the last one, whose state says which is the best.
+        """
+        state = read_state(Path(last)) or {}
+        followed = (state.get("stateful_callbacks") or {}).get(FollowArguments.__name__, {})
+        by = [self.args.metric_for_best_model, self.args.greater_is_better]
+        is_chosen = self.args.load_best_model_at_end and followed.get("attributes", {}).get("chosen_by") == by
+        best = state.get("best_model_checkpoint") if is_chosen else None
+        # beside the last one, wherever the run lies now
+        path = Path(last).with_name(Path(best or last).name)
+        return str(path) if path.is_dir() else last
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Save the model, in one piece for `from_pretrained` where checkpoints are in shards, too."""

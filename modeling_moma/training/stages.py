@@ -194,12 +194,16 @@ def _earlier_state(path: Path) -> TrainerState:
         ) from error
 
 
-def copy_checkpoint(checkpoint: str | Path, output: Path, processor: MomaProcessor, model: PreTrainedModel):
-    """Make a run's last checkpoint, and the processor, its result.
+def copy_checkpoint(
+    checkpoint: str | Path, weights: str | Path, output: Path, processor: MomaProcessor, model: PreTrainedModel
+):
+    """Make the weights of a run's checkpoint, the state of its last one, and the processor, its result.
 
     Args:
         checkpoint (`str | Path`):
-            its folder.
+            folder of the last one.
+        weights (`str | Path`):
+            folder of the one whose weights are taken, the same or the best.
         output (`Path`):
             of the run.
         processor ([`MomaProcessor`]):
@@ -210,11 +214,11 @@ def copy_checkpoint(checkpoint: str | Path, output: Path, processor: MomaProcess
     states = ("optimizer.*", "scheduler.pt", "rng_state*", WHOLE, TRAINER_STATE_NAME)
 
     def write(folder: Path):
-        if (Path(checkpoint) / SHARDS).is_dir():
-            dcp.load({"model": model.state_dict()}, checkpoint_id=Path(checkpoint) / SHARDS, no_dist=True)
+        if (Path(weights) / SHARDS).is_dir():
+            dcp.load({"model": model.state_dict()}, checkpoint_id=Path(weights) / SHARDS, no_dist=True)
             model.save_pretrained(folder)
         else:
-            shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*states))
+            shutil.copytree(weights, folder, ignore=shutil.ignore_patterns(*states))
         processor.save_pretrained(folder)
 
     write_folder_aside(output, write)

@@ -228,6 +228,27 @@ def test_stopped_training_that_was_killed_at_its_end_takes_no_further_step(stage
     assert (tmp_path / "processor_config.json").exists()
 
 
+def test_stopped_training_that_was_killed_at_its_end_leaves_its_best_model(inputs, tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    for name, trainer in {"best": best, "other": {**best, "metric_for_best_model": "eval_text_loss"}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"model": TRAINED, "trainer": trainer}))
+    more = "--eval-steps 1 --save-steps 1 --learning-rate 0.01 --save-total-limit 4 --stop-at 4".split()
+    output = tmp_path / "out"
+    main(arguments(inputs, output, *more, start=[tmp_path / "best.json"]))
+    best_step = json.loads((output / "trainer_state.json").read_text())["best_global_step"]
+    expected = {name: load_file(output / name / "model.safetensors") for name in (".", "checkpoint-4")}
+    assert best_step < 4 and not torch.equal(*(state["lm_head.weight"] for state in expected.values()))
+    # a model that another figure would choose was not evaluated by it: the last one is left
+    for recipe, name in (("best", "."), ("other", "checkpoint-4")):
+        for path in output.iterdir():
+            if path.is_file():
+                path.unlink()
+        main(arguments(inputs, output, *more, "--resume", start=[tmp_path / f"{recipe}.json"]))
+        left = load_file(output / "model.safetensors")
+        assert all(torch.equal(left[key], value) for key, value in expected[name].items())
+        assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 4
+
+
 def test_checkpoint_that_cannot_be_copied_leaves_no_half_of_itself(stages, inputs, tmp_path):
     shutil.copytree(stages.stopped.output / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
     (tmp_path / "out" / "checkpoint-3" / "zz").symlink_to("nowhere")
