@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.audio_utils import mel_filter_bank
+from transformers.utils.generic import maybe_autocast
 
 from .audio_input_moma import read_sound
 from .codecs_moma import register_codec
@@ -29,6 +30,8 @@ _LOUDNESS = 0.1
 _FLOOR = 1e-3
 # Rounds of Griffin and Lim's search for the phases of a spectrogram.
 _PHASE_ROUNDS = 64
+# A mel spectrogram is computed there, whatever torch's default device is.
+_CPU = torch.device("cpu")
 # Vectors that are compared with the codebook at once.
 _CHUNK = 8192
 
@@ -162,7 +165,9 @@ class MelCodec:
         """
         codes = []
         for item in items:
-            chunks = self.log_mels(item).split(_CHUNK)
+            # in the types of autocast other codes are nearest
+            with maybe_autocast("cpu", enabled=False), _CPU:
+                chunks = self.log_mels(item).split(_CHUNK)
             codes.append([code for chunk in chunks for code in torch.cdist(chunk, self.codebook).argmin(1).tolist()])
         return codes
 
@@ -176,9 +181,10 @@ class MelCodec:
         Returns:
             `np.ndarray` of shape `(num_samples,)`: float32 in [-1, 1] at `sampling_rate`.
         """
-        mels = self.codebook[torch.as_tensor(codes)].reshape(-1, self.num_mels).exp()
-        power = (mels @ torch.linalg.pinv(self._filters)).clamp(min=0)
-        samples = self._with_phases(power.sqrt().T)
+        with _CPU:
+            mels = self.codebook[torch.as_tensor(codes)].reshape(-1, self.num_mels).exp()
+            power = (mels @ torch.linalg.pinv(self._filters)).clamp(min=0)
+            samples = self._with_phases(power.sqrt().T)
         peak = samples.abs().max()
         return (samples / peak if peak > 1 else samples).numpy()
 
@@ -374,7 +380,10 @@ class LibraryAudioCodec:
         for item in items:
             samples = torch.from_numpy(np.array(read_sound(item, self.sampling_rate)))
             samples = torch.nn.functional.pad(samples, (0, -len(samples) % hop))
-            codes_QT = self.kind.encode(self.model, samples[None, None].to(self.model.device), self.num_codebooks)[0]
+            samples = samples[None, None].to(self.model.device)
+            # in the types of autocast other codes are nearest
+            with maybe_autocast(samples.device.type, enabled=False):
+                codes_QT = self.kind.encode(self.model, samples, self.num_codebooks)[0]
             offsets = torch.arange(self.num_codebooks, device=codes_QT.device) * self.codebook_size
             rows.append((codes_QT.T + offsets).flatten().tolist())
         return rows

@@ -433,15 +433,15 @@ class MomaImageInputMixin(_Backend):
         Raises:
             ValueError: the shape is wrong, or a value is not finite.
         """
-        images = torch.as_tensor(images).detach().float().cpu()
+        images = torch.as_tensor(images, device="cpu").detach().float()
         images = images[None] if images.ndim == 3 else images
         if images.ndim != 4 or images.shape[1] != 3:
             raise InputError(f"images: expected the shape (batch_size, 3, height, width), got {tuple(images.shape)}.")
         if not torch.isfinite(images).all():
             raise InputError("images: the pixel values hold NaN or infinity; the VQ weights may be damaged.")
         if self.do_normalize:
-            std = torch.tensor(self.image_std).view(1, 3, 1, 1)
-            mean = torch.tensor(self.image_mean).view(1, 3, 1, 1)
+            std = images.new_tensor(self.image_std).view(1, 3, 1, 1)
+            mean = images.new_tensor(self.image_mean).view(1, 3, 1, 1)
             images = images * std + mean
         if self.do_rescale:
             images = images / self.rescale_factor

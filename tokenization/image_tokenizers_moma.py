@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.generic import maybe_autocast
 
 from .modeling_moma_vq import MomaVQModel, without_tf32
 from .processor_errors_moma import InputError
@@ -134,7 +135,8 @@ class LibraryImageTokenizer(nn.Module):
                 f"pixel_values must have shape (batch_size, 3, {self.image_size[0]}, {self.image_size[1]}), got "
                 f"{tuple(pixel_values.shape)}."
             )
-        with without_tf32() if pixel_values.device.type == "cuda" else nullcontext():
+        device_type = pixel_values.device.type
+        with maybe_autocast(device_type, enabled=False), without_tf32() if device_type == "cuda" else nullcontext():
             return torch.cat([self.kind.encode(self.model, part) for part in self._parts(pixel_values)])
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, auto_docstring
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .blocks_moma_vq import MomaVQBranchEnd, MomaVQDecoder, MomaVQEncoder
 from .configuration_moma_vq import MomaVQConfig
@@ -249,8 +249,9 @@ class MomaVQModel(PreTrainedModel):
         self._check_pixel_values(pixel_values)
         chunks = self._chunks(pixel_values, pixel_values.shape[-1])
         # codes are kept as data, and have to mean the same wherever they were made; a compiled program sets no flags
-        is_plain_cuda = pixel_values.device.type == "cuda" and not torch.compiler.is_compiling()
-        with without_tf32() if is_plain_cuda else nullcontext():
+        device_type = pixel_values.device.type
+        is_plain_cuda = device_type == "cuda" and not torch.compiler.is_compiling()
+        with maybe_autocast(device_type, enabled=False), without_tf32() if is_plain_cuda else nullcontext():
             return torch.cat([self.quantize.nearest(self.encode(chunk)) for chunk in chunks])
 
     @torch.no_grad()

@@ -208,6 +208,23 @@ def test_sounds_of_a_few_samples_have_codes(name):
         assert codes and len(codec.decode(codes)) >= length
 
 
+@pytest.mark.parametrize("name", ["mel", *LIBRARY])
+def test_codes_of_sounds_do_not_depend_on_autocast(name):
+    codec = tiny_mel_codec() if name == "mel" else LibraryAudioCodec(tiny_library_model(name))
+    noise = [*np.random.default_rng(0).normal(0, 0.1, (8, 2 * RATE)).astype(np.float32)]
+    codes = codec.encode(noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert codec.encode(noise) == codes
+
+
+def test_a_default_device_is_not_where_spectrograms_are_made(codec):
+    codes = codec.encode([tone(440)])
+    samples = codec.decode(codes[0])
+    with torch.device("meta"):
+        assert codec.encode([tone(440)]) == codes
+        assert np.array_equal(codec.decode(codes[0]), samples)
+
+
 def test_library_models_that_do_not_fit_are_refused():
     chunked = tiny_library_model("encodec")
     chunked.config.chunk_length_s = 0.1

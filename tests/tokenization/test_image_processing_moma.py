@@ -333,6 +333,10 @@ def test_postprocess_undoes_preprocess(image_processor):
     assert np.array_equal(np.array(back[0]), np.array(image))
     tensor = image_processor.postprocess(values * 3, return_tensors="pt")["pixel_values"]
     assert tensor.dtype == torch.uint8 and tensor.shape == (1, 3, 16, 16)
+    # whatever torch's default device is
+    with torch.device("meta"):
+        again = image_processor.postprocess(values * 3, return_tensors="pt")["pixel_values"]
+    assert torch.equal(again, tensor)
 
 
 @pytest.mark.parametrize("values", [torch.zeros(2, 4, 8, 8), torch.full((1, 3, 8, 8), float("nan"))])

@@ -30,7 +30,7 @@ from transformers import (
 
 from helpers.absent import WITHOUT_PACKAGES
 from helpers.forked_python import run_python
-from helpers.tiny import CARD, TEXTS, tiny_model, tiny_vq_model
+from helpers.tiny import CARD, TEXTS, noise_images, tiny_model, tiny_vq_model
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import build_processor, generate, pretrain, tokenize
 from modeling_moma.demo.partial_images import PAPER, PartialImages
@@ -126,6 +126,14 @@ def test_codes_and_pixels_are_those_of_the_library(name, size, images):
     torch.testing.assert_close(processor.vq_model.decode_image_tokens(expected), pixels, rtol=0, atol=1e-6)
     drawn = processor.decode_images(codes)
     assert all(image.size == (size[1], size[0]) for image in drawn)
+
+
+@pytest.mark.parametrize("name", ["janus", "emu3"])
+def test_codes_do_not_depend_on_autocast(name):
+    processor, noise = library_processor(name), noise_images(16)
+    codes = processor.encode_images(noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert processor.encode_images(noise) == codes
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer
 
 from helpers.forked_python import run_python
-from helpers.tiny import tiny_vq_model
+from helpers.tiny import noise_images, tiny_vq_model
 from tokenization import (
     MomaImageProcessor,
     MomaImageProcessorPil,
@@ -424,6 +424,13 @@ def test_vq_model_is_put_in_float32_evaluation_mode(images):
     processor = MomaProcessor(make_image_processor(), make_tokenizer(), vq_model).to("cpu")
     assert processor.vq_model.dtype == torch.float32 and not processor.vq_model.training
     assert len(processor.encode_images(images)) == 3
+
+
+def test_codes_of_images_do_not_depend_on_autocast(processor):
+    noise = noise_images(64)
+    codes = processor.encode_images(noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert processor.encode_images(noise) == codes
 
 
 def assert_same(loaded, processor, images):
