@@ -172,7 +172,8 @@ def _to_averaged_mode(image: Image.Image) -> Image.Image:
 def to_8_bits(image: Image.Image) -> Image.Image:
     """Bring a decoded image to an 8-bit mode: 16-bit greyscale is scaled, other modes stay.
 
-    A transparent value of 16-bit greyscale becomes an alpha channel.
+    Colours that are multiplied by their alpha are divided by it. A transparent value of 16-bit greyscale becomes an
+    alpha channel.
 
     Args:
         image (`PIL.Image.Image`):
@@ -189,9 +190,9 @@ def to_8_bits(image: Image.Image) -> Image.Image:
             "images: an image of mode 'F' (floating point) has no known range of values; scale it to 0..255 and "
             "convert it to mode 'L' first."
         )
-    # Pillow converts greyscale with premultiplied alpha to this mode alone
-    if image.mode == "La":
-        return image.convert("LA")
+    # colours with premultiplied alpha, in which Transformers sees no transparency
+    if image.mode in ("La", "RGBa"):
+        return image.convert(image.mode.upper())
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image)

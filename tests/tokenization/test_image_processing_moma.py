@@ -111,9 +111,11 @@ def test_sixteen_bit_greyscale_is_scaled_and_not_clipped(image_processor, tmp_pa
     torch.testing.assert_close(pixels(image_processor, Image.fromarray(sixteen.astype(np.int32))), expected)
 
 
-def test_premultiplied_grey_is_read_as_plain_grey(image_processor):
-    grey = Image.new("LA", (16, 16), (90, 128))
-    torch.testing.assert_close(pixels(image_processor, grey.convert("La")), pixels(image_processor, grey))
+@pytest.mark.parametrize(("mode", "colour"), [("LA", (0, 128)), ("RGBA", (255, 0, 255, 128))])
+def test_premultiplied_colours_are_read_as_plain_ones(image_processor, mode, colour):
+    plain = Image.new(mode, (16, 16), colour)
+    premultiplied = plain.convert({"LA": "La", "RGBA": "RGBa"}[mode])
+    torch.testing.assert_close(pixels(image_processor, premultiplied), pixels(image_processor, plain))
 
 
 def test_transparent_value_of_sixteen_bit_greyscale_is_composited_on_white(image_processor, tmp_path):
