@@ -91,7 +91,10 @@ class CodeConversionMixin(ProcessorMixin):
         codes, pending = [], []
         # one by one, so that a single file is open and a single image in memory at its full size
         for source in iter_image_sources(images):
-            pixel_values = self.image_processor([self.image_processor.fetch_images(source)], **kwargs)["pixel_values"]
+            image = self.image_processor.fetch_images(source)
+            if not kwargs.get("do_resize", self.image_processor.do_resize):
+                self._check_unresized(image, kwargs)
+            pixel_values = self.image_processor([image], **kwargs)["pixel_values"]
             if tuple(pixel_values.shape[-2:]) != self.image_size:
                 raise InputError(
                     f"images_kwargs: the image processor yields {tuple(pixel_values.shape[-2:])} pixels, but the VQ "
@@ -113,6 +116,16 @@ class CodeConversionMixin(ProcessorMixin):
             raise InputError(
                 f"images_kwargs: size={given} makes images smaller than the VQ model's {self.image_size} pixels; "
                 "leave size and crop_size as they are."
+            )
+
+    def _check_unresized(self, image: Any, kwargs: dict) -> None:
+        uncropped: dict[str, Any] = {**kwargs, "do_center_crop": False}
+        pixel_values = self.image_processor([image], **uncropped)["pixel_values"]
+        # the crop would pad it with black
+        if any(given < side for given, side in zip(pixel_values.shape[-2:], self.image_size)):
+            raise InputError(
+                f"images_kwargs: do_resize=False leaves an image of {tuple(pixel_values.shape[-2:])} pixels smaller "
+                f"than the VQ model's {self.image_size}; leave do_resize as it is."
             )
 
     @torch.no_grad()

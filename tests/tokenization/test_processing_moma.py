@@ -277,6 +277,15 @@ def test_call_time_size_that_the_vq_model_does_not_take_raises(processor, images
     processor(images=images[0], text="<image>", size={"shortest_edge": SIDE + 1})
 
 
+def test_images_that_are_not_resized_are_cropped_and_not_filled_up(processor, images):
+    (codes,) = processor.encode_images(images[0], do_resize=False)
+    # of 24 by 20 pixels
+    assert [codes] == processor.encode_images(images[0].crop((4, 2, 20, 18)))
+    for size in ((SIDE - 1, SIDE), (2 * SIDE, SIDE - 1)):
+        with pytest.raises(InputError, match=r"do_resize=False leaves an image of .* smaller than .*\(16, 16\)"):
+            processor(images=images[0].resize(size), text="<image>", do_resize=False)
+
+
 def test_parts_come_back_in_order(processor, images):
     out = processor(images=images[:2], text="red <image> apple <image>", padding="max_length", max_length=64)
     parts = processor.decode_parts(out["input_ids"][0])
