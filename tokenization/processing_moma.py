@@ -16,6 +16,7 @@
 import base64
 import copy
 import os
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -294,8 +295,8 @@ class MomaProcessor(CodeConversionMixin):
                 "text: images become part of `input_ids`, so text=None has no place for them; pass "
                 f"{self.image_token!r} for each image, or call `encode_images(images)` for the bare codes."
             )
-        if isinstance(text, bytes) or (text is not None and not hasattr(text, "__iter__")):
-            raise InputError(f"text: expected a string or a list of strings, got {type(text).__name__}.")
+        if text is not None and not isinstance(text, str):
+            text = _list_of_texts(text)
         _check_texts([text] if text is None or isinstance(text, str) else text)
         return_labels = given.pop("return_labels", self.return_labels)
         if text is not None and given.get("add_special_tokens", True):
@@ -587,6 +588,17 @@ def _refuse_second_texts(kwargs: dict) -> None:
             raise InputError(
                 f"{name}: a row has one text, so write both into `text`; no image would be put into a second one."
             )
+
+
+def _list_of_texts(texts: Any) -> list:
+    """Return several texts as a list, which can be read more than once; raise where they have no order or are none."""
+    # a message of a chat would be read as the names of its fields
+    if isinstance(texts, (bytes, Mapping, Set)) or not hasattr(texts, "__iter__"):
+        raise InputError(
+            f"text: expected a string or a list of strings, got {type(texts).__name__}; messages of a chat go through "
+            "`apply_chat_template`."
+        )
+    return list(texts)
 
 
 def _check_texts(texts: Any) -> None:

@@ -203,6 +203,12 @@ def test_text_alone(processor, images):
     assert processor.batch_decode(out["input_ids"], skip_special_tokens=True) == ["red apple", ""]
 
 
+def test_texts_may_be_what_is_read_once(processor, images):
+    texts = ["<image> red", "apple"]
+    out = processor(images=images[0], text=iter(texts))
+    assert out["input_ids"] == processor(images=images[0], text=texts)["input_ids"]
+
+
 @pytest.mark.parametrize(
     ("count", "text", "message"),
     [
@@ -214,6 +220,8 @@ def test_text_alone(processor, images):
         (0, [], "at least one text"),
         (0, 5, "got int"),
         (0, b"red", "got bytes"),
+        (0, {"role": "user", "content": "red"}, "got dict; messages of a chat go through `apply_chat_template`"),
+        (0, {"red"}, "got set"),
     ],
 )
 def test_wrong_number_of_images_raises(processor, images, count, text, message):
