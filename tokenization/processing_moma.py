@@ -339,19 +339,22 @@ class MomaProcessor(CodeConversionMixin):
         return processor
 
     def _check_sampling_rate(self, kwargs: dict) -> None:
-        wanted = getattr(self.codecs.get(AUDIO), "sampling_rate", None)
-        given = kwargs.pop("sampling_rate", None) if AUDIO in self.codecs else None
-        if None not in (given, wanted) and given != wanted:
-            raise InputError(
-                f"sampling_rate: {given} samples of a second, and the codec of {AUDIO} takes {wanted}; resample, or "
-                "pass paths of files or `{'array': ..., 'sampling_rate': ...}`, which are resampled."
-            )
+        if AUDIO not in self.codecs:
+            return
+        wanted = getattr(self.codecs[AUDIO], "sampling_rate", None)
+        for given in (kwargs.pop("sampling_rate", None), _rate_of_audio_kwargs(kwargs)):
+            if None not in (given, wanted) and given != wanted:
+                raise InputError(
+                    f"sampling_rate: {given} samples of a second, and the codec of {AUDIO} takes {wanted}; resample, "
+                    "or pass paths of files or `{'array': ..., 'sampling_rate': ...}`, which are resampled."
+                )
 
     def _resolve_audio_loading_params(self, processor_kwargs: dict) -> dict:
-        # a chat's files are read at the codec's rate
+        # a chat's files are read at the codec's rate; another one that the call asks for is refused there
         wanted = getattr(self.codecs.get(AUDIO), "sampling_rate", None)
-        given = {} if wanted is None else {"sampling_rate": wanted}
-        return super()._resolve_audio_loading_params({**given, "load_audio_backend": "soundfile", **processor_kwargs})
+        if wanted is not None and _rate_of_audio_kwargs(processor_kwargs) is None:
+            processor_kwargs = {"sampling_rate": wanted, **processor_kwargs}
+        return super()._resolve_audio_loading_params({"load_audio_backend": "soundfile", **processor_kwargs})
 
     def _multimodal_inputs_from_conversations(self, conversations: list, audio_loading_params: dict, *args, **kwargs):
         wanted = getattr(self.codecs.get(AUDIO), "sampling_rate", None)
@@ -579,6 +582,10 @@ class MomaProcessor(CodeConversionMixin):
             )
         # the chat template is among the settings
         return [image_processor, tokenizer, vq_model, None, codecs]
+
+
+def _rate_of_audio_kwargs(kwargs: dict) -> Any:
+    return (kwargs.get("audio_kwargs") or {}).get("sampling_rate")
 
 
 def _refuse_second_texts(kwargs: dict) -> None:

@@ -310,7 +310,16 @@ def test_rates_are_compared(codec):
     processor = processor_of_sounds(codec)
     ids = processor(text=["<audio>"], audio=[tone(440)], sampling_rate=RATE)["input_ids"]
     assert ids == processor(text=["<audio>"], audio=[tone(440)])["input_ids"]
-    with pytest.raises(
-        ValueError, match="sampling_rate: 16000 samples of a second, and the codec of audio takes 8000"
-    ):
-        processor(text=["<audio>"], audio=[tone(440)], sampling_rate=16000)
+    chat = [{"role": "user", "content": [{"type": "audio", "audio": tone(440)}]}]
+    for rate in ({"sampling_rate": 16000}, {"audio_kwargs": {"sampling_rate": 16000}}):
+        with pytest.raises(ValueError, match="sampling_rate: 16000 samples of a second, and the codec of audio takes"):
+            processor(text=["<audio>"], audio=[tone(440)], **rate)
+        with pytest.raises(ValueError, match="sampling_rate: 16000 samples of a second, and the codec of audio takes"):
+            processor.apply_chat_template(chat, tokenize=True, return_dict=True, processor_kwargs=dict(rate))
+    same = {"audio_kwargs": {"sampling_rate": RATE}}
+    assert processor(text=["<audio>"], audio=[tone(440)], **same)["input_ids"] == ids
+    plain, asked = (
+        processor.apply_chat_template(chat, tokenize=True, return_dict=True, processor_kwargs=dict(given))
+        for given in ({}, same)
+    )
+    assert plain["input_ids"] == asked["input_ids"]
