@@ -249,12 +249,12 @@ class CodeConversionMixin(ProcessorMixin):
             )
         return self.frames[modality]
 
-    def decode_images(self, codes: torch.Tensor | list[list[int]]) -> list[Image.Image]:
+    def decode_images(self, codes: torch.Tensor | list) -> list[Image.Image]:
         """Turn codes into images.
 
         Args:
-            codes (`torch.LongTensor` or `list[list[int]]` of shape `(num_images, image_seq_length)`):
-                Codes in `[0, codebook_size)`, not token ids.
+            codes (`torch.LongTensor` or `list` of shape `(num_images, image_seq_length)`):
+                Codes in `[0, codebook_size)`, not token ids; a list may hold a tensor for each image.
 
         Returns:
             `list[PIL.Image.Image]`: RGB images of the VQ model's resolution.
@@ -262,6 +262,8 @@ class CodeConversionMixin(ProcessorMixin):
         Raises:
             ValueError: the shape is wrong, or a code lies outside the codebook.
         """
+        if isinstance(codes, (list, tuple)):
+            codes = [row.tolist() if hasattr(row, "tolist") else row for row in codes]
         code_table = torch.as_tensor(codes)
         if code_table.is_floating_point() and code_table.numel():
             raise InputError(f"codes: expected whole numbers, got {code_table.dtype}.")

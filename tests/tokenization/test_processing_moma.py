@@ -343,6 +343,14 @@ def test_what_are_no_ids_or_codes_is_refused_by_name(processor, images):
     assert processor.post_process_multimodal_output([], generation_mode="interleaved") == []
 
 
+def test_codes_of_images_may_be_a_list_of_tensors(processor, images):
+    codes = processor.encode_images(images)
+    expected = processor.decode_images(codes)
+    for rows in (list(torch.tensor(codes)), list(np.array(codes))):
+        for decoded in (processor.decode_images(rows), processor.decode_items("image", rows)):
+            assert all(np.array_equal(ours, theirs) for ours, theirs in zip(decoded, expected, strict=True))
+
+
 @pytest.mark.parametrize(
     ("codes", "message"), [([[0] * 5], "shape"), ([[CODES] * LENGTH], "lie outside"), ([[-1] * LENGTH], "lie outside")]
 )
