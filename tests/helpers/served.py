@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from helpers.tiny import noise_images, tiny_model
+from helpers.tiny import noise_images, randomize_auxiliary, tiny_model
 
 
 SHARED = {"shared_expert_intermediate_size": {"text": 16, "image": 16}}
@@ -18,6 +18,7 @@ CONFIGURATIONS = {
     "4t4i, token choice": {**SHARED, **TOKEN_CHOICE},
     "4t4i, threshold": {**SHARED, "num_key_value_heads": 1},
     "2t6i": {"num_experts": {"text": 2, "image": 6}, "expert_intermediate_size": {"image": 16}},
+    "auxiliary": {"auxiliary_routers": True, "inference_routing": "auxiliary"},
     "pre-norm": {"norm_placement": "pre", "qk_norm": "rmsnorm", "tie_word_embeddings": True},
     "post-norm": {"norm_placement": "post", "qk_norm": "layernorm_per_head", "gate_after_norm": True},
 }
@@ -37,6 +38,7 @@ def served_model(processor, **fields):
     """A model of attention heads that vLLM's CPU kernels know, with cuts that some tokens pass and some do not."""
     sizes = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2, "initializer_range": 0.2}
     model = tiny_model(processor, **{**sizes, **fields})
+    randomize_auxiliary(model)
     generator = torch.Generator().manual_seed(1)
     for name, buffer in model.named_buffers():
         if name.endswith("router.threshold"):

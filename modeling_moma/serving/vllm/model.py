@@ -10,6 +10,7 @@ from vllm.model_executor.models.transformers import TransformersForCausalLM  # p
 from vllm.multimodal import MULTIMODAL_REGISTRY  # pyright: ignore[reportMissingImports]
 
 from ...errors_moma import InputError
+from ...routing_moma import Fp32Linear
 from .images import IMAGE_IDS, PLACEHOLDER, MomaDummyInputs, MomaMultiModalInfo, MomaMultiModalProcessor
 
 
@@ -32,6 +33,18 @@ class MomaForVllm(TransformersForCausalLM, SupportsMultiModal):
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         """Return what stands for an image in a message whose template takes strings alone."""
         return PLACEHOLDER if modality == "image" else None
+
+    def recursive_replace(self) -> None:
+        """Put vLLM's layers in the place of the model's, but for those that multiply in fp32, as auxiliary routers."""
+        kept = [
+            (module, name, child)
+            for module in self.model.modules()
+            for name, child in module.named_children()
+            if isinstance(child, Fp32Linear)
+        ]
+        super().recursive_replace()
+        for module, name, child in kept:
+            setattr(module, name, child)
 
     def get_language_model(self) -> nn.Module:
         """Return the whole model."""

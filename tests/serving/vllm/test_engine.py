@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from importlib.metadata import entry_points
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from helpers.served import CONFIGURATIONS, greedy, prompts, save, served_model
 from helpers.tiny import noise_images, tiny_processor
@@ -21,7 +23,7 @@ from modeling_moma.serving.vllm import engine_logprobs, guided_frame  # noqa: E4
 @contextmanager
 def engine(folder, **kwargs):
     """vLLM with a model from a folder, without `trust_remote_code`."""
-    llm = vllm.LLM(str(folder), dtype="float32", **{"max_num_seqs": 16, **kwargs})
+    llm = vllm.LLM(str(folder), **{"dtype": "float32", "max_num_seqs": 16, **kwargs})
     try:
         yield llm
     finally:
@@ -85,6 +87,25 @@ def test_greedy_tokens_equal_generate(saved, processor, name):
     for answer in answers:
         if answer.mode == "image":
             assert answer.ids[0] == begin and answer.ids[-1] == end and len(answer.ids) == 18
+
+
+def test_routers_compute_in_fp32_in_a_half_precision_model(saved):
+    folder, _ = saved[0]["auxiliary"]
+    router = "layers.0.mlp.groups.text.router"
+    hidden = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def ask_router(model):
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        types = {tensor.dtype for name, tensor in tensors if "router" in name.split(".")}
+        return types, model.model.get_submodule(router).predicted_scores(hidden)
+
+    with engine(folder, dtype="bfloat16") as llm:
+        ((types, scores),) = llm.apply_model(ask_router)
+    assert types == {torch.float32}
+    weights = load_file(folder / "model.safetensors")
+    up, down = (weights[f"model.{router}.auxiliary.{name}_proj.weight"].float() for name in ("up", "down"))
+    expected = torch.sigmoid(torch.nn.functional.silu(hidden.float() @ up.t()) @ down.t())
+    torch.testing.assert_close(scores, expected)
 
 
 def test_images_guidance_and_modes(saved, processor):
