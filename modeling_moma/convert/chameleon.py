@@ -34,7 +34,7 @@ from .output_comparison import (
 )
 from .reading import CheckpointError, CheckpointReader
 from .report import Receipt
-from .transfer import SAME_NAMED_FIELDS, Entry, transfer
+from .transfer import EMBEDDING, HEAD, SAME_NAMED_FIELDS, Entry, check_tied_head, transfer
 from .vqgan import has_decoder, read_vqgan
 
 
@@ -110,7 +110,7 @@ def chameleon_entries(reader: CheckpointReader, config: MomaConfig) -> list[Entr
         `list[Entry]`: layer by layer.
     """
     width, vocab = config.hidden_size, config.vocab_size
-    entries = [Entry("model.embed_tokens.weight", (vocab, width), ("model.embed_tokens.weight",))]
+    entries = [Entry(EMBEDDING, (vocab, width), (EMBEDDING,))]
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         entries += _attention_entries(reader, config, f"{prefix}self_attn.")
@@ -125,7 +125,7 @@ def chameleon_entries(reader: CheckpointReader, config: MomaConfig) -> list[Entr
                 entries.append(Entry(target, shape, (f"{prefix}mlp.{name}.weight",), kind=kind))
     entries.append(Entry("model.norm.weight", (width,), ("model.norm.weight",)))
     if not config.tie_word_embeddings:
-        entries.append(Entry("lm_head.weight", (vocab, width), ("lm_head.weight",)))
+        entries.append(Entry(HEAD, (vocab, width), (HEAD,)))
     return entries
 
 
@@ -198,7 +198,8 @@ def convert_chameleon(
     write_images, note = _convert_images(reader, vqgan, allow_pickle)
     ignored = {f"{VQ_PREFIX}*": note}
     if config.tie_word_embeddings:
-        ignored["lm_head.weight"] = "tied to the embedding"
+        check_tied_head(reader, config)
+        ignored[HEAD] = "tied to the embedding"
     return transfer(
         reader,
         config,

@@ -20,10 +20,10 @@ from ..errors_moma import InputError
 from ..hub.loading import open_processor
 from ..modeling_moma import MomaForCausalLM
 from ..utils.messages import one_line
-from .embedding_rows import MOST_CODES, ROUNDS, STATISTICS_ROWS, TEXTS, ImageTexts, fit_code_rows, image_loss
+from .embedding_rows import MOST_CODES, ROUNDS, TEXTS, ImageTexts, fit_code_rows, image_loss
 from .generation import convert_generation_config
 from .gguf import GgufReader
-from .llama_entries import EMBEDDING, HEAD, BuiltWeights, ignored_keys, llama_entries, with_code_rows
+from .llama_entries import BuiltWeights, ignored_keys, llama_entries, with_code_rows
 from .output_comparison import (
     ProbeResult,
     new_token_probability,
@@ -35,7 +35,17 @@ from .output_comparison import (
 from .reading import CheckpointError, CheckpointReader, TensorSource
 from .report import Receipt
 from .sources import open_source
-from .transfer import SAME_NAMED_FIELDS, Entry, check_dtype, check_free, check_source, transfer
+from .transfer import (
+    EMBEDDING,
+    HEAD,
+    SAME_NAMED_FIELDS,
+    Entry,
+    check_dtype,
+    check_free,
+    check_source,
+    check_tied_head,
+    transfer,
+)
 from .unsupported import check_features, check_model_type
 
 
@@ -121,7 +131,7 @@ def convert_llama(
     # truncation and pipelines cut there
     moma_processor.tokenizer.model_max_length = config.max_position_embeddings
     old_ids = sorted(set(range(num_rows)) - set(new_ids))
-    _check_tied_head(reader, config)
+    check_tied_head(reader, config)
     entries = llama_entries(config, source_config, new_ids, image_group, seed)
     texts = image_texts(moma_processor, old_ids)
     ignored = ignored_keys(config)
@@ -163,18 +173,6 @@ def _source_config(reader: TensorSource) -> PreTrainedConfig:
         if not (type(value := getattr(config, name)) is int and value > 0):
             raise CheckpointError(f"{where}: {name} = {value!r} describes no model.")
     return config
-
-
-def _check_tied_head(reader: TensorSource, config: MomaConfig) -> None:
-    if not config.tie_word_embeddings or not {EMBEDDING, HEAD} <= reader.shapes.keys():
-        return
-    for start in range(0, reader.shapes[EMBEDDING][0], STATISTICS_ROWS):
-        rows = slice(start, start + STATISTICS_ROWS)
-        if not torch.equal(reader.read(EMBEDDING, rows), reader.read(HEAD, rows)):
-            raise CheckpointError(
-                f"{reader.files[HEAD]}: {HEAD!r} differs from the embedding, but config.json has "
-                "`tie_word_embeddings` = True. Set it to False there if the head is right, or remove the key."
-            )
 
 
 def _with_images(reader: TensorSource, processor: str | Path) -> tuple[MomaProcessor, set[int]]:

@@ -11,10 +11,7 @@ from transformers import PreTrainedConfig
 from ..configuration_moma import MomaConfig
 from .embedding_rows import extend_rows
 from .reading import TensorSource
-from .transfer import Entry
-
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+from .transfer import EMBEDDING, HEAD, Entry
 
 
 class BuiltWeights(Mapping):

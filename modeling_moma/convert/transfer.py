@@ -41,6 +41,10 @@ SAME_NAMED_FIELDS = (
     "tie_word_embeddings",
 )
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# keys of a MoMa, and of its sources
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# rows of them that are compared at a time
+ROWS_AT_ONCE = 1024
 # of weights that a model computes with
 WRITTEN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -262,6 +266,29 @@ def check_source(reader: TensorSource, entries: Sequence[Entry], ignored: Mappin
         new=kinds["new"],
         ignored=dict(reasons),
     )
+
+
+def check_tied_head(reader: TensorSource, config: MomaConfig) -> None:
+    """Check that a head which the source has beside its embedding may be left out of a target that ties them.
+
+    Args:
+        reader (`TensorSource`):
+            the source.
+        config (`MomaConfig`):
+            of the target.
+
+    Raises:
+        CheckpointError: they are tied by `config.json`, but differ.
+    """
+    if not config.tie_word_embeddings or not {EMBEDDING, HEAD} <= reader.shapes.keys():
+        return
+    for start in range(0, reader.shapes[EMBEDDING][0], ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        if not torch.equal(reader.read(EMBEDDING, rows), reader.read(HEAD, rows)):
+            raise CheckpointError(
+                f"{reader.files[HEAD]}: {HEAD!r} differs from the embedding, but config.json has "
+                "`tie_word_embeddings` = True. Set it to False there if the head is right, or remove the key."
+            )
 
 
 def _with_dtypes(reader: TensorSource, entries: Sequence[Entry], dtype: torch.dtype | None) -> list[TypedEntry]:

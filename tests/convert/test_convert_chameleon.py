@@ -173,6 +173,16 @@ def test_generates_the_sources_tokens(pair, sampling):
     assert torch.equal(found, expected)
 
 
+def test_a_tied_head_that_differs_is_refused(tmp_path):
+    source = save_source(source_model(**SOURCES["tied"]), tmp_path / "source", tokenizer=False)
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, path)
+    with pytest.raises(CheckpointError, match="'lm_head.weight' differs from the embedding"):
+        convert_chameleon(source, tmp_path / "moma", probe=False)
+    assert not (tmp_path / "moma").exists()
+
+
 def test_layout_follows_the_vocabulary_map(pair):
     source, converted, receipt = pair
     config = converted.config
