@@ -3,6 +3,8 @@
 
 ARCHITECTURE = "MomaForCausalLM"
 MODEL_TYPE = "moma"
+# the name that vLLM has for a model which its Transformers backend runs by itself
+BACKEND = "TransformersForCausalLM"
 
 
 def register() -> None:
@@ -19,10 +21,11 @@ def register() -> None:
     )
 
     # the import registers the Auto classes
-    from .settings import MomaArchConfigConvertor, MomaServingConfig
+    from .settings import BackendConfig, MomaArchConfigConvertor, MomaServingConfig
 
     MODEL_ARCH_CONFIG_CONVERTORS[MODEL_TYPE] = MomaArchConfigConvertor
     MODELS_CONFIG_MAP[ARCHITECTURE] = MomaServingConfig
+    MODELS_CONFIG_MAP.setdefault(BACKEND, BackendConfig)
     # given by name, the model is imported only by processes that need it
     ModelRegistry.register_model(ARCHITECTURE, "modeling_moma.serving.vllm.model:MomaForVllm")
 

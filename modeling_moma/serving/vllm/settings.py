@@ -82,6 +82,28 @@ class MomaServingConfig(VerifyAndUpdateConfig):
             )
 
 
+class BackendConfig(VerifyAndUpdateConfig):
+    """What vLLM calls for models of any package that its Transformers backend shall run by itself."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Raise for a MoMa, whose grammar and images this backend alone does not know; other models pass.
+
+        Args:
+            model_config (`Any`):
+                vLLM's settings of the model.
+
+        Raises:
+            ValueError: the model is a MoMa.
+        """
+        # by its name, as the configuration's class may be that of code in the model's folder
+        if getattr(model_config.hf_config, "model_type", None) == MomaConfig.model_type:
+            raise InputError(
+                f"`model_impl` is {model_config.model_impl!r}, but vLLM's backend alone passes over the "
+                "`generation_mode` of a MoMa, its images and what vLLM cannot run of it. Leave `model_impl` out."
+            )
+
+
 def check_servable(config: MomaConfig) -> None:
     """Check that vLLM can run a model of this configuration.
 
@@ -106,4 +128,4 @@ def check_servable(config: MomaConfig) -> None:
         )
 
 
-__all__ = ["MomaArchConfigConvertor", "MomaServingConfig", "check_servable"]
+__all__ = ["BackendConfig", "MomaArchConfigConvertor", "MomaServingConfig", "check_servable"]

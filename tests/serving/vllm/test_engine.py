@@ -2,6 +2,7 @@
 """The real vLLM, in the tests' own process: tokens equal those of `generate`."""
 
 import gc
+import shutil
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 
@@ -17,6 +18,8 @@ vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: `
 
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 
+from modeling_moma import MomaConfig  # noqa: E402
+from modeling_moma.hub.code import installed_code  # noqa: E402
 from modeling_moma.serving.vllm import engine_logprobs, guided_frame  # noqa: E402
 
 
@@ -151,7 +154,7 @@ def test_prompts_in_chunks_and_rows_put_off_equal_generate(saved):
         assert metrics["vllm:num_preemptions"].value > 0
 
 
-def test_what_cannot_run_is_refused_by_name(saved):
+def test_what_cannot_run_is_refused_by_name(saved, tmp_path):
     with pytest.raises(ValueError, match="mixture of depths: `depth_layers` is \\[0\\]"):
         vllm.LLM(str(saved[2]), dtype="float32")
     folder, _ = saved[0]["1t1i"]
@@ -159,3 +162,9 @@ def test_what_cannot_run_is_refused_by_name(saved):
         vllm.LLM(str(folder), dtype="float32", enable_prompt_embeds=True)
     with pytest.raises(ValueError, match="`pipeline_parallel_size` is 2"):
         vllm.LLM(str(folder), dtype="float32", pipeline_parallel_size=2)
+    # vLLM asks for the code of a folder that its own backend shall run by itself
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for name, file in installed_code(MomaConfig.from_pretrained(folder).auto_map.values()).items():
+        shutil.copyfile(file, tmp_path / name)
+    with pytest.raises(ValueError, match="`model_impl` is 'transformers'"):
+        vllm.LLM(str(tmp_path), dtype="float32", model_impl="transformers", trust_remote_code=True)
