@@ -613,7 +613,7 @@ def run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor
     counts = _rows_of_experts(expert_P, experts.num_experts)
     # local names: a module looks its attributes up by name
     gate_up_EWD, down_EDF, act_fn = experts.gate_up_proj, experts.down_proj, experts.act_fn
-    if torch.is_grad_enabled():
+    if has_backward(experts):
         return run_with_gradients(rows_PD, gate_up_EWD, down_EDF, counts, act_fn)
     is_plain_half = matmul_dtype(down_EDF) == torch.bfloat16 and are_plain(gate_up_EWD, down_EDF)
     parts = []
@@ -627,6 +627,17 @@ def run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor
     if not parts:
         return torch.zeros_like(rows_PD)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def has_backward(experts: Any) -> bool:
+    """Return whether packed experts run as where gradients are wanted, also before checkpointing computes them again.
+
+    Args:
+        experts ([`MomaExperts`]):
+            packed experts.
+    """
+    # reentrant checkpointing has no gradients in the first of two forwards that have to agree
+    return torch.is_grad_enabled() or (experts.training and are_plain(experts.gate_up_proj, experts.down_proj))
 
 
 def _rows_of_experts(expert_P: torch.Tensor, num_experts: int) -> list[tuple[int, int]]:
@@ -951,6 +962,7 @@ __all__ = [
     "gradients_again",
     "cpu_attention_forward",
     "cpu_form_of",
+    "has_backward",
     "has_instructions",
     "is_observed",
     "is_on_cpu",

@@ -23,7 +23,7 @@ from transformers.integrations.moe import (
 )
 
 from .configuration_moma import MomaConfig
-from .cpu_moma import are_plain, is_on_cpu, matmul_dtype, run_sequentially
+from .cpu_moma import are_plain, has_backward, is_on_cpu, matmul_dtype, run_sequentially
 from .token_groups_moma import PairForm, is_distributed
 
 
@@ -130,7 +130,7 @@ def _run_in_order(
         rows_PD = x_ND.index_select(0, order_P // expert_Nk.shape[1])
         weight_P1 = weight_Nk.reshape(-1, 1).index_select(0, order_P)
     y_PD = run(experts, rows_PD, expert_P)
-    if run is run_sequentially and not torch.is_grad_enabled():
+    if run is run_sequentially and not has_backward(experts):
         # without gradients nothing is kept for a backward
         y_PD.mul_(weight_P1)
     else:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import math
 
 import pytest
@@ -310,6 +311,19 @@ def test_checkpointing_gives_the_same_gradients(name, routing):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for key, gradient in grads[0].items():
         assert_near(grads[1][key], gradient, 1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("routing", rule_names(may_train=True))
+def test_checkpointing_rounds_as_plain_training_does(routing, use_reentrant):
+    model = tiny_model(**GROUPS["4t4i"], training_routing=routing).bfloat16()
+    recomputed, ids = copy.deepcopy(model), mixed_ids(rows=4)
+    recomputed.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    losses = [each(ids, labels=ids).loss for each in (model, recomputed)]
+    assert losses[0] == losses[1]
+    sum(losses).backward()
+    for (name, parameter), other in zip(model.named_parameters(), recomputed.parameters()):
+        assert torch.equal(other.grad, parameter.grad), name
 
 
 @pytest.mark.parametrize("fields", [{}, AUXILIARY], ids=["plain", "auxiliary"])
