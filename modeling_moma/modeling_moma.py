@@ -616,7 +616,7 @@ class MomaCausalLMOutput(ModelOutput):
     logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, config.vocab_size)`):
         Prediction scores before the softmax.
     cache (`Cache`, *optional*, returned when `use_cache=True`):
-        Keys and values of the attention layers.
+        Keys and values of the attention layers. A training step makes one only where the call itself asks for it.
     router_logits (`tuple(torch.FloatTensor)`, *optional*, returned when `output_router_logits=True`):
         One tensor of shape `(tokens of the group, experts of the group)` for every layer and group with a router,
         layer by layer, in the order of `config.expert_groups`; in depth layers, whose own routers' logits are not
@@ -942,6 +942,9 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
         >>> ids = model.generate(**inputs, max_new_tokens=16, generation_mode="text")
         >>> processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         ```"""
+        if use_cache is None and self.training and torch.is_grad_enabled():
+            # checkpointing from outside, as FSDP's, writes a cache twice, and a training step has no next token
+            use_cache = False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

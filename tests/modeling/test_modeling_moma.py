@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -14,7 +20,7 @@ from modeling_moma import token_groups_moma
 from modeling_moma.configuration_moma import RULES, rule_names
 from modeling_moma.errors_moma import InputError
 from modeling_moma.loss_moma import causal_lm_loss
-from modeling_moma.modeling_moma import MomaForCausalLM
+from modeling_moma.modeling_moma import MomaDecoderLayer, MomaForCausalLM
 from modeling_moma.token_groups_moma import token_modalities
 
 
@@ -25,6 +31,7 @@ AUXILIARY = {
     "depth_layers": [0, 2],
     "depth_capacity": {"text": 0.5, "image": 0.25},
 }
+DEPTH = {"num_hidden_layers": 3, "depth_layers": [1], "depth_capacity": 0.5}
 
 
 def labels_of(ids):
@@ -324,6 +331,29 @@ def test_checkpointing_rounds_as_plain_training_does(routing, use_reentrant):
     sum(losses).backward()
     for (name, parameter), other in zip(model.named_parameters(), recomputed.parameters()):
         assert torch.equal(other.grad, parameter.grad), name
+
+
+@pytest.mark.parametrize("form", CheckpointImpl)
+@pytest.mark.parametrize("fields", [{}, DEPTH], ids=["experts", "depth"])
+def test_layers_that_others_checkpoint_give_the_same_gradients(fields, form):
+    model = tiny_model(**fields)
+    wrapped, ids = copy.deepcopy(model), mixed_ids()
+    # as Accelerate does it under FSDP
+    wrap = partial(checkpoint_wrapper, checkpoint_impl=form)
+    apply_activation_checkpointing(
+        wrapped, checkpoint_wrapper_fn=wrap, check_fn=lambda module: isinstance(module, MomaDecoderLayer)
+    )
+    for each in (model, wrapped):
+        each(ids, labels=ids).loss.backward()
+    for (name, parameter), other in zip(model.named_parameters(), wrapped.parameters()):
+        torch.testing.assert_close(other.grad, parameter.grad, msg=name)
+
+
+def test_a_training_step_keeps_a_cache_that_is_asked_for():
+    model, ids = tiny_model(), mixed_ids()
+    assert model(ids).cache is None
+    assert model(ids, use_cache=True).cache.get_seq_length() == ids.shape[1]
+    assert model.eval()(ids).cache.get_seq_length() == ids.shape[1]
 
 
 @pytest.mark.parametrize("fields", [{}, AUXILIARY], ids=["plain", "auxiliary"])
