@@ -10,6 +10,7 @@ Shape suffixes:
     pool of a depth router), M modalities.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -416,6 +417,14 @@ class MomaRouterBase(Fp32Buffers):
         It then keeps its thresholds, so that the model stays as it was saved, and has neither noise nor warm-up.
         """
         return not self.weight.requires_grad
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        if not memo:
+            # a copy of a router alone, as PEFT's of `modules_to_save`, takes its place in the same model
+            memo[id(self.config)] = self.config
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def _replicate_for_data_parallel(self):
         # torch's: the copies of later devices are thrown away after each forward, and their thresholds with them

@@ -109,6 +109,19 @@ def test_routers_to_save_learn_and_travel_with_the_adapter(processor, tmp_path):
     assert {"image_loss", "text_uncovered", "image_peak_load", "text_depth_load"} <= log.keys()
 
 
+def test_routers_to_save_go_by_the_configuration_of_their_model(processor, tmp_path):
+    targets = peft.LoraConfig(r=4, target_modules=ATTENTION, modules_to_save=["router", "depth_router"])
+    peft.get_peft_model(tiny_model(processor, **DEPTH), targets).save_pretrained(tmp_path)
+    adapted = peft.PeftModel.from_pretrained(tiny_model(processor, **DEPTH), tmp_path)
+    changes = {"normalize_gates": True, "num_experts_per_tok": 2, "inference_routing": "token_choice"}
+    for model in (adapted, adapted.merge_and_unload()):
+        model.config.update(changes)
+        expected = logits(tiny_model(processor, **DEPTH, **changes), processor)
+        torch.testing.assert_close(logits(model, processor), expected, rtol=0, atol=1e-5)
+        model.config.update({"normalize_gates": False})
+        assert (logits(model, processor) - expected).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_changes_no_gradient_of_an_adapter(use_reentrant, processor, tmp_path):
     found = []
