@@ -311,6 +311,11 @@ class DocumentSearch:
                 self._ask_of_positions(position_ids.expand(self.num_rows, -1))
         else:
             self._check_positions("there are none")
+            if given.get("seq_idx") is not None and not self.has_cache:
+                raise InputError(
+                    "`seq_idx` came without `position_ids`, by which documents of packed rows are told apart: pass "
+                    "those that begin again with every document."
+                )
 
     def _ask_of_lengths(self, starts_E: torch.Tensor) -> None:
         row_B = torch.arange(self.num_rows, device=starts_E.device, dtype=starts_E.dtype) * self.length

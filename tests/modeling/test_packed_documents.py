@@ -187,6 +187,16 @@ def test_flattened_batches_of_transformers_stay_apart(kernels, attention, name, 
     assert output.cache is None
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_numbers_of_documents_without_positions_are_refused(kernels, attention):
+    model = model_of("full")
+    model.set_attn_implementation(attention)
+    batch = DataCollatorWithFlattening(return_seq_idx=True)([{"input_ids": [30, 31, 9]}, {"input_ids": [26, 27]}])
+    assert "`seq_idx` came without `position_ids`" in refused(
+        model, input_ids=batch["input_ids"], seq_idx=batch["seq_idx"]
+    )
+
+
 @pytest.mark.parametrize("name", ["full", "depth"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_documents_are_refused_where_a_cache_takes_a_row_for_one(kernels, attention, name):
