@@ -120,8 +120,8 @@ def coded_images(
 
 
 def shown(text: str) -> str:
-    """Return a text as it can be printed in one line: with escapes where it has line breaks or bytes of no text."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    """Return a text as it can be printed in one line: line breaks and bytes of no text as escapes, all else as is."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text)
 
 
 def label_folder(

@@ -140,6 +140,18 @@ def test_names_of_files_that_are_no_text_and_links_in_circles(model, tmp_path, c
     assert sorted(line.partition(":")[0] for line in lines) == sorted(printed)
 
 
+def test_one_sign_that_cannot_be_printed_leaves_the_rest_of_a_line_as_it_is(model, tmp_path, capfd):
+    folder = tmp_path / "icons"
+    folder.mkdir()
+    (image,) = noise_images(1)
+    image.save(folder / "Gr\u00fcn\u3000\u56fe\n.png")
+    printed = "Gr\u00fcn\\u3000\u56fe\\n.png"
+    assert moma_command("search", folder, "red", "--model", model) == 0
+    assert capfd.readouterr().out.splitlines()[0].split(maxsplit=1)[1] == printed
+    assert moma_command("label", folder, "--model", model) == 0
+    assert capfd.readouterr().out.partition(":")[0] == printed
+
+
 def test_a_search_ranks_every_image_for_every_query(folder, model, tmp_path, capfd):
     output = tmp_path / "found.json"
     assert moma_command("search", folder, "red", "castle", "--model", model, "--top", 2, "--output", output) == 0
