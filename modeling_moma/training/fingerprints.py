@@ -253,8 +253,17 @@ def difference(then: Facts, now: Facts) -> str | None:
         before = then.get(section, {})
         for name, value in facts.items():
             if name in before and before[name] != value:
-                return f"the {section} is another, {name} = {_short(before[name])} there and {_short(value)} now"
+                field, old, new = _first_field(name, before[name], value)
+                return f"the {section} is another, {field} = {_short(old)} there and {_short(new)} now"
     return None
+
+
+def _first_field(name: str, then: Any, now: Any) -> tuple[str, Any, Any]:
+    """Return the first field in which two mappings differ, however deep, with both values; others as they are."""
+    while isinstance(then, dict) and isinstance(now, dict):
+        key = next(key for key in {**now, **then} if then.get(key) != now.get(key) or (key in then) != (key in now))
+        name, then, now = f"{name}: {key}", then.get(key), now.get(key)
+    return name, then, now
 
 
 def _way_to_batch(examples: int, arguments: TrainingArguments) -> str:

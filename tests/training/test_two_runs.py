@@ -191,8 +191,8 @@ def killed(made, tmp_path):
         ((), {"recipe": "wider"}, "hidden_size = 16 there and 32 now"),
         ((), {"recipe": "longer"}, "sequence_length = 64 there and 96 now"),
         ((), {"recipe": "unpacked"}, "packed = True there and False now"),
-        ((), {"recipe": "texts"}, "source emoji = "),
-        ((), {"tokens": "other-tokens"}, "source emoji = "),
+        ((), {"recipe": "texts"}, "source emoji: "),
+        ((), {"tokens": "other-tokens"}, "source emoji: "),
         (("--gumbel-noise", 0.5), {}, "gumbel_noise = "),
     ],
     ids=lambda value: str(value)[:24],
@@ -344,3 +344,19 @@ def test_a_model_of_something_else_is_not_written_over(inputs, tmp_path, capsys)
         assert start(inputs, tmp_path / "out", *resume) == 2
         assert "has files in it already, such as 'config.json'" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        ({"weight": 6.0}, "weight = 5.0 there and 6.0 now"),
+        ({"alternatives": [{"text": "{tags}"}]}, "alternatives = [] there and [{'text': '{tags}'}] now"),
+        ({"splits": {"train": "dev"}}, "splits: train = 'train[:98%]' there and 'dev' now"),
+        ({"min_side": 9}, "min_side = None there and 9 now"),
+    ],
+)
+def test_the_field_of_a_source_that_differs_is_named_however_many_it_has(now, told):
+    source = {"alternatives": [], "codings": 1, "image": "image", "text": "a photo of {caption}, taken by {author}"}
+    source |= {"weight": 5.0, "splits": {"train": "train[:98%]"}}
+    then, now = ({"data": {"source photos": {**source, **fields}}} for fields in ({}, now))
+    assert difference(then, now) == f"the data is another, source photos: {told}"
