@@ -21,7 +21,8 @@ from .output_comparison import streamed_model
 
 # new rows lie around the mean of the old ones, at this share of their spread, to be told apart
 NEW_ROW_SPREAD = 0.1
-STATISTICS_ROWS = 1024
+# of an embedding, for statistics and comparisons
+ROWS_AT_ONCE = 1024
 # codes of an image in the texts for the fit; longer ones look the same to a model that learnt none
 MOST_CODES = 64
 # fits in a row with a tied head: each moves the embedding, and with it the states that the next one sees
@@ -74,7 +75,7 @@ def extend_rows(old: torch.Tensor, num_rows: int, new_ids: Sequence[int], genera
     is_kept[new[new < len(old)]] = False
     total = torch.zeros(2, old.shape[1], dtype=torch.float64)
     # summed in pieces: all rows in double precision would take several times the embedding's memory
-    for rows, kept in zip(old.split(STATISTICS_ROWS), is_kept.split(STATISTICS_ROWS)):
+    for rows, kept in zip(old.split(ROWS_AT_ONCE), is_kept.split(ROWS_AT_ONCE)):
         rows = rows[kept].double()
         total += torch.stack([rows.sum(dim=0), rows.square().sum(dim=0)])
     mean, mean_square = total / is_kept.sum()
@@ -233,7 +234,7 @@ def _log_sum_exp(state_ND: torch.Tensor, head_VD: torch.Tensor, without: Sequenc
     hidden_V = torch.zeros(len(head_VD))
     hidden_V[list(without)] = -torch.inf
     result_N = torch.full((len(state_ND),), -torch.inf)
-    for part_VD, part_V in zip(head_VD.split(STATISTICS_ROWS), hidden_V.split(STATISTICS_ROWS)):
+    for part_VD, part_V in zip(head_VD.split(ROWS_AT_ONCE), hidden_V.split(ROWS_AT_ONCE)):
         logits_NV = state_ND @ part_VD.float().T + part_V
         result_N = torch.logaddexp(result_N, logits_NV.logsumexp(dim=1))
     return result_N

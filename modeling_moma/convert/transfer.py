@@ -21,6 +21,7 @@ from ..configuration_moma import MomaConfig
 from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
 from ..utils.atomic_files import LEFT_OVER, check_writable, write_folder_aside
+from .embedding_rows import ROWS_AT_ONCE
 from .output_comparison import LARGEST_DIFFERENCE, ProbeResult
 from .reading import DTYPES, CheckpointError, CheckpointReader, TensorSource
 from .report import Receipt
@@ -43,8 +44,6 @@ SAME_NAMED_FIELDS = (
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # keys of a MoMa, and of its sources
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# rows of them that are compared at a time
-ROWS_AT_ONCE = 1024
 # of weights that a model computes with
 WRITTEN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

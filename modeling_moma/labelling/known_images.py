@@ -128,7 +128,8 @@ def build_memory(
         memory = known.extended(torch.cat(features), names, tags)
     else:
         memory = ImageMemory.build(torch.cat(features), names, tags, *labeler.probe(), dimensions=dimensions)
-    return memory.with_tags(tags_of_names(undecoded_rows(texts), kind))
+    # without a column of tags the rows need not be read once more
+    return memory if kind.tags is None else memory.with_tags(tags_of_names(undecoded_rows(texts), kind))
 
 
 def chosen_rows(rows: Iterator[dict[str, Any]], kind: NamedImages, least_groups: int, most: int) -> list[int]:

@@ -48,7 +48,7 @@ LARGEST, STEPS = 7, 2.7
 LARGEST_TEXTS = 256 << 20
 # what texts begin with that are packed by lzma; earlier ones are by zlib
 XZ = b"\xfd7zXZ"
-PACKING_ERRORS = (EOFError, zlib.error, lzma.LZMAError)
+PACKING_ERRORS = (zlib.error, lzma.LZMAError)
 # cosine below which two models are different ones, and not one in another precision
 SAME_MODEL = 0.98
 
@@ -188,9 +188,9 @@ class ImageMemory:
                 of each name. Those of a known name come behind the ones that it has.
         """
         known = dict(zip(self.names, self.tags, strict=True))
-        both = {name: list(dict.fromkeys([*found, *tags.get(name, ())])) for name, found in known.items()}
-        both.update({name: list(dict.fromkeys(found)) for name, found in tags.items() if name not in known and found})
-        return replace(self, names=list(both), tags=list(both.values()))
+        names = [*known, *(name for name, found in tags.items() if found and name not in known)]
+        both = {name: list(dict.fromkeys([*known.get(name, ()), *tags.get(name, ())])) for name in names}
+        return replace(self, names=names, tags=list(both.values()))
 
     def name_shares(self, features: torch.Tensor) -> list[dict[str, float]]:
         """Return the names of the nearest images with their shares, which sum to 1.

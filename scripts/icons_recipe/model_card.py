@@ -366,8 +366,8 @@ def _memory(memory: dict | None) -> str:
         "the model's hidden state behind its image, of half a byte each; one icon of each maker and name, where two "
         "makers have the name, as with all names of `test`. By the tags of names, also of those that one maker has "
         f"alone, {memory['tagged_names']:,} in all, `moma search` reads the names of files. Names and tags are those "
-        "of data/icons, by the makers "
-        f"and under the licences that stand below. It is made by `{MEMORY_COMMAND}`. `moma label` and "
+        "of data/icons, by the makers and under the licences that stand below. It is made by "
+        f"`{MEMORY_COMMAND}`. `moma label` and "
         f"`moma search` count it for {100 * memory['share']:.0f} %, the model for the rest; without it, by "
         '`--memory-share 0` (a search with `--file-name-share 0`, too), they do what "MoMa" does below.'
     )
