@@ -49,6 +49,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument(
         "--neighbours", help="report of an earlier model on the same icons, whose neighbours are taken"
     )
+    parser.add_argument("--typical", help="folder of scripts/build_typical_icons.py that the model learnt to draw by")
     parser.add_argument("--train-images", type=int, default=20_000, help="of which features are computed without it")
     parser.add_argument("--limit", type=int, default=300, help="icons of each split to name, tag and search")
     parser.add_argument("--ranked", type=int, default=32, help="icons of each split for which all names are ranked")
@@ -60,15 +61,19 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.7, help="of the drawings, as the next")
     parser.add_argument("--top-k", type=int, default=0, help="likeliest codes to draw from, 0: all")
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="1: none")
+    parser.add_argument("--typical-temperature", type=float, default=0.3, help="of those of --typical, as the next")
+    parser.add_argument("--typical-guidance-scale", type=float, default=1.0)
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args(arguments)
     for name, least in LEAST.items():
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
-    if not 0 < args.temperature < math.inf:
-        parser.error(f"--temperature {args.temperature}: it must be above 0, and finite")
-    if not math.isfinite(args.guidance_scale):
-        parser.error(f"--guidance-scale {args.guidance_scale}: it must be a finite number, 1 for none")
+    for name in ("temperature", "typical_temperature"):
+        if not 0 < (value := getattr(args, name)) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value}: it must be above 0, and finite")
+    for name in ("guidance_scale", "typical_guidance_scale"):
+        if not math.isfinite(value := getattr(args, name)):
+            parser.error(f"--{name.replace('_', '-')} {value}: it must be a finite number, 1 for none")
     if args.emoji and not Path(args.emoji).is_dir():
         parser.error(f"--emoji {args.emoji!r} is no folder: `make data` builds it, and '' leaves it out")
     try:

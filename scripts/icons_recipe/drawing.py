@@ -60,6 +60,14 @@ def paint(pixels: np.ndarray, colour: str) -> np.ndarray:
     return (255 - ink).round().astype(np.uint8)
 
 
+def unpaint(pixels: np.ndarray, colour: str) -> np.ndarray:
+    """Returns an image of a colour of `COLOURS` in black: the inverse of `paint`, but for what files lose."""
+    ink = 255 - np.array(COLOURS[colour], dtype=np.float32)
+    # the share of ink by least squares over the channels
+    share = np.clip((255 - pixels.astype(np.float32)) @ ink / (ink @ ink), 0, 1)
+    return np.repeat((255 * (1 - share)).round().astype(np.uint8)[..., None], 3, axis=-1)
+
+
 def encode(pixels: np.ndarray) -> bytes:
     """Returns an image as a lossy WebP file."""
     buffer = io.BytesIO()

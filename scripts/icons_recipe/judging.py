@@ -13,8 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from icons_recipe.neighbours import TrainIcons
-from icons_recipe.samples import Sample, caption, normalised
-from icons_recipe.sheet import likeliest_of
+from icons_recipe.samples import Sample, normalised
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.captions import derangement
 from modeling_moma.evaluation.drawings import all_features
@@ -107,38 +106,33 @@ def fit_judge(train: TrainIcons, names: Sequence[str], seed: int = 0) -> LinearJ
 
 
 def judge_drawings(
-    model,
     processor,
     judge: LinearJudge,
     sample: Sample,
+    drawn_NSL: torch.Tensor,
+    likeliest_NL: torch.Tensor,
     extract: Callable[[torch.Tensor], torch.Tensor],
     batch_size: int,
-    sampling: dict,
-    seeds: Sequence[int],
 ) -> dict:
     """
-    Draws held-out captions and shows the judge originals, reconstructions and drawings.
+    Shows the judge held-out icons, their reconstructions and drawings of their captions.
 
     Args:
-        model: a `MomaForCausalLM` in eval mode.
-        processor: its `MomaProcessor`.
+        processor: a `MomaProcessor`.
         judge: see `fit_judge`.
         sample: held-out icons whose names the judge knows.
+        drawn_NSL: codes of several drawings of each, see `likeliest_of`.
+        likeliest_NL: codes of one of these.
         extract: pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, D]`.
         batch_size: images at once.
-        sampling: arguments of `generate`.
-        seeds: a drawing of each caption for each.
 
     Returns:
         `captions`, `names`, `train_images` (numbers); `originals`, `reconstructions`, `drawn` (a mean over seeds),
-        `likeliest` (of each caption's drawings the one of which the model finds the caption likeliest) and `shuffled`
-        (drawings judged by another icon's name), `top1` and `top5` each; `by_seed`, the `top1` of each seed's
-        drawings; `ratios`, `drawn` over `reconstructions` and over `originals`, of `top1`, `None` where the latter
-        is 0.
+        `likeliest` and `shuffled` (drawings judged by another icon's name), `top1` and `top5` each; `by_seed`, the
+        `top1` of each seed's drawings; `ratios`, `drawn` over `reconstructions` and over `originals`, of `top1`,
+        `None` where the latter is 0.
     """
     names = [normalised(row["name"]) for row in sample.rows]
-    captions = [caption(row, with_colour=True) for row in sample.rows]
-    drawn_NSL, likeliest = likeliest_of(model, processor, captions, batch_size, sampling, seeds)
 
     def seen(codes: torch.Tensor) -> torch.Tensor:
         return all_features(extract, decode_images(processor, codes, batch_size))
@@ -150,15 +144,14 @@ def judge_drawings(
         "originals": judge.figures(sample.features, names),
         "reconstructions": judge.figures(seen(sample.codes), names),
         "drawn": _means(by_seed),
-        "likeliest": judge.figures(seen(likeliest), names),
+        "likeliest": judge.figures(seen(likeliest_NL), names),
         "shuffled": _means([judge.figures(features, others) for features in drawn]),
     }
     top1 = {name: figures["top1"] for name, figures in found.items()}
     return {
-        "captions": len(captions),
+        "captions": len(names),
         "names": len(judge.names),
         "train_images": judge.train_images,
-        "settings": {**sampling, "seeds": list(seeds)},
         **found,
         "by_seed": [figures["top1"] for figures in by_seed],
         "ratios": {

@@ -5,13 +5,17 @@ import json
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
+from datasets import Dataset
+from PIL import Image
 
 from evaluate_emoji import describe
 from icons_recipe.coverage import expert_coverage
-from icons_recipe.judging import fit_judge, frequent_names, judge_drawings
+from icons_recipe.judging import LinearJudge, fit_judge, frequent_names, judge_drawings
 from icons_recipe.model_card import MAIN
 from icons_recipe.naming import NAMES, TAGS, name_figures, rank_names, tag_figures
 from icons_recipe.neighbours import (
@@ -45,7 +49,8 @@ from icons_recipe.searching import (
     recall,
     tags_by_name,
 )
-from icons_recipe.sheet import draw_sheet
+from icons_recipe.sheet import draw_sheet, likeliest_of
+from icons_recipe.typical import KnownDrawings, in_black, typical_caption
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.drawings import check_drawings, feature_extractor
@@ -91,6 +96,9 @@ class Evaluation:
         self.control = load_model(args.control, device) if args.control else None
         sampling = {name: getattr(args, name) for name in ("temperature", "top_k", "guidance_scale")}
         self.sampling = {"do_sample": True, **sampling}
+        typical_sampling = {name: getattr(args, f"typical_{name}") for name in ("temperature", "guidance_scale")}
+        self.typical_sampling = self.sampling | typical_sampling
+        self.typical = open_split(args.typical, TRAIN, "--typical") if args.typical else None
         self.earlier = read_report(args.neighbours) if args.neighbours else None
         self.train = self._train_icons()
         self.tags_of_names = tags_by_name(self.train.columns)
@@ -253,16 +261,32 @@ class Evaluation:
         args, judge = self.args, fit_judge(self.train, frequent_names(self.train.columns))
         names = set(judge.names)
         sample = self._sample(MAIN, args.drawings, is_taken=lambda row: normalised(row["name"]) in names)
-        return judge_drawings(
-            self.model,
-            self.processor,
-            judge,
-            sample,
-            self.extract,
-            args.batch_size,
-            self.sampling,
-            range(args.seeds),
-        )
+        found = self._judged(judge, sample, [caption(row, with_colour=True) for row in sample.rows], self.sampling)[0]
+        if self.typical is not None:
+            asked = [typical_caption(row) for row in sample.rows]
+            judged, drawn_NSL = self._judged(judge, sample, asked, self.typical_sampling)
+            judged["known"] = self._known(sample, drawn_NSL, self.typical)
+            found["typical"] = judged
+        return found
+
+    def _known(self, sample: Sample, drawn_NSL: torch.Tensor, typical: Dataset) -> dict:
+        """Returns how many drawings are nearly typical icons, and how many reconstructions of held-out icons are."""
+        known = KnownDrawings(typical, self.processor, self.args.batch_size)
+        names, colours = ([row[name] for row in sample.rows] for name in ("name", "colour"))
+        held_out = in_black(self.processor.decode_images(sample.codes), colours)
+        by_seed = [known.shares(self.processor.decode_images(codes), names) for codes in drawn_NSL.unbind(1)]
+        return {
+            "icons": len(known),
+            "reconstructions": known.shares(map(Image.fromarray, held_out), names),
+            "drawn": {name: fmean(each[name] for each in by_seed) for name in by_seed[0]},
+        }
+
+    def _judged(self, judge: LinearJudge, sample: Sample, captions: Sequence[str], sampling: dict) -> tuple:
+        """Returns what a judge sees in drawings of captions, and their codes."""
+        args, seeds = self.args, range(self.args.seeds)
+        drawn = likeliest_of(self.model, self.processor, captions, args.batch_size, sampling, seeds)
+        found = judge_drawings(self.processor, judge, sample, *drawn, self.extract, args.batch_size)
+        return {**found, "settings": {**sampling, "seeds": list(seeds)}}, drawn[0]
 
     def information(self) -> dict:
         """Returns by how many nats captions make images likelier, with and without their colour, and the reverse."""
@@ -342,7 +366,10 @@ class Evaluation:
     def sheet(self):
         """Returns an image of drawings of held-out captions."""
         args = self.args
-        return draw_sheet(self.labeler, args.data, MAIN, args.sheet, self.sampling, range(args.seeds))
+        asked, sampling = (partial(caption, with_colour=True), self.sampling)
+        if self.typical is not None:
+            asked, sampling = typical_caption, self.typical_sampling
+        return draw_sheet(self.labeler, args.data, MAIN, args.sheet, asked, sampling, range(args.seeds))
 
 
 def texts_of(guesses: Sequence[Sequence[Guess]], count: int) -> list[list[str]]:

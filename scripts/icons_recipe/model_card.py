@@ -10,6 +10,8 @@ from statistics import fmean, stdev
 import yaml
 
 from emoji_recipe.model_card import cell, percent
+from icons_recipe.typical import STYLE
+from modeling_moma.data.kinds.captions import CaptionKind
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training.recipe import Recipe, read_recipe
 from modeling_moma.utils.atomic_files import write_aside
@@ -57,11 +59,9 @@ _SEARCHES = {
     "chance": "chance",
 }
 _DRAWINGS = {
-    "originals": "held-out icons",
-    "reconstructions": "their reconstructions",
-    "drawn": "drawn, one",
-    "likeliest": "drawn, the likeliest of all seeds",
-    "shuffled": "drawn, judged by another name (floor)",
+    "drawn": "one",
+    "likeliest": "the likeliest of all seeds",
+    "shuffled": "judged by another name (floor)",
 }
 # of a pair, and of what a judge answers
 _SIDES, _TOPS = ("image", "caption"), ("top1", "top5")
@@ -169,8 +169,38 @@ def search_table(report: dict) -> str:
 def drawing_table(report: dict) -> str:
     """Markdown table of what the judge sees in images."""
     drawings = report["drawings"]
-    rows = [[title, *(percent(drawings[key][name]) for name in ("top1", "top5"))] for key, title in _DRAWINGS.items()]
+    shown = {"held-out icons": drawings["originals"], "their reconstructions": drawings["reconstructions"]}
+    for whose, judged in (("typical", drawings.get("typical")), ("in its maker's style", drawings)):
+        shown |= {f"drawn, {whose}, {title}": judged[key] for key, title in _DRAWINGS.items() if judged}
+    rows = [[title, *(percent(figures[name]) for name in _TOPS)] for title, figures in shown.items()]
     return markdown_table(["images", "top-1", "top-5"], rows)
+
+
+def _best_drawings(report: dict) -> dict:
+    """Returns what was judged of the drawings that names are best told by."""
+    return report["drawings"].get("typical", report["drawings"])
+
+
+def _known(report: dict) -> str:
+    """What drawings owe to single icons."""
+    judged = report["drawings"].get("typical")
+    if judged is None:
+        return ""
+    known, sampling = judged["known"], _sampling(judged["settings"])
+    drawn, held_out = known["drawn"], known["reconstructions"]
+    return (
+        f"\n\nIn the style `{STYLE}`, in black, drawings are sampled with {sampling}. They owe much to single "
+        f"icons: {percent(drawn['of_their_name'])} of them are nearly one of the {known['icons']:,} icons of "
+        f"`scripts/build_typical_icons.py` with that name, {percent(drawn['any'])} nearly any, by the rule by which "
+        "the data set tells near-identical drawings; of the held-out icons' reconstructions, in black, "
+        f"{percent(held_out['of_their_name'])} and {percent(held_out['any'])} are. The judge learnt from these icons, "
+        "too. So the figures tell that a name gets a drawing of what it means, and not that the drawing is a new one."
+    )
+
+
+def _sampling(settings: dict) -> str:
+    """The arguments of `generate` that drawings were sampled with."""
+    return ", ".join(f"{name}={settings[name]}" for name in ("temperature", "top_k", "guidance_scale"))
 
 
 def information_table(report: dict) -> str:
@@ -232,7 +262,8 @@ def aims(report: dict) -> list[tuple[str, str, bool]]:
     image, of_caption, has_control = _information_ratio(report)
     whose = "the control's captions take" if has_control else "captions take"
     control = "" if has_control else " (those of this model, no other was measured as a control)"
-    drawings, names, search = report["drawings"], report["names"][MAIN], report["search"][MAIN]
+    drawings, names, search = _best_drawings(report), report["names"][MAIN], report["search"][MAIN]
+    asked_for = f" (`{STYLE}`)" if "typical" in report["drawings"] else ""
     found = [
         (
             f"images take from captions at least {AIM_INFORMATION:g} of what {whose} from images{control}",
@@ -244,7 +275,7 @@ def aims(report: dict) -> list[tuple[str, str, bool]]:
         drawn, ceiling = drawings["drawn"]["top1"], drawings[name]["top1"]
         found.append(
             (
-                f"drawings, judged: at least {aim:g} of the {name}'",
+                f"drawings{asked_for}, judged: at least {aim:g} of the {name}'",
                 f"{percent(drawn)} of {percent(ceiling)}",
                 drawn >= aim * ceiling > 0,
             )
@@ -321,7 +352,7 @@ def card_metadata(report: dict) -> dict:
         result(
             "text-to-image",
             "Drawing held-out captions, judged by a linear classifier",
-            [("accuracy", f"{name[:3]}-{name[3:]} accuracy", report["drawings"]["drawn"][name]) for name in _TOPS],
+            [("accuracy", f"{name[:3]}-{name[3:]} accuracy", _best_drawings(report)["drawn"][name]) for name in _TOPS],
         ),
     ]
     return {
@@ -405,8 +436,7 @@ def _stage(recipe: Recipe) -> str:
                 if kind.alternatives
                 else ""
             )
-            + f"; the image first in {100 * kind.image_first:.0f} % of the documents, and of the others "
-            f"{100 * kind.without_caption:.0f} % without a caption, which guidance needs;"
+            + _order(kind)
         )
     if trainer.get("optim") == "muon":
         lines.append("projections and each expert by Muon, the rest by AdamW;")
@@ -417,6 +447,16 @@ def _stage(recipe: Recipe) -> str:
         words = ", the words of their captions among its targets" if has_words else ""
         lines.append(f"an image tokenizer that learnt from the same images{words};")
     return "\n".join(f"- {line}" for line in lines).removesuffix(";") + "."
+
+
+def _order(kind: CaptionKind) -> str:
+    """What stands first in the documents of a source."""
+    if not kind.image_first and not kind.without_caption:
+        return "; the caption first in all documents;"
+    return (
+        f"; the image first in {100 * kind.image_first:.0f} % of the documents, and of the others "
+        f"{100 * kind.without_caption:.0f} % without a caption, which guidance needs;"
+    )
 
 
 def render_card(report: dict, recipes: dict[str, Recipe]) -> str:
@@ -437,9 +477,9 @@ def render_card(report: dict, recipes: dict[str, Recipe]) -> str:
         raise InputError(f"`report` has no names of {MAIN!r}, but of {list(report['names'])}.")
     head = yaml.safe_dump(card_metadata(report), sort_keys=False, allow_unicode=True)
     drawings, quality, model = report["drawings"], report["tokenizer"], report["model"]
-    settings, by_seed = drawings["settings"], drawings["by_seed"]
+    best = _best_drawings(report)
+    by_seed = best["by_seed"]
     spread = f", ± {100 * stdev(by_seed):.1f} points between them" if len(by_seed) > 1 else ""
-    sampling = {name: settings[name] for name in ("temperature", "top_k", "guidance_scale")}
     values = {
         "parameters": f"{model['parameters'] / 1e6:.1f}M",
         "active": f"{model['active_parameters'] / 1e6:.1f}M",
@@ -447,7 +487,9 @@ def render_card(report: dict, recipes: dict[str, Recipe]) -> str:
         "routing": _routing(model),
         "codes": report["image_seq_length"],
         "side": report["resolution"],
-        "sampling": ", ".join(f"{name}={value}" for name, value in sampling.items()),
+        "sampling": _sampling(best["settings"]),
+        "style_sampling": _sampling(drawings["settings"]),
+        "known": _known(report),
         "command": report["command"],
         "dtype": report["dtype"],
         "sheet": SHEET_FILE,
@@ -587,7 +629,8 @@ upload, a search by images and file names. Below stands how often it is wrong.
 - It knows icons and emoji: one thing on white, at {side}x{side} pixels. **Photographs** are out of its scope, and so
   are sentences, questions and other languages.
 - It reads **no text in images** and writes none into its drawings.
-- It knows **no brands and logos**: their sets were left out of its data. What it calls one is a guess at its shape.
+- It knows **no brands and logos** but those of which general sets have an icon: their own sets were left out of its
+  data. What it calls one is a guess at its shape.
 - Its names are those of file names, with their jargon (`align box left stretch`); one drawing has several right names,
   and it does not know which one a product uses.
 - A likelihood compares icons for the same words, and names of the same icon. It is no probability of being right.
@@ -683,11 +726,12 @@ one searches names and tags of each image's ten nearest training icons.
 
 ### Drawings
 
-{captions} captions of `test`, with colour, {seeds} seeds, {sampling}. The judge is a linear
-classifier of ImageNet features over the {known_names} most frequent names, fitted to {judge_images} training icons,
-and first shown the held-out icons themselves and what the image tokenizer keeps of them. Of single drawings it finds
+{captions} captions of `test`, {seeds} seeds; in a maker's style with colour and {style_sampling}. The judge
+is a linear classifier of ImageNet features over the {known_names} most frequent names, fitted to {judge_images}
+training icons, and first shown the held-out icons themselves and what the image tokenizer keeps of them. Of single
+drawings it finds
 {seed_mean} right, in the mean of seeds{spread}. The same network taught the
-image tokenizer, which favours reconstructions and drawings.
+image tokenizer, which favours reconstructions and drawings.{known}
 
 {drawing_table}
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sheet of held-out icons, what a model calls them, and what it draws from their captions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
 
 from emoji_recipe.sheet import SheetEntry, draw_contact_sheet
-from icons_recipe.samples import caption, normalised, open_split, order, without_images
+from icons_recipe.samples import normalised, open_split, order, without_images
 from modeling_moma.evaluation.measures import draw_images
 from modeling_moma.evaluation.retrieval import likeliest_drawings
 from modeling_moma.labelling.labeler import ImageLabeler
@@ -47,7 +47,13 @@ def likeliest_of(model, processor, captions: Sequence[str], batch_size: int, sam
 
 
 def draw_sheet(
-    labeler: ImageLabeler, data: str, split: str, count: int, sampling: dict, seeds: Sequence[int]
+    labeler: ImageLabeler,
+    data: str,
+    split: str,
+    count: int,
+    asked: Callable[[dict], str],
+    sampling: dict,
+    seeds: Sequence[int],
 ) -> Image.Image:
     """
     Draws icons chosen by the hash of their names: as they are, through the image tokenizer, and from their captions.
@@ -57,6 +63,7 @@ def draw_sheet(
         data: folder of the data set.
         split: one of its held-out splits.
         count: icons at most.
+        asked: says of an icon's columns by what caption it is drawn.
         sampling: arguments of `generate`.
         seeds: a drawing of each caption for each, of which the likeliest is shown.
 
@@ -68,7 +75,7 @@ def draw_sheet(
     places = rows_of_names(rows, count)
     real = opened.select(places)["image"][:]
     codes = labeler.encode(real)
-    captions = [caption(rows[place], with_colour=True) for place in places]
+    captions = [asked(rows[place]) for place in places]
     processor, size = labeler.processor, labeler.batch_size
     _, drawn = likeliest_of(labeler.model, processor, captions, size, sampling, seeds)
     named = [guesses[0].text if guesses else "" for guesses in labeler.names(codes, 1)]

@@ -8,6 +8,7 @@ import pytest
 import torch.nn.functional as F
 from PIL import Image
 
+import build_typical_icons
 import evaluate_icons
 from helpers.icons import write_icons
 from helpers.tiny import tiny_model, tiny_processor
@@ -40,6 +41,8 @@ def measured(data, tmp_path_factory):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     assert moma.main(["build-memory", str(data), "--model", str(folder), "--tags", "keywords"]) == 0
+    typical = tmp_path_factory.mktemp("typical")
+    assert build_typical_icons.main(["--model", str(folder), "--data", str(data), "--output", str(typical)]) == 0
     patch = pytest.MonkeyPatch()
     patch.setattr(measuring, "feature_extractor", lambda device: patches)
     sizes = {"limit": 5, "ranked": 2, "queries": 3, "drawings": 8, "seeds": 2, "sheet": 3, "batch-size": 8, "views": 2}
@@ -47,7 +50,7 @@ def measured(data, tmp_path_factory):
     try:
         status = evaluate_icons.main(
             ["--model", str(folder), "--control", str(folder), "--data", str(data), "--write-card"]
-            + ["--emoji", str(emoji), *words]
+            + ["--emoji", str(emoji), "--typical", str(typical), *words]
         )
     finally:
         patch.undo()
@@ -74,6 +77,10 @@ def test_everything_is_measured_and_shown(measured):
     drawings = report["drawings"]
     assert drawings["captions"] == 8 and len(drawings["by_seed"]) == 2
     assert drawings["drawn"]["top1"] == pytest.approx(np.mean(drawings["by_seed"]))
+    typical = drawings["typical"]
+    assert typical["settings"]["guidance_scale"] == 1 and drawings["settings"]["guidance_scale"] == 5
+    assert typical["originals"] == drawings["originals"] and len(typical["by_seed"]) == 2
+    assert 0 <= typical["known"]["drawn"]["of_their_name"] <= typical["known"]["drawn"]["any"] <= 1
     information = report["information"]["plain"]
     assert information["model"] == information["control"]
     assert {name: len(shares) for name, shares in report["coverage"].items()} == {"text": 2, "image": 2}
@@ -109,6 +116,7 @@ def test_neighbours_of_an_earlier_report_are_those_that_are_computed(data, measu
         str(measured / "evaluation.json"),
     ]
     earlier = json.loads((measured / "evaluation.json").read_text())
+    del earlier["drawings"]["typical"]
     report = measuring.Evaluation(evaluate_icons.parse_arguments(words), patches).run()
     for name in ("neighbour_images", "train_icons", "names", "tags", "search", "drawings"):
         assert report[name] == earlier[name], name

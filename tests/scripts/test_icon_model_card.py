@@ -192,14 +192,14 @@ def test_card_prints_the_report_its_command_and_the_recipe():
         "| `test`, ImageNet neighbour | 210 | 7.2 | 31.1 % | 30.0 % |",
         "| `test`, tags not in the names | 300 | 100 | 35.8 % | 76.3 % | 84.2 % | 1.2 % | 75.3 % | 24.7 % | 3.3 % |",
         "| `test`, any tags | 300 | 100 | 35.8 % | 76.3 % | 84.2 % | 50.0 % | 75.3 % |",
-        "| drawn, the likeliest of all seeds | 38.8 % | 66.0 % |",
+        "| drawn, in its maker's style, the likeliest of all seeds | 38.8 % | 66.0 % |",
         "finds\n29.9 % right, in the mean of seeds, ± 2.8 points between them",
         "| `name (style, colour)` | 300 | 7.77 ± 0.21 | 8.00 ± 0.21 |",
         "| image | 69.0 % | 91.0 % |",
         "| `tabler:key` | key | key, lo\\|ck | lock, door | pin |",
         "temperature=0.9, top_k=7, guidance_scale=2.5",
         "270,452 icons to train on",
-        "39,876 training icons",
+        "39,876\ntraining icons",
         "22.3 dB",
         *(f"`recipes/{name}`" for name in STAGES),
         "`recipes/moma-icons-longer.yaml`, from those weights, 2 times, each from the weights of the one before:",
@@ -236,6 +236,43 @@ def test_aims_say_what_is_not_reached_and_whose_captions_are_compared():
     del alone["information"]["plain"]["control"]
     (aim, measured, reached), *_ = aims(alone)
     assert "no other was measured as a control" in aim and measured == "4.51 of 6.00 nats" and not reached
+
+
+def test_drawings_asked_for_as_typical_count_and_what_they_owe_is_said():
+    report = copy.deepcopy(REPORT)
+    drawings = report["drawings"]
+    drawings["typical"] = drawings | {
+        "drawn": {"top1": 0.4321, "top5": 0.6543},
+        "likeliest": {"top1": 0.5432, "top5": 0.7654},
+        "shuffled": {"top1": 0.003, "top5": 0.02},
+        "by_seed": [0.4221, 0.4421],
+        "settings": drawings["settings"] | {"guidance_scale": 1.5},
+        "known": {
+            "icons": 12_345,
+            "reconstructions": {"of_their_name": 0.0123, "any": 0.0456},
+            "drawn": {"of_their_name": 0.2345, "any": 0.3456},
+        },
+    }
+    found = {aim: (measured, reached) for aim, measured, reached in aims(report)}
+    assert found["drawings (`typical`), judged: at least 0.5 of the originals'"] == ("43.2 % of 60.0 %", True)
+    card = rendered(report)
+    for text in (
+        "| drawn, typical, one | 43.2 % | 65.4 % |",
+        "| drawn, in its maker's style, one | 29.9 % | 55.0 % |",
+        "finds\n43.2 % right, in the mean of seeds, ± 1.4 points between them",
+        "in a maker's style with colour and temperature=0.9, top_k=7, guidance_scale=2.5.",
+        "do_sample=True, temperature=0.9, top_k=7, guidance_scale=1.5)",
+        "23.4 % of them are nearly one of the 12,345 icons of",
+        "of the held-out icons' reconstructions, in black, 1.2 % and 4.6 % are",
+    ):
+        assert text in card, text
+    values = [
+        metric["value"]
+        for result in card_metadata(report)["model-index"][0]["results"]
+        for metric in result["metrics"]
+    ]
+    assert {0.4321, 0.6543} <= set(values) and 0.2987 not in values
+    assert 0.4321 in measured_numbers(report) and 0.2345 not in measured_numbers(drawings["typical"])
 
 
 def test_a_model_without_a_memory_is_measured_alone():
