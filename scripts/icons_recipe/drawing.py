@@ -5,7 +5,6 @@ import hashlib
 import io
 
 import numpy as np
-import resvg_py
 from PIL import Image
 
 from icons_recipe.animation import settle
@@ -44,6 +43,9 @@ def choose_colour(prefix: str, icon: str) -> str:
 
 def render_icon(icon_set: dict, icon: dict) -> np.ndarray:
     """Renders an icon with black as its current colour, on white, in the middle: uint8 of shape (64, 64, 3)."""
+    # whoever measures a model has no icons to render
+    import resvg_py
+
     document = settle(icon_svg(icon_set, icon, size=RESOLUTION).replace("currentColor", "#000"))
     png = resvg_py.svg_to_bytes(svg_string=document, background="#ffffff", skip_system_fonts=True)
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
