@@ -33,7 +33,7 @@ def main(arguments=None) -> int:
         parser.error(f"--batch-size {args.batch_size}: it must be at least 1")
     file = args.output / "train.parquet"
     try:
-        check_place(str(file))
+        check_place(file)
         train = open_split(args.data, TRAIN)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, processor = load_model(args.model, device), open_processor(args.model).to(device)
@@ -41,7 +41,6 @@ def main(arguments=None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    args.output.mkdir(parents=True, exist_ok=True)
     write_aside(file, icons.to_parquet)
     print(f"{len(icons):,} images of {len(set(icons['name'])):,} names in {file}")
     return 0

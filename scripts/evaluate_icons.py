@@ -62,7 +62,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=0, help="likeliest codes to draw from, 0: all")
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="1: none")
     parser.add_argument("--typical-temperature", type=float, default=0.3, help="of those of --typical, as the next")
-    parser.add_argument("--typical-guidance-scale", type=float, default=1.0)
+    parser.add_argument("--typical-guidance-scale", type=float, default=1.0, help="1: none")
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args(arguments)
     for name, least in LEAST.items():

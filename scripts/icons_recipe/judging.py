@@ -143,9 +143,9 @@ def judge_drawings(
     found = {
         "originals": judge.figures(sample.features, names),
         "reconstructions": judge.figures(seen(sample.codes), names),
-        "drawn": _means(by_seed),
+        "drawn": means(by_seed),
         "likeliest": judge.figures(seen(likeliest_NL), names),
-        "shuffled": _means([judge.figures(features, others) for features in drawn]),
+        "shuffled": means([judge.figures(features, others) for features in drawn]),
     }
     top1 = {name: figures["top1"] for name, figures in found.items()}
     return {
@@ -160,5 +160,6 @@ def judge_drawings(
     }
 
 
-def _means(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+def means(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Returns the mean of each figure."""
     return {name: fmean(entry[name] for entry in figures) for name in figures[0]}

@@ -7,7 +7,6 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from datasets import Dataset
@@ -15,7 +14,7 @@ from PIL import Image
 
 from evaluate_emoji import describe
 from icons_recipe.coverage import expert_coverage
-from icons_recipe.judging import LinearJudge, fit_judge, frequent_names, judge_drawings
+from icons_recipe.judging import LinearJudge, fit_judge, frequent_names, judge_drawings, means
 from icons_recipe.model_card import MAIN
 from icons_recipe.naming import NAMES, TAGS, name_figures, rank_names, tag_figures
 from icons_recipe.neighbours import (
@@ -274,11 +273,12 @@ class Evaluation:
         known = KnownDrawings(typical, self.processor, self.args.batch_size)
         names, colours = ([row[name] for row in sample.rows] for name in ("name", "colour"))
         held_out = in_black(self.processor.decode_images(sample.codes), colours)
-        by_seed = [known.shares(self.processor.decode_images(codes), names) for codes in drawn_NSL.unbind(1)]
         return {
             "icons": len(known),
             "reconstructions": known.shares(map(Image.fromarray, held_out), names),
-            "drawn": {name: fmean(each[name] for each in by_seed) for name in by_seed[0]},
+            "drawn": means(
+                [known.shares(self.processor.decode_images(codes), names) for codes in drawn_NSL.unbind(1)]
+            ),
         }
 
     def _judged(self, judge: LinearJudge, sample: Sample, captions: Sequence[str], sampling: dict) -> tuple:
@@ -366,7 +366,7 @@ class Evaluation:
     def sheet(self):
         """Returns an image of drawings of held-out captions."""
         args = self.args
-        asked, sampling = (partial(caption, with_colour=True), self.sampling)
+        asked, sampling = partial(caption, with_colour=True), self.sampling
         if self.typical is not None:
             asked, sampling = typical_caption, self.typical_sampling
         return draw_sheet(self.labeler, args.data, MAIN, args.sheet, asked, sampling, range(args.seeds))

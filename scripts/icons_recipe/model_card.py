@@ -11,7 +11,6 @@ import yaml
 
 from emoji_recipe.model_card import cell, percent
 from icons_recipe.typical import STYLE
-from modeling_moma.data.kinds.captions import CaptionKind
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training.recipe import Recipe, read_recipe
 from modeling_moma.utils.atomic_files import write_aside
@@ -436,7 +435,8 @@ def _stage(recipe: Recipe) -> str:
                 if kind.alternatives
                 else ""
             )
-            + _order(kind)
+            + f"; the image first in {100 * kind.image_first:.0f} % of the documents, and of the others "
+            f"{100 * kind.without_caption:.0f} % without a caption, which guidance needs;"
         )
     if trainer.get("optim") == "muon":
         lines.append("projections and each expert by Muon, the rest by AdamW;")
@@ -447,16 +447,6 @@ def _stage(recipe: Recipe) -> str:
         words = ", the words of their captions among its targets" if has_words else ""
         lines.append(f"an image tokenizer that learnt from the same images{words};")
     return "\n".join(f"- {line}" for line in lines).removesuffix(";") + "."
-
-
-def _order(kind: CaptionKind) -> str:
-    """What stands first in the documents of a source."""
-    if not kind.image_first and not kind.without_caption:
-        return "; the caption first in all documents;"
-    return (
-        f"; the image first in {100 * kind.image_first:.0f} % of the documents, and of the others "
-        f"{100 * kind.without_caption:.0f} % without a caption, which guidance needs;"
-    )
 
 
 def render_card(report: dict, recipes: dict[str, Recipe]) -> str:
