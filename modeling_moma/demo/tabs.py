@@ -124,7 +124,9 @@ def draw_tab(studio: Studio, examples: Examples):
             raise InputError("There are no words yet: say what to draw.")
         start, images = time.monotonic(), []
         for codes, images in studio.draw(words, int(count), temperature, guidance, checked_seed(seed)):
-            yield [enlarged(image) for image in images], f"{codes} of {whole} codes"
+            # the last are shown once: a file that is written again while the page loads it breaks off
+            if codes < whole:
+                yield [enlarged(image) for image in images], f"{codes} of {whole} codes"
         seconds = time.monotonic() - start
         yield [enlarged(image) for image in images], f"{whole} codes in {seconds:.1f} s"
 

@@ -178,6 +178,20 @@ def test_messages_of_errors_reach_the_page():
         next(stream)
 
 
+def test_images_that_are_drawn_are_shown_once():
+    processor = tiny_processor()
+    page = build_page(Studio(tiny_model(processor), processor, "tiny"))
+    try:
+        draw = next(function.fn for function in page.fns.values() if function.api_name == "draw")
+        shown = list(draw("red apple", 2, 1.0, 1.0, 3))
+    finally:
+        page.close()
+    whole = processor.image_seq_length
+    counts = [int(said.split()[0]) for _, said in shown]
+    assert len(counts) > 2 and counts == sorted(set(counts)) and counts[-1] == whole
+    assert all(f" of {whole} codes" in said for _, said in shown[:-1]) and shown[-1][1].endswith(" s")
+
+
 def test_words_of_a_request_made_by_hand_have_the_limit_of_the_page():
     processor = tiny_processor()
     page = build_page(Studio(tiny_model(processor), processor, "tiny"))
