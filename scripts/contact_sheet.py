@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modeling_moma.cli.arguments import add_renamed
-from quickstart import add_data_flags, check_number, load, open_source, pick_rows, show_both_ways
+from quickstart import (
+    add_data_flags,
+    add_drawing_flags,
+    check_drawing_prompt,
+    check_number,
+    load,
+    open_source,
+    pick_rows,
+    show_both_ways,
+)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -15,12 +24,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add_data_flags(parser)
     parser.add_argument("--split", default="test")
     add_renamed(parser, "--images", "--pictures", type=int, default=12)
-    parser.add_argument("--guidance-scale", type=float, default=5.0, help="how closely a drawing follows its caption")
+    add_drawing_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images, and of the drawings")
     parser.add_argument("--output", type=Path, required=True, help="PNG file")
     args = parser.parse_args(arguments)
     check_number(parser, args, "images", 1)
     args.source = open_source(parser, args)
+    check_drawing_prompt(parser, args, args.split)
     return args
 
 
@@ -28,7 +38,7 @@ def main(arguments: Sequence[str] | None = None):
     args = parse_arguments(arguments)
     model, processor = load(args.model)
     rows = pick_rows(args.source, args.split, args.images, args.seed)
-    show_both_ways(model, processor, rows, args.source, args.guidance_scale, args.seed, args.output)
+    show_both_ways(model, processor, rows, args, args.output)
 
 
 if __name__ == "__main__":

@@ -102,8 +102,8 @@ def main(arguments=None) -> int:
     )
     print(report_tables(report))
     if args.write_card:
-        # as many colours as a palette has are enough for icons, in a third of the bytes
-        sheet = evaluation.sheet().quantize(256, dither=Image.Dither.NONE)
+        # so few colours are enough for icons, and the folder is downloaded whole
+        sheet = evaluation.sheet().quantize(96, dither=Image.Dither.NONE)
         write_aside(folder / SHEET_FILE, lambda path: sheet.save(path, "PNG", optimize=True))
         write_card(folder, report)
     return 0

@@ -134,7 +134,7 @@ def use(page, name: str) -> None:
         page.locator("#find-button").click()
         page.locator("#find-gallery img").first.wait_for()
     elif name == "draw":
-        page.locator("#draw-words textarea").fill("heart (ph, fill, red)")
+        page.locator("#draw-words textarea").fill("heart (typical)")
         page.locator("#draw-count input[type=number]").fill("4")
         page.locator("#draw-button").click()
         page.wait_for_function(

@@ -21,6 +21,7 @@ from modeling_moma.data.examples import HeldOutExamples
 from modeling_moma.data.kinds.captions import CaptionDocuments
 from modeling_moma.data.sources import Source
 from modeling_moma.data.stream import DocumentExamples
+from modeling_moma.data.templates import Template
 from modeling_moma.labelling.labeler import CaptionForm, ImageLabeler, check_queries
 from modeling_moma.labelling.memory import memory_of
 from modeling_moma.training.recipe import read_recipe
@@ -35,20 +36,21 @@ FINE_TUNE_IMAGES = 320
 EVALUATION_IMAGES = 32
 CAPTION_TOKENS = 32
 SPLITS = ("test", "train", "validation")
-# as recommended by the card of the released model
-SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 0}
+# the released model, what it draws best by, and how, as its card recommends
+RELEASED, TYPICAL = "model_cards/moma-icons", "{name} (typical)"
+SAMPLING = {"do_sample": True, "top_k": 0}
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="model_cards/moma-icons", help="folder of a model and its processor")
+    parser.add_argument("--model", default=RELEASED, help="folder of a model and its processor")
     add_data_flags(parser)
     parser.add_argument("--output", default="quickstart", help="folder for the images and the fine-tuned model")
     add_renamed(parser, "--images", "--pictures", type=int, default=12, help="held-out images to name and to draw")
     parser.add_argument("--query", default="arrow", help="words to look for among held-out images")
     parser.add_argument("--name-prompt", default="", help="what the model's captions have before a name")
     parser.add_argument("--tag-prompt", default="tags:", help="what they have before tags")
-    parser.add_argument("--guidance-scale", type=float, default=5.0, help="how closely a drawing follows its caption")
+    add_drawing_flags(parser)
     parser.add_argument("--fine-tune-steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=32, help="examples of a fine-tuning step")
     parser.add_argument("--seed", type=int, default=0)
@@ -65,6 +67,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
         parser.error(f"--seed {args.seed}: it must be below {2**32}")
     args.source = open_source(parser, args)
     check_splits(parser, args.source)
+    check_drawing_prompt(parser, args)
     return args
 
 
@@ -91,6 +94,34 @@ def add_data_flags(parser: argparse.ArgumentParser):
         "--recipe", default="recipes/moma-icons.yaml", help="its first source has the images and their captions"
     )
     parser.add_argument("--data", help="folder of the data set, by default the recipe's")
+
+
+def add_drawing_flags(parser: argparse.ArgumentParser):
+    """Flags that say what is drawn of an image's columns, and how."""
+    parser.add_argument(
+        "--drawing-prompt",
+        help=f"what is drawn, by the columns of an image: by default {TYPICAL!r} of the released model of icons, and "
+        "the captions of others",
+    )
+    parser.add_argument("--temperature", type=float, default=0.3, help="of the drawings")
+    parser.add_argument(
+        "--guidance-scale", type=float, default=1.0, help="how closely a drawing follows its prompt, 1: no guidance"
+    )
+
+
+def check_drawing_prompt(parser: argparse.ArgumentParser, args: argparse.Namespace, split: str = "test"):
+    """Makes the prompt's template in `args.drawing`, and refuses one that the data cannot fill."""
+    prompt = args.drawing_prompt
+    if prompt is None and Path(args.model).resolve() == Path(RELEASED).resolve():
+        prompt = TYPICAL
+    args.drawing = args.source.kind.templates()[0] if prompt is None else Template(prompt)
+    columns = args.source.open(split).column_names
+    try:
+        missing = [column for column in args.drawing.columns if column not in columns]
+    except ValueError as error:
+        parser.error(f"--drawing-prompt: {error}")
+    if missing:
+        parser.error(f"--drawing-prompt {prompt!r}: {args.source.data!r} has no column {missing[0]!r}, but {columns}.")
 
 
 def open_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Source:
@@ -125,7 +156,11 @@ def pick_rows(source: Source, split: str, count: int, seed: int) -> Dataset:
 
 def captions_of(source: Source, rows: Dataset) -> list[str]:
     """The caption of each row by the recipe's first form."""
-    template = source.kind.templates()[0]
+    return rendered(source.kind.templates()[0], rows)
+
+
+def rendered(template: Template, rows: Dataset) -> list[str]:
+    """A text of each row."""
     return [template.render(row) for row in rows.select_columns(template.columns)]
 
 
@@ -137,11 +172,12 @@ def caption_images(model, processor, images: list) -> list[str]:
     return [" ".join(caption.split()) for caption in words]
 
 
-def draw_captions(model, processor, captions: list[str], guidance_scale: float, seed: int) -> list:
-    """One sampled image for each caption."""
-    inputs = processor(text=captions, padding=True, padding_side="left", return_tensors="pt")
-    set_seed(seed)
-    ids = model.generate(**inputs, generation_mode="image", guidance_scale=guidance_scale, **SAMPLING)
+def draw(model, processor, prompts: list[str], args: argparse.Namespace) -> list:
+    """One sampled image for each prompt."""
+    inputs = processor(text=prompts, padding=True, padding_side="left", return_tensors="pt")
+    set_seed(args.seed)
+    sampling = SAMPLING | {"temperature": args.temperature, "guidance_scale": args.guidance_scale}
+    ids = model.generate(**inputs, generation_mode="image", **sampling)
     return processor.post_process_multimodal_output(model.decode_image_tokens(ids), generation_mode="image")
 
 
@@ -152,19 +188,17 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]):
         print("  " + " | ".join(f"{entry:<{width}}" for entry, width in zip(row, widths, strict=True)).rstrip())
 
 
-def show_both_ways(
-    model, processor, rows: Dataset, source: Source, guidance_scale: float, seed: int, sheet_path: Path
-) -> list[str]:
-    """Captions the rows' images, draws from their captions, prints the first and saves all on one sheet."""
-    images = [image.convert("RGB") for image in rows[source.kind.image]]
-    captions = captions_of(source, rows)
+def show_both_ways(model, processor, rows: Dataset, args: argparse.Namespace, sheet_path: Path) -> list[str]:
+    """Captions the rows' images, draws what they show, prints the captions and saves all on one sheet."""
+    images = [image.convert("RGB") for image in rows[args.source.kind.image]]
+    captions, prompts = captions_of(args.source, rows), rendered(args.drawing, rows)
     start = time.time()
     model_captions = caption_images(model, processor, images)
     print(f"{len(images)} held-out images captioned in {time.time() - start:.1f} s:")
     print_table(("true caption", "model's caption"), list(zip(captions, model_captions, strict=True)))
     start = time.time()
-    drawn = draw_captions(model, processor, captions, guidance_scale, seed)
-    print(f"{len(drawn)} images drawn from held-out captions in {time.time() - start:.1f} s")
+    drawn = draw(model, processor, prompts, args)
+    print(f"{len(drawn)} images drawn from words such as {prompts[0]!r} in {time.time() - start:.1f} s")
     reconstructed = processor.decode_images(processor.encode_images(images))
     entries = map(SheetEntry, images, reconstructed, drawn, captions, model_captions)
     sheet = draw_contact_sheet(list(entries))
@@ -263,7 +297,7 @@ def fine_tune(model, processor, args, folder: Path):
 
 def show(folder: str | Path, model, processor, rows: Dataset, args: argparse.Namespace, sheet_path: Path) -> list[str]:
     """Captions, draws, names and finds held-out images; returns the captions of the rows."""
-    captions = show_both_ways(model, processor, rows, args.source, args.guidance_scale, args.seed, sheet_path)
+    captions = show_both_ways(model, processor, rows, args, sheet_path)
     labeler = ImageLabeler(model, processor, CaptionForm(name_prompt=args.name_prompt, tag_prompt=args.tag_prompt))
     labeler.take_memory(memory_of(str(folder)), "--model")
     show_names(labeler, rows, args.source)

@@ -58,10 +58,28 @@ for further in longer longer muon muon captions captions drawings; do
             --seed $seed --restart-data --resume
     before=$start start=$stage
 done
-# and of the last one
-"$python" scripts/release.py --model $start --earlier $before --earlier-share 0.33 --processor runs/icons/processor \
-    --never-first tags --output model_cards/moma-icons
+# and of the last of these: they name icons well, and choose those that are to be drawn
+[ -e runs/icons/named/config.json ] ||
+    "$python" scripts/release.py --model $start --earlier $before --earlier-share 0.33 \
+        --processor runs/icons/processor --output runs/icons/named
+[ -e runs/icons/typical/train.parquet ] ||
+    "$python" scripts/build_typical_icons.py --model runs/icons/named --output runs/icons/typical
+recipe=recipes/moma-icons-typical.yaml
+[ -e runs/icons/tokens-typical/manifest.json ] ||
+    "$python" -m modeling_moma tokenize $recipe --processor runs/icons/processor --output runs/icons/tokens-typical
+[ -e runs/icons/typical-8/trainer_state.json ] ||
+    "$python" "${launcher[@]}" -m modeling_moma pretrain $recipe --model runs/icons/named \
+        --processor runs/icons/processor --tokens runs/icons/tokens-typical --output runs/icons/typical-8 \
+        --batch-size $rows --seed 8 --resume
+# what was learnt before, again
+[ -e runs/icons/rehearsal-9/trainer_state.json ] ||
+    "$python" "${launcher[@]}" -m modeling_moma pretrain recipes/moma-icons-rehearsal.yaml --model runs/icons/typical-8 \
+        --processor runs/icons/processor --tokens runs/icons/tokens-typical --output runs/icons/rehearsal-9 \
+        --batch-size $rows --seed 9 --restart-data --resume
+"$python" scripts/release.py --model runs/icons/rehearsal-9 --processor runs/icons/processor --never-first tags \
+    --output model_cards/moma-icons
 # what it makes of training icons, beside which it names new ones
 "$python" -m modeling_moma build-memory data/icons --model model_cards/moma-icons \
     --tags keywords --group family --least-groups 2
-"$python" scripts/evaluate_icons.py --model model_cards/moma-icons --features runs/icons/features.npy --write-card
+"$python" scripts/evaluate_icons.py --model model_cards/moma-icons --features runs/icons/features.npy \
+    --typical runs/icons/typical --write-card

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw from words, caption an image, hear or speak where the model can, or mix all.
 
-moma generate --model DIR --prompt "house (tabler, outline, red)" --mode image --output image.png
+moma generate --model DIR --prompt "house (typical)" --mode image --output image.png
 moma generate --model DIR --image image.png --mode text
 moma generate --model DIR --audio sound.wav --mode text
 """

@@ -179,8 +179,8 @@ class Studio:
         self,
         words: str,
         count: int = 1,
-        temperature: float = 0.7,
-        guidance_scale: float = 5.0,
+        temperature: float = 0.3,
+        guidance_scale: float = 1.0,
         seed: int = 0,
         sounds: Sequence[np.ndarray] = (),
     ) -> Iterator[tuple[int, list[Image.Image]]]:
@@ -191,9 +191,9 @@ class Studio:
                 what to draw; special tokens in them are the characters that they are.
             count (`int`, *optional*, defaults to `1`):
                 images, drawn side by side.
-            temperature (`float`, *optional*, defaults to `0.7`):
+            temperature (`float`, *optional*, defaults to `0.3`):
                 0 takes the likeliest code.
-            guidance_scale (`float`, *optional*, defaults to `5.0`):
+            guidance_scale (`float`, *optional*, defaults to `1.0`):
                 1 for none.
             seed (`int`, *optional*, defaults to `0`):
                 of the sampling.

@@ -11,6 +11,7 @@ import yaml
 
 from emoji_recipe.model_card import cell, percent
 from icons_recipe.typical import STYLE
+from modeling_moma.data.kinds.captions import CaptionKind
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training.recipe import Recipe, read_recipe
 from modeling_moma.utils.atomic_files import write_aside
@@ -27,8 +28,10 @@ STAGES = (
     *("moma-icons-muon.yaml",) * 2,
     *("moma-icons-captions.yaml",) * 2,
     "moma-icons-drawings.yaml",
+    "moma-icons-typical.yaml",
+    "moma-icons-rehearsal.yaml",
 )
-# of what the last stage began at in the released weights, see scripts/reproduce_icons.sh
+# of what a stage began at in means with its weights, see scripts/reproduce_icons.sh
 EARLIER_SHARE = 0.33
 # what is kept beside them
 MEMORY_COMMAND = (
@@ -435,8 +438,7 @@ def _stage(recipe: Recipe) -> str:
                 if kind.alternatives
                 else ""
             )
-            + f"; the image first in {100 * kind.image_first:.0f} % of the documents, and of the others "
-            f"{100 * kind.without_caption:.0f} % without a caption, which guidance needs;"
+            + _order(kind)
         )
     if trainer.get("optim") == "muon":
         lines.append("projections and each expert by Muon, the rest by AdamW;")
@@ -447,6 +449,16 @@ def _stage(recipe: Recipe) -> str:
         words = ", the words of their captions among its targets" if has_words else ""
         lines.append(f"an image tokenizer that learnt from the same images{words};")
     return "\n".join(f"- {line}" for line in lines).removesuffix(";") + "."
+
+
+def _order(kind: CaptionKind) -> str:
+    """What stands first in the documents of a source."""
+    if not kind.image_first and not kind.without_caption:
+        return "; the caption first in all documents;"
+    return (
+        f"; the image first in {100 * kind.image_first:.0f} % of the documents, and of the others "
+        f"{100 * kind.without_caption:.0f} % without a caption, which guidance needs;"
+    )
 
 
 def render_card(report: dict, recipes: dict[str, Recipe]) -> str:
@@ -503,6 +515,8 @@ def render_card(report: dict, recipes: dict[str, Recipe]) -> str:
         "tag_table": tag_table(report),
         "views": report["views"],
         "memory": _memory(report.get("memory")),
+        "typical": STAGES[-2],
+        "rehearsal": STAGES[-1],
         "earlier_share": EARLIER_SHARE,
         "later_share": 1 - EARLIER_SHARE,
         "search_table": search_table(report),
@@ -596,7 +610,7 @@ folder = "model_cards/moma-icons"
 model = AutoModelForCausalLM.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)
 
-inputs = processor(text=["house (tabler, outline, red)"], return_tensors="pt")
+inputs = processor(text=["house (typical)"], return_tensors="pt")
 ids = model.generate(**inputs, generation_mode="image", do_sample=True, {sampling})
 processor.decode_images(model.decode_image_tokens(ids))[0].save("house.png")
 ```
@@ -609,7 +623,10 @@ Without the package, load it from the Hub, or from a folder that `moma push --ou
 `trust_remote_code=True` and leave out the import. Names, tags and search need the package.
 
 A caption reads `NAME (STYLE)` or `NAME (STYLE, COLOUR)`, the style being one of the data set's, or
-`tags: ONE, ANOTHER`. The sampling shown is that of the drawings below.
+`tags: ONE, ANOTHER`. What is to be known by its name is drawn as `NAME (typical)`, in black: of many a name that
+several makers draw, one icon was learnt again and again as that ("Drawings", below). Other names were not taught so,
+and are often drawn as something else. In a maker's style, as `house (tabler, outline, red)`, drawings follow style and
+colour and hardly the name. The sampling shown is that of the `typical` drawings below.
 
 ## Uses and limits
 
@@ -625,7 +642,8 @@ upload, a search by images and file names. Below stands how often it is wrong.
   and it does not know which one a product uses.
 - A likelihood compares icons for the same words, and names of the same icon. It is no probability of being right.
 - Drawings are raster images of {side} pixels, for a look and not for a product; people are drawn as in the sets that
-  it learnt from.
+  it learnt from. Many a `typical` one is nearly an icon of the training ("Drawings", below), whose licence holds for
+  it, and some show marks of companies, of which general sets have a few.
 
 ## Training data
 
@@ -642,8 +660,11 @@ Ranks.com and the EmojiTwo community (CC-BY-4.0). Their texts: emojibase (MIT), 
 By `moma pretrain`; `PROCESSES=2 make reproduce-icons` runs all stages. Four of them, from the third on, began at
 the weights of the one before rounded to bfloat16, as they were released. Before the seventh the model had four
 layers; a copy of the third one, which adds nothing at first, was put behind it (`moma add-layers --after 2`). The
-last one began at means of the seventh's weights, {later_share:g}, and of those that it had begun at, {earlier_share},
-rounded likewise, and the weights here are such means of the last one's and of those that it began at.
+eighth began at means of the seventh's weights, {later_share:g}, and of those that it had begun at, {earlier_share},
+rounded likewise, and so did `{typical}`, at such means of the stage before it. These also chose the
+icons that it learnt to draw (`scripts/build_typical_icons.py`): of each name of which three makers have an icon that
+can be painted, or none has, up to eight makers' icons were compared, and the one was kept of which the name was
+likeliest. Most of what the model had learnt before it lost in that stage, and `{rehearsal}` brought it back.
 
 {training}
 

@@ -64,7 +64,7 @@ def candidates(columns: Mapping[str, Sequence]) -> list[Candidate]:
     Returns the icons that are compared, of each name that several makers draw, name by name.
 
     Of each maker one icon is taken, and of many makers so many, both by a hash of set and icon. Icons in colours of
-    their own are taken where fewer makers have one that can be painted.
+    their own are taken where no maker has one that can be painted.
 
     Args:
         columns: `name`, `family`, `colour`, `set` and `icon` of all training icons.
@@ -79,7 +79,7 @@ def candidates(columns: Mapping[str, Sequence]) -> list[Candidate]:
             painted[name].setdefault(columns["family"][row], row)
     found = []
     for name in sorted(every):
-        by_maker = painted[name] if len(painted[name]) >= LEAST_MAKERS else every[name]
+        by_maker = painted[name] or every[name]
         if len(by_maker) >= LEAST_MAKERS:
             rows = list(by_maker.values())[:MOST_COMPARED]
             found += [

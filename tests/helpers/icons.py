@@ -38,12 +38,12 @@ def icon(number: int, **fields) -> dict:
     }
 
 
-def write_icons(folder: Path, splits: Sequence[str], count: int = 12):
-    """A data set with so many icons in each split."""
+def write_icons(folder: Path, splits: Sequence[str], count: int = 12, **fields):
+    """A data set with so many icons in each split, all of them with these fields."""
     (folder / "data").mkdir()
     images = noise_images(count * len(splits))
     for split in splits:
-        rows = [{**icon(number), "image": images.pop()} for number in range(count)]
+        rows = [{**icon(number, **fields), "image": images.pop()} for number in range(count)]
         columns = {name: [row[name] for row in rows] for name in FEATURES}
         path = folder / "data" / f"{split}-00000-of-00001.parquet"
         Dataset.from_dict(columns, features=FEATURES).to_parquet(path)

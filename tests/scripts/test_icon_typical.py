@@ -42,7 +42,7 @@ def built(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("built")
     for name in ("data", "model"):
         (folder / name).mkdir()
-    write_icons(folder / "data", ["train"], count=40)
+    write_icons(folder / "data", ["train"], count=40, colour="red")
     model.save_pretrained(folder / "model")
     PROCESSOR.save_pretrained(folder / "model")
     words = ["--model", str(folder / "model"), "--data", str(folder / "data"), "--output", str(folder / "typical")]
@@ -78,16 +78,14 @@ def test_candidates_are_one_of_each_maker_and_eight_of_several(drawn):
     for name in ("cog", "key"):
         own = [row for row in rows if row["name"].lower() == name]
         painted = {row["family"] for row in own if row["colour"]}
-        makers = painted if len(painted) > 2 else {row["family"] for row in own}
+        makers = painted or {row["family"] for row in own}
         chosen = [rows[candidate.row] for candidate in found if candidate.name == name]
         assert len(chosen) == (min(len(makers), 8) if len(makers) > 2 else 0)
         assert len({row["family"] for row in chosen}) == len(chosen)
-        if len(painted) > 2:
+        if painted:
             assert all(row["colour"] for row in chosen)
         for row in chosen:
-            rivals = [
-                other for other in own if other["family"] == row["family"] and (other["colour"] or len(painted) < 3)
-            ]
+            rivals = [other for other in own if other["family"] == row["family"] and (other["colour"] or not painted)]
             assert row == min(rivals, key=lambda other: order(other["set"], other["icon"]))
     assert {candidate.name for candidate in found} <= {"cog", "key"}
 

@@ -30,7 +30,7 @@ sources:
 """
 # of all of `validation`, in nats, by `moma evaluate --model model_cards/moma-icons --split validation --sources icons
 # --measures losses --tokens TOKENS` of tokens by recipes/moma-icons.yaml
-ICONS_LOSSES = {"eval_loss": 2.4277, "eval_text_loss": 1.4724, "eval_image_loss": 2.5746}
+ICONS_LOSSES = {"eval_loss": 2.5141, "eval_text_loss": 1.5338, "eval_image_loss": 2.6648}
 
 
 @pytest.fixture
@@ -81,8 +81,8 @@ def test_everything_is_written_reported_and_loads_again(model_folder, data_folde
             assert image.width > 400 and len(image.convert("RGB").getcolors(2**24)) > 10
         assert name in printed
     assert not list(output.glob(".*.partial"))
-    # before and after: four captions, four rows of names, five of the six images found
-    assert printed.count("apple (noto)") == 2 * (4 + 4 + 5)
+    # before and after: what is drawn first, four captions, four rows of names, five of the six images found
+    assert printed.count("apple (noto)") == 2 * (1 + 4 + 4 + 5)
     assert printed.count("of 6 held-out images those that 'red apple' fits best") == 2
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model_folder, output / "fine-tuned"))
     assert f"{before.config.num_parameters():,} parameters" in printed
@@ -95,6 +95,16 @@ def test_rows_depend_on_the_seed_alone(source):
     rows = [quickstart.pick_rows(source, "test", 3, seed)["picture"][0].tobytes() for seed in (0, 0, 1)]
     assert rows[0] == rows[1]
     assert len(quickstart.pick_rows(source, "test", 100, 0)) == 6
+
+
+def test_what_is_drawn_is_a_caption_or_the_prompt_that_is_given(model_folder, data_folder, recipe):
+    arguments = ["--model", model_folder, "--recipe", recipe, "--data", data_folder]
+    row = {"name": "apple", "style": "noto"}
+    for more, drawn in (([], "apple (noto)"), (["--drawing-prompt", "{name} (typical)"], "apple (typical)")):
+        args = quickstart.parse_arguments(list(map(str, [*arguments, *more])))
+        assert args.drawing.render(row) == drawn
+    released = quickstart.parse_arguments(["--recipe", str(recipe), "--data", str(data_folder)])
+    assert released.drawing.render(row) == "apple (typical)"
 
 
 def test_bad_arguments_are_one_line(model_folder, data_folder, recipe, tmp_path, capsys):
@@ -114,6 +124,8 @@ def test_bad_arguments_are_one_line(model_folder, data_folder, recipe, tmp_path,
         (["--recipe", text], "its first source, 'words', has no images with captions"),
         (["--data", "no/such/data"], "--data: there is no folder 'no/such/data'"),
         (["--data", part], "has no split 'validation', but ['train', 'test']"),
+        (["--drawing-prompt", "{label}"], "has no column 'label', but ['picture', 'style', 'name', 'keywords']"),
+        (["--drawing-prompt", "{"], "--drawing-prompt: template '{' cannot be read"),
     ):
         defaults = ["--model", model_folder, "--recipe", recipe, "--data", data_folder]
         with pytest.raises(SystemExit):

@@ -57,9 +57,13 @@ def test_finished_stages_are_not_begun_again(tmp_path):
         ("runs/icons/muon-4", "runs/icons/captions-5", "5"),
         ("runs/icons/deeper", "runs/icons/captions-6", "6"),
         ("runs/icons/mean", "runs/icons/drawings-7", "7"),
+        ("runs/icons/named", "runs/icons/typical-8", "8"),
+        ("runs/icons/typical-8", "runs/icons/rehearsal-9", "9"),
     ]
     assert "add-layers --model runs/icons/captions-5 --after 2 --output runs/icons/deeper" in started.stdout
     for later, earlier in (("captions-6", "deeper"), ("drawings-7", "mean")):
         means = f"--model runs/icons/{later} --earlier runs/icons/{earlier} --earlier-share {EARLIER_SHARE} "
         assert means in started.stdout
+    assert "build_typical_icons.py --model runs/icons/named --output runs/icons/typical" in started.stdout
+    assert "--tokens runs/icons/tokens-typical --output runs/icons/typical-8" in started.stdout
     assert "--never-first tags --output model_cards/moma-icons" in started.stdout
