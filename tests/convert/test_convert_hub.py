@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers.forked_python import own_words
 from helpers.hub_server import HubServer, run_client
 from helpers.tiny import TEXTS, tiny_processor
 from modeling_moma import MomaForCausalLM
@@ -52,7 +53,7 @@ def convert_both(server, tmp_path, name, setting=""):
     assert not (folder / "missing").exists()
     receipt = json.loads((folder / "found" / "conversion.json").read_text())
     assert receipt["source"] == NAME and receipt["relative_difference"] < 1e-5
-    return folder / "found", run.stderr.splitlines()[-1]
+    return folder / "found", own_words(run.stderr).splitlines()[-1]
 
 
 def test_a_name_is_fetched_and_without_a_network_the_cache_serves(source, tmp_path):
