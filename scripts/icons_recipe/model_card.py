@@ -664,7 +664,7 @@ eighth began at means of the seventh's weights, {later_share:g}, and of those th
 rounded likewise, and so did `{typical}`, at such means of the stage before it. These also chose the
 icons that it learnt to draw (`scripts/build_typical_icons.py`): of each name of which three makers have an icon that
 can be painted, or none has, up to eight makers' icons were compared, and the one was kept of which the name was
-likeliest. Most of what the model had learnt before it lost in that stage, and `{rehearsal}` brought it back.
+likeliest. Some of what the model had learnt before was lost in that stage, and `{rehearsal}` brought it back.
 
 {training}
 

@@ -41,8 +41,9 @@ def measured(data, tmp_path_factory):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     assert moma.main(["build-memory", str(data), "--model", str(folder), "--tags", "keywords"]) == 0
-    typical = tmp_path_factory.mktemp("typical")
-    assert build_typical_icons.main(["--model", str(folder), "--data", str(data), "--output", str(typical)]) == 0
+    painted, typical = (tmp_path_factory.mktemp(name) for name in ("painted", "typical"))
+    write_icons(painted, ["train"], colour="red")
+    assert build_typical_icons.main(["--model", str(folder), "--data", str(painted), "--output", str(typical)]) == 0
     patch = pytest.MonkeyPatch()
     patch.setattr(measuring, "feature_extractor", lambda device: patches)
     sizes = {"limit": 5, "ranked": 2, "queries": 3, "drawings": 8, "seeds": 2, "sheet": 3, "batch-size": 8, "views": 2}

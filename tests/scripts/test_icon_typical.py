@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Typical icons: whose names a model finds likeliest, in black and in a colour, and drawings that are nearly one."""
+"""Typical icons: whose names a model finds likeliest, in black, and drawings that are nearly one."""
 
 import numpy as np
 import pytest
