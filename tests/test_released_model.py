@@ -109,6 +109,22 @@ def test_names_of_icons_are_those_of_the_card_whatever_its_captions_begin_with()
     assert labeler.names(codes) == named
 
 
+def test_what_is_drawn_is_called_what_it_was_asked_for_by():
+    labeler = open_labeler(str(ICONS))
+    # of one word to three, so that prompts are padded
+    names = ["heart", "key", "cloud", "frog", "folder download", "castle", "reload", "hand point down", "underline"]
+
+    def called(prompts):
+        inputs = labeler.processor(text=prompts, padding=True, padding_side="left", return_tensors="pt")
+        torch.manual_seed(0)
+        ids = labeler.model.generate(**inputs, generation_mode="image", do_sample=True, temperature=0.3, top_k=0)
+        guesses = labeler.names(labeler.model.decode_image_tokens(ids), 5)
+        return sum(name in {guess.text for guess in some} for name, some in zip(names, guesses, strict=True))
+
+    assert called([f"{name} (typical)" for name in names]) >= 7
+    assert called([f"{name} (typical)" for name in [*names[1:], names[0]]]) <= 2
+
+
 def test_the_folder_has_a_memory_that_knows_what_the_weights_do_not():
     image = Image.open(ROOT / "model_cards" / "moma-icons-space" / "examples" / "hand-point-down.png")
     labeler = open_labeler(str(ICONS))
