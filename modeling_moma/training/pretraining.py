@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments, get_scheduler, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
@@ -31,8 +31,6 @@ from ..hub.loading import MODEL, check_saved, open_model, open_processor, requir
 from ..modeling_moma import MomaForCausalLM
 from ..routing_moma import MomaRouter
 from ..utils.atomic_files import write_aside
-from ..utils.hardware import check_precision, on_one_gpu, precision_fields
-from ..utils.messages import one_line
 from .adapters import with_adapters
 from .caption_contrast import ContrastTrainer, caption_contrast
 from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_torn_checkpoints
@@ -50,21 +48,17 @@ from .stages import (
     RUN_FILE,
     copy_checkpoint,
     examples_a_step,
-    feeding_fields,
     first_step,
     set_attention,
 )
 from .throughput_callback import FeedingCallback
+from .trainer_settings import make_trainer, make_training_arguments, uses_muon, without_secrets
 
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.get_logger(__name__)
-
-
-# the schedule of the learning rate where a recipe names none
-SCHEDULE = "cosine_with_min_lr"
 
 
 @dataclass(frozen=True)
@@ -122,11 +116,6 @@ def packing(data: DataFields | None, tokens: TokenFolder) -> tuple[bool, int]:
     data = data or DataFields()
     packed = tokens.manifest["packed"] if data.packed is None else data.packed
     return packed, data.sequence_length or tokens.manifest["sequence_length"]
-
-
-def uses_muon(args: argparse.Namespace) -> bool:
-    """Return whether the recipe's `optim` is Muon, which `TrainingArguments` does not know."""
-    return args.trainer.get("optim") == MUON
 
 
 def code_noise(data: DataFields | None) -> float:
@@ -202,81 +191,6 @@ def noise_description(model: "MomaForCausalLM | PeftModel") -> str | None:
         return f"Gumbel noise of scale {scale} on the expert routers, which stays"
     past = int(routers[0].num_updates)
     return f"Gumbel noise of scale {scale} on the expert routers, fading over {steps} training forwards, {past} past"
-
-
-def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
-    """Return the command line's and the recipe's settings of the Trainer.
-
-    Args:
-        args (`argparse.Namespace`):
-            of `moma pretrain`.
-
-    Raises:
-        ValueError: Transformers does not take what the recipe's section `trainer` says.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    fields = {
-        "max_steps": args.steps,
-        "per_device_train_batch_size": args.batch_size,
-        "per_device_eval_batch_size": args.batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "learning_rate": args.learning_rate,
-        "warmup_steps": args.warmup_steps,
-        "weight_decay": args.weight_decay,
-        "adam_beta2": 0.95,
-        "max_grad_norm": 1.0,
-        "optim": "adamw_torch_fused",
-        **precision_fields(args.bf16, device),
-        "eval_strategy": "steps",
-        "eval_steps": args.eval_steps,
-        "eval_on_start": True,
-        "prediction_loss_only": True,
-        "save_steps": args.save_steps,
-        "save_total_limit": args.save_total_limit,
-        "logging_steps": args.logging_steps,
-        "report_to": [],
-        "seed": args.seed,
-        **feeding_fields(device),
-    }
-    fields = {**fields, **args.trainer}
-    if uses_muon(args):
-        for name in ("optim_args", "optim_target_modules"):
-            if value := fields.get(name):
-                raise InputError(
-                    f"the recipe's section `trainer`: {name} = {value!r} is nothing for optim = {MUON!r}."
-                )
-        # the arguments' own optimizer is not created
-        fields["optim"] = "adamw_torch"
-    elif str(optim := fields["optim"]).lower() == MUON:
-        raise InputError(f"the recipe's section `trainer`, optim: {optim!r} is unknown; did you mean {MUON!r}?")
-    # whoever wants no evaluation wants none before the first step
-    if str(fields["eval_strategy"]) == "no":
-        fields["eval_on_start"] = args.trainer.get("eval_on_start", False)
-    # other schedules know no lowest rate
-    if fields.setdefault("lr_scheduler_type", SCHEDULE) == SCHEDULE:
-        fields.setdefault("lr_scheduler_kwargs", {"min_lr_rate": 0.02})
-    try:
-        training_arguments = TrainingArguments(output_dir=args.output, use_cpu=device == "cpu", **fields)
-        _try_schedule(training_arguments)
-    except (TypeError, ValueError, ImportError, OSError) as error:
-        # torch and Transformers say it in many lines
-        raise InputError(f"the recipe's section `trainer`, {args.trainer}: {one_line(error)}") from error
-    if (number := training_arguments.per_device_eval_batch_size) < 1:
-        raise InputError(f"the recipe's section `trainer`: per_device_eval_batch_size = {number} must be at least 1.")
-    check_precision(training_arguments)
-    return on_one_gpu(training_arguments)
-
-
-def _try_schedule(training_arguments: TrainingArguments) -> None:
-    """Make a schedule and throw it away: Trainer makes its own when all else is read."""
-    num_steps = training_arguments.max_steps
-    get_scheduler(
-        training_arguments.lr_scheduler_type,
-        torch.optim.SGD([torch.zeros(1)], lr=training_arguments.learning_rate),
-        training_arguments.get_warmup_steps(num_steps),
-        num_steps,
-        training_arguments.lr_scheduler_kwargs,  # pyright: ignore[reportArgumentType]
-    )
 
 
 def training_stream(
@@ -376,7 +290,7 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     callbacks = [metrics, feeding, fingerprint, FollowArguments(parts.first_step), *samples]
     if args.stop_at:
         callbacks.append(StopAt(args.stop_at))
-    trainer = _make_trainer(
+    trainer = make_trainer(
         args,
         trainer_kind(args, model, processor),
         model=model,
@@ -395,23 +309,6 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     if share := code_noise(args.recipe.data):
         trainer.noise = CodeNoise(share, *processor.frames[IMAGE].bounds)
     return trainer
-
-
-def _make_trainer(arguments: argparse.Namespace, kind: Callable[..., StageTrainer], /, **parts: Any) -> StageTrainer:
-    """Return a trainer, or raise what is wrong with a recipe's section `trainer` before the first step."""
-    try:
-        trainer = kind(**parts)
-        # the optimizer is made when all else is read
-        trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)  # pyright: ignore[reportArgumentType]
-        return trainer
-    except InputError:
-        raise
-    # settings that do not go together, or that need a package
-    except (ValueError, ImportError, RuntimeError) as error:
-        # so do loggers of Transformers say it
-        if isinstance(error, RuntimeError) and "to be installed" not in str(error):
-            raise
-        raise InputError(f"the recipe's section `trainer`, {arguments.trainer}: {one_line(error)}") from error
 
 
 def resumed_checkpoint(output: str, resume: bool) -> tuple[str | None, int]:
@@ -465,7 +362,7 @@ def _train_and_save(args: argparse.Namespace, parts: RunParts) -> None:
         "examples_a_step": examples_a_step(trainer.args),
         "first_step": trainer.first_step,
         "fingerprint": parts.facts,
-        "arguments": {**vars(args), "recipe": args.recipe_file},
+        "arguments": {**vars(args), "trainer": without_secrets(args.trainer), "recipe": args.recipe_file},
     }
     if trainer.is_world_process_zero():
         write_aside(output / RUN_FILE, lambda path: path.write_text(json.dumps(run, indent=2, default=str) + "\n"))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import get_token
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -27,6 +28,7 @@ from modeling_moma.training import pretraining, stage_trainer
 from modeling_moma.training.fingerprints import check_output
 from modeling_moma.training.pretraining import build_trainer
 from modeling_moma.training.stages import data_order, examples_a_step, feeding_fields, first_step, set_attention
+from modeling_moma.training.trainer_settings import make_training_arguments
 from tokenization import MomaProcessor
 
 
@@ -395,11 +397,17 @@ def test_fields_of_a_recipes_model_that_are_not_read_are_named(stages, inputs, t
     assert not [text for text in caplog.messages if text.startswith("RECIPE, model")]
 
 
-def test_a_date_in_a_recipe_is_recorded(inputs, tmp_path):
+def test_a_date_in_a_recipe_is_recorded_and_no_token_of_the_hub(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "another")
     recipe = json.loads((inputs / "seed.json").read_text())
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe)[:-1] + ', "trainer": {"run_name": 2026-11-30}}')
+    settings = ', "trainer": {"run_name": 2026-11-30, "hub_token": "hf_secret"}}'
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe)[:-1] + settings)
     main(arguments(inputs, tmp_path / "out", "--steps", "1", start=(tmp_path / "recipe.yaml",)))
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["arguments"]["trainer"]["run_name"] == "2026-11-30"
+    trainer = json.loads((tmp_path / "out" / "run.json").read_text())["arguments"]["trainer"]
+    assert trainer == {"run_name": "2026-11-30", "hub_token": "<HUB_TOKEN>"}
+    assert get_token() == "hf_secret"
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or b"hf_secret" not in path.read_bytes(), path
 
 
 def test_upcycled_model_is_evaluated_as_its_own_arguments_say(stages):
@@ -787,6 +795,7 @@ def test_gradients_without_a_norm_stop_a_training_that_would_not_pass_over_them(
         ({"report_to": ["dvclive"]}, "dvclive to be installed"),
         ({"optim": "adamw_apex_fused"}, "apex"),
         ({"optim_args": "foreach"}, "optim_args|unpack|dictionary|expected"),
+        ({"adam_beta2": 1.5}, "beta parameter at index 1: 1.5"),
     ],
 )
 def test_settings_that_need_what_is_not_there_are_told_in_one_line_before_the_first_step(
@@ -821,10 +830,10 @@ def test_loggers_are_told_all_that_the_log_holds(inputs, tmp_path, monkeypatch):
 
 def test_a_step_does_not_read_its_loss_and_a_recipe_wins(inputs, tmp_path):
     args = parse_arguments(arguments(inputs, tmp_path / "out"))
-    made = pretraining.make_training_arguments(args)
+    made = make_training_arguments(args)
     assert not made.logging_nan_inf_filter and not made.dataloader_pin_memory
     args.trainer = {"logging_nan_inf_filter": True, "accelerator_config": {"non_blocking": True}}
-    made = pretraining.make_training_arguments(args)
+    made = make_training_arguments(args)
     assert made.logging_nan_inf_filter and made.accelerator_config.non_blocking
 
 

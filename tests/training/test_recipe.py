@@ -11,8 +11,9 @@ from helpers.tiny import tiny_processor
 from modeling_moma.cli.pretrain import Arguments, parse_arguments
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training.muon import MUON
-from modeling_moma.training.pretraining import make_training_arguments, model_config, uses_muon
+from modeling_moma.training.pretraining import model_config
 from modeling_moma.training.recipe import read_recipe
+from modeling_moma.training.trainer_settings import make_training_arguments, uses_muon
 
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
@@ -190,11 +191,22 @@ def test_what_the_trainer_refuses_is_told_in_one_line(tmp_path, trainer, message
     assert "\n" not in str(raised.value)
 
 
-def test_evaluation_batches_of_nothing_are_refused(tmp_path):
-    path = write(tmp_path, "model: {hidden_size: 8}\ntrainer: {per_device_eval_batch_size: 0}\n")
+@pytest.mark.parametrize(
+    "name, value, least", [("per_device_eval_batch_size", 0, 1), ("dataloader_num_workers", -1, 0)]
+)
+def test_too_small_numbers_are_refused(tmp_path, name, value, least):
+    path = write(tmp_path, f"model: {{hidden_size: 8}}\ntrainer: {{{name}: {value}}}\n")
     args = parse_arguments([*PATHS, path])
-    with pytest.raises(InputError, match="per_device_eval_batch_size = 0 must be at least 1"):
+    with pytest.raises(InputError, match=f"{name} = {value} must be at least {least}"):
         make_training_arguments(args)
+
+
+def test_a_refusal_does_not_print_what_opens_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "another")
+    path = write(tmp_path, "model: {hidden_size: 8}\ntrainer: {hub_token: hf_secret, optim: adamm}\n")
+    with pytest.raises(InputError, match="<HUB_TOKEN>") as raised:
+        make_training_arguments(parse_arguments([*PATHS, path]))
+    assert "hf_secret" not in str(raised.value)
 
 
 def test_the_precision_of_a_launch_is_taken_and_never_overrules_a_flag(tmp_path, monkeypatch):
