@@ -25,6 +25,7 @@ from .encoding import has_caption_template, loaded_encoder, template_digest
 from .kinds import KINDS
 from .shared_rows import warn_of_shared_rows
 from .sources import HELD_OUT_RULE, READERS, TRAIN, VALIDATION, Source, read_sources, undecoded_rows
+from .split_folders import warn_of_unnamed
 
 
 JOB_FILE = "job.json"
@@ -235,6 +236,7 @@ def _plan_source(
         if isinstance(rows, Dataset):
             if len(rows) == 0:
                 raise InputError(f"sources: {source.name!r} yields nothing: its split {split!r} has no rows.")
+            warn_of_unnamed(source.name, rows, source.split_files().get(split, ()))
             images, weight = _row_means(source, rows)
             size = rows_per_shard or _shard_rows(len(rows), weight)
             size = -(-size // source.kind.rows_multiple) * source.kind.rows_multiple

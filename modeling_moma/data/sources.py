@@ -31,7 +31,6 @@ from datasets.inspect import SplitsNotFoundError
 from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.table import CastError
 from pydantic import Field
-from transformers.utils import logging
 
 from ..errors_moma import InputError
 from ..hub.names import why_nowhere
@@ -44,7 +43,6 @@ from .split_parts import refuse_shared_parts
 from .tables import reading_options, refuse_longer_rows, table_files
 
 
-logger = logging.get_logger(__name__)
 TRAIN, VALIDATION = "train", "validation"
 # how rows are drawn that become `validation`; what was begun by another draw does not go on under this one
 HELD_OUT_RULE = "blake2b"
@@ -306,6 +304,8 @@ class Source:
                 CastError: "; do all of its files have the same columns?",
             }
             hint = next((text for kind, text in hints.items() if isinstance(reason, kind)), "")
+            if "must be present as dictionary key in metadata" in str(reason):
+                hint = "; does its first line name `file_name`, with commas between the columns?"
             raise InputError(
                 f"sources: {self.name!r}: `datasets` cannot open {self.data!r} "
                 f"({type(reason).__name__}: {one_line(reason, 300)}{hint})."

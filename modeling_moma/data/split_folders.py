@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of images that are sorted into splits under one `metadata.csv`, which `datasets` passes over."""
+"""Folders of images with a `metadata.csv`: one above the folders of splits, and one that names some images alone."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,11 @@ from typing import Any
 from datasets import Dataset, Image
 from datasets.data_files import SPLIT_KEYWORDS
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from transformers.utils import logging
 
 
+logger = logging.get_logger(__name__)
 METADATA = FolderBasedBuilder.METADATA_FILENAMES
 
 
@@ -51,4 +54,28 @@ def rows_below(rows: Dataset, folders: Sequence[Path], column: str) -> Dataset:
     return rows.select([row for row, path in enumerate(paths) if path is None or any(map(path.is_relative_to, below))])
 
 
-__all__ = ["data_files", "rows_below", "split_folders"]
+def warn_of_unnamed(name: str, rows: Dataset, files: Collection[str]) -> None:
+    """Tell of images of a folder that no row of its file of captions names: `imagefolder` passes over them.
+
+    Args:
+        name (`str`):
+            of the source.
+        rows (`Dataset`):
+            of a split.
+        files (`Collection[str]`):
+            of that split, links followed.
+    """
+    images = sorted(file for file in files if Path(file).suffix.lower() in ImageFolder.EXTENSIONS)
+    column = next((name for name, entry in rows.features.items() if isinstance(entry, Image)), None)
+    if column is None or not images:
+        return
+    values: Any = rows.select_columns(column).cast_column(column, Image(decode=False))[column]
+    named = {str(Path(value["path"]).resolve()) for value in values if value is not None}
+    if unnamed := [image for image in images if image not in named]:
+        logger.warning(
+            f"sources: {name!r}: {len(unnamed)} of {len(images)} images are left out, since no row of the file of "
+            f"captions names them; the first: {unnamed[0]!r}."
+        )
+
+
+__all__ = ["data_files", "rows_below", "split_folders", "warn_of_unnamed"]
