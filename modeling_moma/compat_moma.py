@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.utils import GenerateBeamOutput
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -34,6 +35,9 @@ modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["moma"] = "MomaForCausalLM"  # p
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["moma_fsdp"] = "FSDPMomaForCausalLM"  # pyright: ignore[reportArgumentType]
 # 5.24: `transformers serve` looks here by name for what a message may hold, and registered classes are not entered
 modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["moma"] = "MomaForCausalLM"  # pyright: ignore[reportArgumentType]
+
+# options of generation that Transformers does not know
+OWN_OPTIONS = ("generation_mode", "caption_suppress_tokens", "image_sampling")
 
 
 if TYPE_CHECKING:
@@ -115,6 +119,23 @@ class GenerationCompat(_StockGeneration):
 CARD_TAGS = ("moma", "mixture-of-experts", "early-fusion")
 
 
+def prepare_saving(model: PreTrainedModel) -> None:
+    """Give a model the name and the options of generation by which it is to be saved.
+
+    Args:
+        model (`PreTrainedModel`):
+            about to be saved; it may be a sharded one.
+    """
+    # `fully_shard` makes a class of its own, whose module and name would be saved in place of the model's
+    cls, own = type(model), type(model).__bases__[-1]
+    if cls.__name__.startswith("FSDP"):
+        cls.__module__, cls.__name__ = own.__module__, own.__name__
+    # 5.24: of options that were made of the model's configuration it reads those alone that it knows
+    settings = getattr(model, "generation_config", None)
+    if settings is not None and any(getattr(settings, name, None) is not None for name in OWN_OPTIONS):
+        settings._from_model_config = False
+
+
 def complete_model_card(path: str | Path):
     """Fill in what the author of a card left open: library, task and tags. License and data are the author's to name.
 
@@ -148,4 +169,4 @@ def remove_older_weights(folder: str | Path) -> None:
         older.unlink(missing_ok=True)
 
 
-__all__ = ["AUTO_MAP", "GenerationCompat", "complete_model_card"]
+__all__ = ["AUTO_MAP", "GenerationCompat", "complete_model_card", "prepare_saving", "remove_older_weights"]

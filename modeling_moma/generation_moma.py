@@ -237,6 +237,11 @@ def _all_codes(config: MomaConfig) -> torch.Tensor:
 STOCK_NEW_TOKENS = 20
 # what a model's own configuration says against repeated words means no codes, many of which are alike
 OF_WORDS = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+# options that say how tokens are chosen: whoever gives one of them has a way of their own
+CHOOSING = frozenset(
+    {"do_sample", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+    | {"num_beams", "guidance_scale", "penalty_alpha", "constraints", "force_words_ids"}
+)
 # options that say how much is generated; the stock loop heeds the second where the first is nowhere
 LENGTHS = ("max_new_tokens", "max_length")
 GRAMMAR = (FrameLogitsProcessor, TextOnlyLogitsProcessor)
@@ -275,7 +280,10 @@ class MomaGenerationMixin(GenerationCompat):
                 - `"image"`, or another modality of `config.frames`: one frame (an image, a sound) in each row and
                   nothing else. Its begin is written unless the prompt ends with it; a frame that the prompt has begun
                   is finished. Without `max_new_tokens` or `max_length` among the arguments the length is what the
-                  frame needs; one of any length may go on to the end of the context.
+                  frame needs; one of any length may go on to the end of the context. Where neither
+                  `generation_config` nor any option by which tokens are chosen is given (`do_sample`, `temperature`,
+                  `num_beams`, `guidance_scale`, ...), those of an image are the model's own, a `dict` in its
+                  `generation_config.image_sampling`, if there is one.
                 - `"interleaved"`: text, with frames where the model begins one. A frame that no longer fits into
                   `max_new_tokens` is not begun.
             caption_suppress_tokens (`Sequence[int]`, *optional*):
@@ -294,16 +302,18 @@ class MomaGenerationMixin(GenerationCompat):
             `config.max_position_embeddings`, whatever length is asked for.
 
         Raises:
-            ValueError: an unknown mode; a suppressed token that is none; an empty, all-padding or too long prompt; a
-                cache that holds all of it; a paged cache; a modality that the configuration has no frame for; too few
-                tokens for a frame; a prompt that ends inside a frame of a modality that the mode does not write, or in
-                embeddings without ids, or that begins inside one, behind a cache; guidance together with `routing`, or
-                with a decoding strategy whose unconditional branch would go wrong; `prefill_chunk_size` together with
-                `inputs_embeds`.
+            ValueError: an unknown mode; a suppressed token that is none; an `image_sampling` of other options; an
+                empty, all-padding or too long prompt; a cache that holds all of it; a paged cache; a modality that the
+                configuration has no frame for; too few tokens for a frame; a prompt that ends inside a frame of a
+                modality that the mode does not write, or in embeddings without ids, or that begins inside one, behind
+                a cache; guidance together with `routing`, or with a decoding strategy whose unconditional branch
+                would go wrong; `prefill_chunk_size` together with `inputs_embeds`.
         """
         mode = self._option("generation_mode", generation_config, {"generation_mode": generation_mode})
         mode = TEXT if mode is None else mode
         self._check_mode(mode)
+        if mode == IMAGE and generation_config is None and CHOOSING.isdisjoint(kwargs):
+            kwargs = {**kwargs, **own_image_sampling(self.generation_config)}
         own_rule = self.config.training_routing if self.training else self.config.inference_routing
         rule = RULES.get(kwargs.get("routing") or own_rule)
         if rule is not None and not rule.is_causal:
@@ -617,6 +627,25 @@ class MomaGenerationMixin(GenerationCompat):
             "negative_prompt_ids": ids.repeat_interleave(copies, dim=0),
             "negative_prompt_attention_mask": None if mask is None else mask.repeat_interleave(copies, dim=0),
         }
+
+
+def own_image_sampling(generation_config: GenerationConfig | None) -> dict[str, Any]:
+    """Return how a model's images are drawn where the caller does not say it.
+
+    Args:
+        generation_config (`GenerationConfig | None`):
+            of the model.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    chosen = getattr(generation_config, "image_sampling", None) or {}
+    if not isinstance(chosen, dict) or not CHOOSING.issuperset(chosen):
+        raise InputError(
+            f"`generation_config.image_sampling` = {chosen!r} must hold options by which tokens are chosen, of "
+            f"{sorted(CHOOSING)}."
+        )
+    return chosen
 
 
 def _checked_tokens(ids: Any, config: MomaConfig) -> Sequence[int]:

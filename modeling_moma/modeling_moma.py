@@ -51,7 +51,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .compat_moma import complete_model_card, remove_older_weights
+from .compat_moma import complete_model_card, prepare_saving, remove_older_weights
 from .configuration_moma import MomaConfig, check_rules
 from .cpu_moma import CpuAttention, CpuRMSNorm, MomaCpuLinear, cpu_form_of, use_cpu_layers
 from .depth_cache_moma import DepthCacheView, DepthPacking
@@ -703,10 +703,7 @@ class MomaPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args, **kwargs):
         """See `PreTrainedModel.save_pretrained`; the code that goes along is the model's, also of a sharded one."""
-        # `fully_shard` makes a class of its own, whose module and name would be saved in place of the model's
-        cls, own = type(self), type(self).__bases__[-1]
-        if cls.__name__.startswith("FSDP"):
-            cls.__module__, cls.__name__ = own.__module__, own.__name__
+        prepare_saving(self)
         super().save_pretrained(*args, **kwargs)
         if kwargs.get("is_main_process", args[1] if len(args) > 1 else True):
             remove_older_weights(args[0] if args else kwargs["save_directory"])

@@ -103,9 +103,9 @@ def add_drawing_flags(parser: argparse.ArgumentParser):
         help=f"what is drawn, by the columns of an image: by default {TYPICAL!r} of the released model of icons, and "
         "the captions of others",
     )
-    parser.add_argument("--temperature", type=float, default=0.3, help="of the drawings")
+    parser.add_argument("--temperature", type=float, help="of the drawings, by default the model's own")
     parser.add_argument(
-        "--guidance-scale", type=float, default=1.0, help="how closely a drawing follows its prompt, 1: no guidance"
+        "--guidance-scale", type=float, help="how closely a drawing follows its prompt, 1: no guidance; likewise"
     )
 
 
@@ -176,7 +176,10 @@ def draw(model, processor, prompts: list[str], args: argparse.Namespace) -> list
     """One sampled image for each prompt."""
     inputs = processor(text=prompts, padding=True, padding_side="left", return_tensors="pt")
     set_seed(args.seed)
-    sampling = SAMPLING | {"temperature": args.temperature, "guidance_scale": args.guidance_scale}
+    given = {"temperature": args.temperature, "guidance_scale": args.guidance_scale}
+    given = {name: value for name, value in given.items() if value is not None}
+    has_own = getattr(model.generation_config, "image_sampling", None)
+    sampling = SAMPLING | given if given or not has_own else {}
     ids = model.generate(**inputs, generation_mode="image", **sampling)
     return processor.post_process_multimodal_output(model.decode_image_tokens(ids), generation_mode="image")
 

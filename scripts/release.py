@@ -2,6 +2,7 @@
 """Put a trained model and its processor into one folder as they go to the Hub, without code: bf16, routers in fp32."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -27,12 +28,19 @@ def main(arguments=None) -> int:
         metavar="WORD",
         help="token that no caption of `generate` begins with by default, as none is empty then",
     )
+    parser.add_argument(
+        "--draw-temperature", type=float, help="by which `generate` samples images where its caller says nothing"
+    )
+    parser.add_argument("--draw-guidance", type=float, help="its guidance, by default none")
     args = parser.parse_args(arguments)
     share = 0.5 if args.earlier_share is None else args.earlier_share
     try:
         if args.earlier is None and args.earlier_share is not None:
             raise InputError(f"--earlier-share {share}: without --earlier there is nothing to take a mean with.")
-        release(args.model, args.processor, args.output, args.earlier, share, args.never_first)
+        if args.draw_temperature is None and args.draw_guidance is not None:
+            raise InputError(f"--draw-guidance {args.draw_guidance}: without --draw-temperature nothing is sampled.")
+        drawing = None if args.draw_temperature is None else image_sampling(args.draw_temperature, args.draw_guidance)
+        release(args.model, args.processor, args.output, args.earlier, share, args.never_first, drawing)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -46,6 +54,7 @@ def release(
     earlier: str | None = None,
     earlier_share: float = 0.5,
     never_first: str | None = None,
+    drawing: dict | None = None,
 ):
     """
     Writes the folder of a release.
@@ -58,6 +67,7 @@ def release(
         earlier_share: its share of the weights.
         never_first: a token that no caption of `generate` begins with by default, as none is empty then. Where names
             follow images at once, the end of a document and the word before tags are each likelier than any name.
+        drawing: by which options `generate` draws images where its caller gives none.
 
     Raises:
         InputError: either cannot be opened, lacks weights or has some that are not finite, or they are no pair;
@@ -78,9 +88,10 @@ def release(
         word = processor.tokenizer(never_first, add_special_tokens=False)["input_ids"]
         if len(word) != 1:
             raise InputError(f"--never-first {never_first!r}: it is {len(word)} tokens of the tokenizer, and not one.")
-        # no longer what Transformers made of the model's configuration
-        model.generation_config._from_model_config = False
         model.generation_config.caption_suppress_tokens = [processor.tokenizer.eos_token_id, *word]
+
+    if drawing is not None:
+        model.generation_config.image_sampling = drawing
 
     def save(folder: Path):
         model.save_pretrained(folder)
@@ -92,6 +103,24 @@ def release(
             code.unlink()
 
     write_folder_aside(output, save)
+
+
+def image_sampling(temperature: float, guidance_scale: float | None) -> dict:
+    """
+    Returns what a model's `generation_config.json` says of drawing.
+
+    Args:
+        temperature: of the sampling, among all codes.
+        guidance_scale: by default none.
+
+    Raises:
+        InputError: either is none.
+    """
+    for flag, value, least in (("temperature", temperature, 0), ("guidance", guidance_scale, 1)):
+        if value is not None and not least < value < math.inf:
+            raise InputError(f"--draw-{flag} {value}: it must be a number above {least}.")
+    guided = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, **guided}
 
 
 def mean_weights(model_folder: str, earlier: str, earlier_share: float) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ for run in 4t4i:emoji dense:emoji-dense; do
         "$python" -m modeling_moma pretrain "recipes/${run#*:}.yaml" --processor runs/processor --tokens runs/tokens \
             --attn-implementation eager --output "runs/${run%:*}" --resume
 done
-"$python" scripts/release.py --model runs/4t4i --processor runs/processor --output model_cards/moma-emoji
+"$python" scripts/release.py --model runs/4t4i --processor runs/processor \
+    --draw-temperature 0.7 --draw-guidance 5 --output model_cards/moma-emoji
 "$python" scripts/evaluate_emoji.py --model model_cards/moma-emoji --baseline runs/dense --curves runs/4t4i runs/dense \
     --temperature 0.7 --guidance-scale 5 --output model_cards/moma-emoji/evaluation.json --write-card

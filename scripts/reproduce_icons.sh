@@ -77,7 +77,7 @@ recipe=recipes/moma-icons-typical.yaml
         --processor runs/icons/processor --tokens runs/icons/tokens-typical --output runs/icons/rehearsal-9 \
         --batch-size $rows --seed 9 --restart-data --resume
 "$python" scripts/release.py --model runs/icons/rehearsal-9 --processor runs/icons/processor --never-first tags \
-    --output model_cards/moma-icons
+    --draw-temperature 0.3 --output model_cards/moma-icons
 # what it makes of training icons, beside which it names new ones
 "$python" -m modeling_moma build-memory data/icons --model model_cards/moma-icons \
     --tags keywords --group family --least-groups 2

@@ -117,7 +117,7 @@ def test_what_is_drawn_is_called_what_it_was_asked_for_by():
     def called(prompts):
         inputs = labeler.processor(text=prompts, padding=True, padding_side="left", return_tensors="pt")
         torch.manual_seed(0)
-        ids = labeler.model.generate(**inputs, generation_mode="image", do_sample=True, temperature=0.3, top_k=0)
+        ids = labeler.model.generate(**inputs, generation_mode="image")
         guesses = labeler.names(labeler.model.decode_image_tokens(ids), 5)
         return sum(name in {guess.text for guess in some} for name, some in zip(names, guesses, strict=True))
 

@@ -53,15 +53,16 @@ class Arguments:
         max_new_tokens (`int`, *optional*):
             by default 32, and room for an image; for a sound, 256.
         temperature (`float`, *optional*):
-            0 takes the likeliest; by default 0 for text and with beams, else 1.
-        top_k (`int`, *optional*, defaults to `0`):
-            sample among so many tokens, 0 for all.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            sample among tokens of this total probability.
-        num_beams (`int`, *optional*, defaults to `1`):
-            beams of a search, 1 for none.
-        guidance_scale (`float`, *optional*, defaults to `1.0`):
-            above 1 follows the words more closely.
+            0 takes the likeliest; by default 0 for text and with beams, else 1. Where neither it nor any of the next
+            four is given, images are drawn as the model's `generation_config.json` has it in `image_sampling`.
+        top_k (`int`, *optional*):
+            sample among so many tokens, by default all.
+        top_p (`float`, *optional*):
+            sample among tokens of this total probability, by default 1.
+        num_beams (`int`, *optional*):
+            beams of a search, by default 1, which is none.
+        guidance_scale (`float`, *optional*):
+            above 1, which is the default, follows the words more closely.
         candidates (`int`, *optional*, defaults to `1`):
             draw so many images of each prompt, and write the one of which its words are likeliest.
         seed (`int`, *optional*, defaults to `0`):
@@ -76,10 +77,10 @@ class Arguments:
     output: str | None = None
     max_new_tokens: Count | None = None
     temperature: Annotated[Float, Field(ge=0, le=MOST_SCALE)] | None = None
-    top_k: Annotated[Int, Field(ge=0)] = 0
-    top_p: Share = 1.0
-    num_beams: Count = 1
-    guidance_scale: Annotated[Float, Field(ge=0, le=MOST_SCALE)] = 1.0
+    top_k: Annotated[Int, Field(ge=0)] | None = None
+    top_p: Share | None = None
+    num_beams: Count | None = None
+    guidance_scale: Annotated[Float, Field(ge=0, le=MOST_SCALE)] | None = None
     candidates: Count = 1
     seed: Seed = 0
 
@@ -111,10 +112,9 @@ def make_rows(
     return texts, [[image] for image in images], [[sound] for sound in sounds]
 
 
-def generation_arguments(args: Arguments, image_seq_length: int) -> dict:
-    """Arguments of `generate` for the command line's."""
-    temperature = temperature_of(args)
-    chosen = {"generation_mode": args.mode, "num_beams": args.num_beams, "guidance_scale": args.guidance_scale}
+def generation_arguments(args: Arguments, image_seq_length: int, has_image_sampling: bool = False) -> dict:
+    """Arguments of `generate` for the command line's; a model may have a way of its own to draw images."""
+    chosen: dict[str, Any] = {"generation_mode": args.mode}
     max_new_tokens = args.max_new_tokens
     if max_new_tokens is None and args.mode == "audio":
         max_new_tokens = SOUND_NEW_TOKENS
@@ -122,23 +122,30 @@ def generation_arguments(args: Arguments, image_seq_length: int) -> dict:
         max_new_tokens = TEXT_NEW_TOKENS + (image_seq_length + 2 if args.mode == "interleaved" else 0)
     if max_new_tokens is not None:
         chosen["max_new_tokens"] = max_new_tokens
+    given = (args.temperature, args.top_k, args.top_p, args.num_beams, args.guidance_scale)
+    if has_image_sampling and args.mode == "image" and given.count(None) == len(given):
+        return chosen
+    chosen["num_beams"] = args.num_beams or 1
+    chosen["guidance_scale"] = 1.0 if args.guidance_scale is None else args.guidance_scale
+    temperature, top_k, top_p = sampling_of(args)
     if temperature == 0:
         return {**chosen, "do_sample": False}
-    return {**chosen, "do_sample": True, "temperature": temperature, "top_k": args.top_k, "top_p": args.top_p}
+    return {**chosen, "do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
 
 
-def temperature_of(args: Arguments) -> float:
-    """Return the temperature, 0 for the likeliest tokens; by default text and beams are not sampled."""
-    if args.temperature is not None:
-        return args.temperature
-    return 0.0 if args.mode == "text" or args.num_beams > 1 else 1.0
+def sampling_of(args: Arguments) -> tuple[float, int, float]:
+    """Return temperature, 0 for the likeliest tokens, top-k and top-p; by default text and beams are not sampled."""
+    temperature = args.temperature
+    if temperature is None:
+        temperature = 0.0 if args.mode == "text" or (args.num_beams or 1) > 1 else 1.0
+    return temperature, args.top_k or 0, 1.0 if args.top_p is None else args.top_p
 
 
 def check_prompts_and_temperature(args: Arguments) -> None:
     """Raise `ValueError` at a prompt that is no text, a temperature too near to 0, or flags of sampling without it."""
     for prompt in args.prompt:
         check_utf8("--prompt", prompt)
-    check_sampling(temperature_of(args), args.top_k, args.top_p)
+    check_sampling(*sampling_of(args))
 
 
 def check_candidates(args: Arguments) -> None:
@@ -147,7 +154,7 @@ def check_candidates(args: Arguments) -> None:
         return
     if args.mode != "image":
         raise InputError(f"--candidates {args.candidates}: only images are chosen, and the mode is {args.mode!r}.")
-    if temperature_of(args) == 0:
+    if sampling_of(args)[0] == 0:
         raise InputError(
             f"--candidates {args.candidates}: they would be alike, as nothing is sampled: give --temperature."
         )
@@ -268,7 +275,8 @@ def run(args: Arguments) -> None:
         raise InputError(f"--image: {error}") from error
     inputs = {name: values.repeat_interleave(args.candidates, dim=0) for name, values in inputs.to(device).items()}
     set_seed(args.seed)
-    ids = model.generate(**inputs, **generation_arguments(args, model.config.image_seq_length))
+    has_image_sampling = bool(getattr(model.generation_config, "image_sampling", None))
+    ids = model.generate(**inputs, **generation_arguments(args, model.config.image_seq_length, has_image_sampling))
     width = inputs["input_ids"].shape[1]
     if args.mode == "image":
         # the last one of each row: a prompt may hold others, and the beginning of this one

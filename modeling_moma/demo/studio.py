@@ -25,7 +25,7 @@ from tokenization.audio_codecs_moma import AUDIO
 
 from ..errors_moma import InputError
 from ..evaluation.routing_images import record_routing, token_pieces
-from ..generation_moma import INTERLEAVED
+from ..generation_moma import INTERLEAVED, own_image_sampling
 from ..hub.loading import open_model, open_processor
 from ..labelling.folder import CodedFolder, shown
 from ..labelling.guesses import Guess
@@ -175,12 +175,18 @@ class Studio:
         """Return what is left of an image once it is codes: what the model knows of it."""
         return self.processor.decode_images(self.processor.encode_images([image]))[0]
 
+    def image_sampling(self) -> tuple[float, float]:
+        """Return temperature and guidance by which images are drawn: the model's own, or else 1 and 1."""
+        own = own_image_sampling(self.model.generation_config)
+        temperature = own.get("temperature", 1.0) if own.get("do_sample", True) else 0.0
+        return temperature, own.get("guidance_scale", 1.0)
+
     def draw(
         self,
         words: str,
         count: int = 1,
-        temperature: float = 0.3,
-        guidance_scale: float = 1.0,
+        temperature: float | None = None,
+        guidance_scale: float | None = None,
         seed: int = 0,
         sounds: Sequence[np.ndarray] = (),
     ) -> Iterator[tuple[int, list[Image.Image]]]:
@@ -191,10 +197,10 @@ class Studio:
                 what to draw; special tokens in them are the characters that they are.
             count (`int`, *optional*, defaults to `1`):
                 images, drawn side by side.
-            temperature (`float`, *optional*, defaults to `0.3`):
-                0 takes the likeliest code.
-            guidance_scale (`float`, *optional*, defaults to `1.0`):
-                1 for none.
+            temperature (`float`, *optional*):
+                0 takes the likeliest code; by default that of [`Studio.image_sampling`].
+            guidance_scale (`float`, *optional*):
+                1 for none; by default that of [`Studio.image_sampling`].
             seed (`int`, *optional*, defaults to `0`):
                 of the sampling.
             sounds (`Sequence[np.ndarray]`, *optional*, defaults to `()`):
@@ -207,6 +213,9 @@ class Studio:
         Raises:
             ValueError: the words leave too few tokens for an image.
         """
+        own_temperature, own_scale = self.image_sampling()
+        temperature = own_temperature if temperature is None else temperature
+        guidance_scale = own_scale if guidance_scale is None else guidance_scale
         inputs = self._inputs(words, [], sounds)
         inputs = {name: values.expand(count, -1) for name, values in inputs.items()}
         arguments = {"generation_mode": "image", **_sampling(temperature, guidance_scale)}

@@ -134,7 +134,7 @@ def draw_tab(studio: Studio, examples: Examples):
         with gr.Column(scale=2):
             words = words_input("Words", "draw-words", "What to draw")
             with gr.Row():
-                temperature, guidance, seed = sampling_inputs("draw", temperature=0.3, guidance_scale=1.0)
+                temperature, guidance, seed = sampling_inputs("draw", *studio.image_sampling())
                 count = gr.Slider(
                     1, MOST_IMAGES, 1, step=1, label="Images", info="Drawn side by side", elem_id="draw-count"
                 )

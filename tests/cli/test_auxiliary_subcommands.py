@@ -274,6 +274,23 @@ def test_a_released_model_begins_texts_with_a_name_where_it_is_told_to(inputs, t
     assert "--never-first 'two words': it is" in capsys.readouterr().err
 
 
+def test_a_release_says_how_images_are_drawn(inputs, tmp_path, capsys):
+    call = ["--model", str(inputs / "model"), "--processor", str(inputs / "model"), "--output"]
+    assert release([*call, str(tmp_path / "a"), "--draw-temperature", "0.7", "--draw-guidance", "5"]) == 0
+    own = GenerationConfig.from_pretrained(tmp_path / "a").image_sampling
+    assert own == {"do_sample": True, "temperature": 0.7, "top_k": 0, "guidance_scale": 5.0}
+    assert release([*call, str(tmp_path / "b")]) == 0
+    assert not hasattr(GenerationConfig.from_pretrained(tmp_path / "b"), "image_sampling")
+    for flags, said in (
+        (["--draw-guidance", "5"], "without --draw-temperature nothing is sampled"),
+        (["--draw-temperature", "0"], "--draw-temperature 0.0: it must be a number above 0"),
+        (["--draw-temperature", "nan"], "--draw-temperature nan"),
+        (["--draw-temperature", "1", "--draw-guidance", "1"], "--draw-guidance 1.0: it must be a number above 1"),
+    ):
+        assert release([*call, str(tmp_path / "c"), *flags]) == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_model_is_released_as_the_mean_of_two_stages(inputs, tmp_path, capsys):
     folders = [str(inputs / "model"), str(tmp_path / "later"), str(tmp_path / "other")]
     later, other = (load_model(inputs / "model", "cpu") for _ in range(2))

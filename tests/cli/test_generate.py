@@ -63,6 +63,22 @@ def test_several_prompts_give_numbered_images_that_follow_the_seed(model_folder,
     assert pixels["a"] == pixels["b"] != pixels["c"]
 
 
+def test_images_are_drawn_as_the_model_has_it_where_no_flag_says_how(model_folder, tmp_path):
+    own = copy_folder(model_folder, tmp_path / "own")
+    model = MomaForCausalLM.from_pretrained(own)
+    sampling = {"do_sample": True, "temperature": 0.5, "top_k": 4, "guidance_scale": 2.0}
+    model.generation_config.image_sampling = sampling
+    model.save_pretrained(own)
+    flags = ["--temperature", "0.5", "--top-k", "4", "--guidance-scale", "2"]
+    pixels = {}
+    for name, folder, more in (("a", own, []), ("b", model_folder, flags), ("c", own, ["--guidance-scale", "1"])):
+        call = ["--model", str(folder), "--prompt", "apple", "--output", str(tmp_path / f"{name}.png"), *more]
+        assert main(call) == 0
+        pixels[name] = Image.open(tmp_path / f"{name}.png").tobytes()
+    assert main(["--model", str(model_folder), "--prompt", "apple", "--output", str(tmp_path / "d.png")]) == 0
+    assert pixels["a"] == pixels["b"] and pixels["c"] == Image.open(tmp_path / "d.png").tobytes() != pixels["a"]
+
+
 def test_of_candidates_one_is_written_for_each_prompt(model_folder, tmp_path):
     prompts = ["noto: red apple", "apple"]
     command = ["--model", str(model_folder), "--prompt", prompts[0], "--prompt", prompts[1]]

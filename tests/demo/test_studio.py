@@ -99,11 +99,24 @@ def test_drawing_shows_more_of_each_image_until_it_is_whole(studio):
     assert all(np.array_equal(one, other) for one, other in zip(last, again, strict=True))
 
 
+def test_drawings_are_sampled_as_the_model_has_it(studio, monkeypatch):
+    assert studio.image_sampling() == (1.0, 1.0)
+    own = {"do_sample": True, "temperature": 0.5, "top_k": 0, "guidance_scale": 2.0}
+    monkeypatch.setattr(studio.model.generation_config, "image_sampling", own, raising=False)
+    assert studio.image_sampling() == (0.5, 2.0)
+    by_default, said = (
+        list(studio.draw("apple", seed=3, **more))[-1][1] for more in ({}, {"temperature": 0.5, "guidance_scale": 2.0})
+    )
+    assert np.array_equal(by_default[0], said[0])
+    own["do_sample"] = False
+    assert studio.image_sampling() == (0.0, 2.0)
+
+
 def test_two_drawings_at_once_are_those_that_each_would_be_alone(studio):
     prompts, alone, together = ("red apple", "castle"), {}, {}
 
     def draw(words, results):
-        results[words] = list(studio.draw(words, seed=1))[-1][1][0]
+        results[words] = list(studio.draw(words, temperature=0.3, seed=1))[-1][1][0]
 
     for words in prompts:
         draw(words, alone)

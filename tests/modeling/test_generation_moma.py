@@ -703,3 +703,53 @@ def test_an_image_after_a_cached_turn_must_fit():
     mask = torch.ones(1, 33, dtype=torch.long)
     with pytest.raises(InputError, match="A prompt of 33 positions and a frame that needs"):
         model.generate(torch.tensor([[20, 21]]), attention_mask=mask, cache=cache, generation_mode="image")
+
+
+def test_images_are_drawn_as_the_model_has_it_where_no_option_says_how(model, monkeypatch):
+    own = {"do_sample": True, "temperature": 0.7, "top_k": 3}
+
+    def draw(**options):
+        torch.manual_seed(0)
+        return model.generate(**STATES, **{"generation_mode": "image", **options})
+
+    sampled, greedy = draw(**own), draw(do_sample=False)
+    assert not torch.equal(sampled, greedy)
+    monkeypatch.setattr(model.generation_config, "image_sampling", own, raising=False)
+    assert torch.equal(draw(), sampled)
+    # what is no choice of tokens leaves it as it is
+    assert torch.equal(draw(use_cache=False, num_return_sequences=1), sampled)
+    for options in ({"do_sample": False}, {"temperature": 1.0}, {"num_beams": 1}, {"guidance_scale": 1.0}):
+        assert torch.equal(draw(**options), greedy), options
+    assert torch.equal(draw(generation_config=GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)), greedy)
+
+
+def test_only_images_are_drawn_as_the_model_has_it(model, monkeypatch):
+    calls = [{"generation_mode": "text"}, {"generation_mode": "interleaved"}, {}]
+    before = [model.generate(**TEXTS, max_new_tokens=12, **call) for call in calls]
+    own = {"do_sample": True, "temperature": 5.0, "top_k": 0}
+    monkeypatch.setattr(model.generation_config, "image_sampling", own, raising=False)
+    after = [model.generate(**TEXTS, max_new_tokens=12, **call) for call in calls]
+    assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("own", [{"max_new_tokens": 3}, ["do_sample"], 0.7])
+def test_a_way_to_draw_that_is_none_is_named(model, monkeypatch, own):
+    monkeypatch.setattr(model.generation_config, "image_sampling", own, raising=False)
+    with pytest.raises(InputError, match="generation_config.image_sampling. = .* must hold options by which"):
+        model.generate(**STATES, generation_mode="image")
+    model.generate(**STATES, generation_mode="image", do_sample=False)
+
+
+def test_own_options_of_generation_are_saved_with_the_model(model, tmp_path):
+    own = {
+        "image_sampling": {"do_sample": True, "temperature": 0.7, "top_k": 3},
+        "caption_suppress_tokens": [EOS, 20],
+        "generation_mode": "image",
+    }
+    for name, value in own.items():
+        copied = copy.deepcopy(model)
+        setattr(copied.generation_config, name, value)
+        copied.save_pretrained(tmp_path / name)
+        assert getattr(MomaForCausalLM.from_pretrained(tmp_path / name).generation_config, name) == value
+    model.save_pretrained(tmp_path / "none")
+    assert MomaForCausalLM.from_pretrained(tmp_path / "none").generation_config._from_model_config

@@ -66,4 +66,4 @@ def test_finished_stages_are_not_begun_again(tmp_path):
         assert means in started.stdout
     assert "build_typical_icons.py --model runs/icons/named --output runs/icons/typical" in started.stdout
     assert "--tokens runs/icons/tokens-typical --output runs/icons/typical-8" in started.stdout
-    assert "--never-first tags --output model_cards/moma-icons" in started.stdout
+    assert "--never-first tags --draw-temperature 0.3 --output model_cards/moma-icons" in started.stdout
