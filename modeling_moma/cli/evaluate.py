@@ -20,7 +20,8 @@ from .sampling import MOST_SCALE, check_sampling
 
 # of `measure_sources`
 Measure = Literal["losses", "captions", "information", "retrieval", "drawings"]
-SAMPLING = ("temperature", "top_k", "top_p")
+# of drawings, where other flags of sampling are given
+DEFAULT_SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance_scale": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +51,15 @@ class Arguments:
             of the draw, the order and the drawings.
         retrieval_pairs (`int`, *optional*, defaults to `64`):
             pairs of each source, each ranked among all.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            of the drawings, as the next three; 0 takes the likeliest codes.
-        top_k (`int`, *optional*, defaults to `0`):
-            0 for all codes.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            draw among codes of this total probability.
-        guidance_scale (`float`, *optional*, defaults to `1.0`):
-            1 for none.
+        temperature (`float`, *optional*):
+            of the drawings, by default 1; 0 takes the likeliest codes. Where neither it nor any of the next three is
+            given, images are drawn as the model's `generation_config.json` has it in `image_sampling`.
+        top_k (`int`, *optional*):
+            draw among so many codes, by default all.
+        top_p (`float`, *optional*):
+            draw among codes of this total probability, by default 1.
+        guidance_scale (`float`, *optional*):
+            above 1, which is the default, follows the words more closely.
         output (`str`, *optional*):
             JSON file of all figures, `null` where one is no finite number.
     """
@@ -73,10 +75,10 @@ class Arguments:
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: Seed = 0
     retrieval_pairs: Annotated[Int, Field(ge=2)] = 64
-    temperature: Annotated[Float, Field(ge=0, le=MOST_SCALE)] = 1.0
-    top_k: Annotated[Int, Field(ge=0)] = 0
-    top_p: Share = 1.0
-    guidance_scale: Annotated[Float, Field(ge=0, le=MOST_SCALE)] = 1.0
+    temperature: Annotated[Float, Field(ge=0, le=MOST_SCALE)] | None = None
+    top_k: Annotated[Int, Field(ge=0)] | None = None
+    top_p: Share | None = None
+    guidance_scale: Annotated[Float, Field(ge=0, le=MOST_SCALE)] | None = None
     output: str | None = None
 
 
@@ -84,19 +86,25 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
     return parse_fields(Arguments, __doc__, arguments)
 
 
-def sampling_arguments(args: Arguments) -> dict[str, Any]:
-    """Return the arguments of `generate` that the flags ask for."""
-    sampling = {name: getattr(args, name) for name in SAMPLING} if args.temperature > 0 else {}
-    return {"do_sample": args.temperature > 0, "guidance_scale": args.guidance_scale, **sampling}
+def sampling_arguments(args: Arguments) -> dict[str, Any] | None:
+    """Return the arguments of `generate` that flags ask for, `None` where none is given; or raise `ValueError`."""
+    given = {name: getattr(args, name) for name in DEFAULT_SAMPLING if getattr(args, name) is not None}
+    if not given:
+        return None
+    chosen = DEFAULT_SAMPLING | given
+    check_sampling(chosen["temperature"], chosen["top_k"], chosen["top_p"])
+    if chosen["temperature"] == 0:
+        return {"do_sample": False, "guidance_scale": chosen["guidance_scale"]}
+    return {"do_sample": True, **chosen}
 
 
 def check_flags(args: Arguments) -> None:
     """Raise `ValueError` at flags of sampling that are out of range, or that no measure asked for would read."""
-    check_sampling(args.temperature, args.top_k, args.top_p)
+    sampling_arguments(args)
     if args.output == "":
         raise InputError("--output '': it names no file; is a variable of the shell empty?")
     defaults = {entry.name: entry.default for entry in dataclasses.fields(Arguments)}
-    for measure, names in {"drawings": (*SAMPLING, "guidance_scale"), "retrieval": ("retrieval_pairs",)}.items():
+    for measure, names in {"drawings": tuple(DEFAULT_SAMPLING), "retrieval": ("retrieval_pairs",)}.items():
         given = [name for name in names if getattr(args, name) != defaults[name]]
         if given and measure not in (args.measures or ()):
             flag = title_of(Arguments, given[0])

@@ -3,13 +3,14 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
 from ..errors_moma import InputError
+from ..generation_moma import own_image_sampling
 from .captions import measure_captions
 from .drawings import check_drawings, feature_extractor, measure_drawings
 from .held_out import HeldOutSource
@@ -40,7 +41,8 @@ class MeasureSettings:
         retrieval_pairs (`int`, *optional*, defaults to `DEFAULT_PAIRS`):
             pairs of each source among which retrieval ranks.
         sampling (`dict`, *optional*):
-            arguments of `generate` for drawings.
+            arguments of `generate` for drawings; by default `image_sampling` of the model's `generation_config`, or
+            else `{"do_sample": True, "top_k": 0}`.
 
     Raises:
         ValueError: there is no such measure, or a number is too small.
@@ -50,7 +52,7 @@ class MeasureSettings:
     batch_size: int = 64
     seed: int = 0
     retrieval_pairs: int = DEFAULT_PAIRS
-    sampling: dict = field(default_factory=lambda: {"do_sample": True})
+    sampling: dict | None = None
 
     def __post_init__(self):
         unknown = [name for name in self.measures or () if name not in MEASURES]
@@ -140,5 +142,7 @@ def _takers(
         takers[INFORMATION] = partial(measure_information, model, processor, rows, size)
         takers[RETRIEVAL] = partial(measure_retrieval, model, processor, rows, size, settings.retrieval_pairs, seed)
     if rows is not None and extract is not None:
-        takers[DRAWINGS] = partial(measure_drawings, model, processor, rows, extract, size, settings.sampling, seed)
+        own = own_image_sampling(model.generation_config) or {"do_sample": True, "top_k": 0}
+        sampling = own if settings.sampling is None else settings.sampling
+        takers[DRAWINGS] = partial(measure_drawings, model, processor, rows, extract, size, sampling, seed)
     return takers

@@ -6,6 +6,7 @@ Shape suffixes:
 """
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -72,7 +73,9 @@ def with_file_names(scores_NQ: torch.Tensor, shares_NQ: torch.Tensor, weight: fl
 
 
 def _words(text: str) -> Words:
-    return tuple(_singular(word.casefold()) for word in _WORD.findall(_HUMP.sub(" ", text)))
+    # macOS writes `é` in names of files as a letter and a sign, of which a word would end
+    composed = unicodedata.normalize("NFC", text)
+    return tuple(_singular(word.casefold()) for word in _WORD.findall(_HUMP.sub(" ", composed)))
 
 
 def _singular(word: str) -> str:

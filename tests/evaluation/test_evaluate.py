@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,6 +222,23 @@ def test_temperature_zero_draws_the_likeliest_codes(folder, tmp_path):
     main(arguments(folder, *output))
     drawings = json.loads((tmp_path / "report.json").read_text())["sources"]["emoji"]["drawings"]
     assert drawings["sampling"] == {"do_sample": False, "guidance_scale": 1.0}
+
+
+def test_images_are_drawn_as_the_model_has_it_where_no_flag_says_how(folder, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `train` is not installed")
+    copied = Path(shutil.copytree(folder / "model", tmp_path / "model"))
+    settings = json.loads((copied / "generation_config.json").read_text())
+    own = {"do_sample": True, "temperature": 0.5, "top_k": 4}
+    settings |= {"image_sampling": own, "_from_model_config": False}
+    (copied / "generation_config.json").write_text(json.dumps(settings))
+    sampling = {}
+    for flags in ((), ("--top-p", "0.9")):
+        output = ["--measures", "drawings", "--output", str(tmp_path / "report.json"), *flags]
+        main(["--model", str(copied), *arguments(folder, *output)[2:]])
+        report = json.loads((tmp_path / "report.json").read_text())
+        sampling[flags] = report["sources"]["emoji"]["drawings"]["sampling"]
+    by_flags = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.9, "guidance_scale": 1.0}
+    assert list(sampling.values()) == [own, by_flags]
 
 
 def test_output_that_cannot_be_written_is_refused_before_anything_is_read(folder, tmp_path):

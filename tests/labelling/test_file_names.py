@@ -52,6 +52,8 @@ def memory():
         ("cog.svg", "+", 0),
         ("house.svg", "+", 0),
         ("caf\udce9.svg", "cog", 0),
+        # as macOS writes it
+        ("cafe\u0301-au-lait.svg", "caf\u00e9", 1 / 3),
         ("\u6b6f\u8eca.svg", "\u6b6f\u8eca", 1),
     ],
 )
