@@ -23,6 +23,9 @@ def starts_command() -> bool:
         return sys.orig_argv[sys.orig_argv.index("-m") :][1:2] == [PACKAGE] if "-m" in sys.orig_argv else False
     if os.path.basename(program) not in COMMANDS or not os.path.isfile(program):
         return False
+    # a process that the command spawns runs the script again, and no `main` of it
+    if program not in sys.orig_argv:
+        return False
     # an installer of tools links to the script from elsewhere
     folder = os.path.dirname(os.path.realpath(program))
     return os.path.samefile(folder, os.path.dirname(sys.executable))

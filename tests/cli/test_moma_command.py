@@ -237,6 +237,8 @@ def test_only_the_command_puts_the_auto_classes_off(tmp_path, monkeypatch):
         ([str(elsewhere)], ["python", str(elsewhere)], False),
         (["moma"], ["python"], False),
         (["moma plan", "--gpus", "1"], ["python", str(script)], False),
+        # a process that it spawns runs the script once more
+        ([str(script)], ["python", "-c", "from multiprocessing.spawn import spawn_main", "--multiprocessing-fork"], False),
         (["-m", "--help"], [*python, "modeling_moma", "--help"], True),
         (["-m"], [*python, "pytest", "-m", "modeling_moma"], False),
         (["-c"], ["python", "-c", "import modeling_moma"], False),
@@ -246,6 +248,22 @@ def test_only_the_command_puts_the_auto_classes_off(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", argv)
         monkeypatch.setattr(sys, "orig_argv", orig_argv)
         assert starts_command() is expected, argv
+
+
+@pytest.mark.skipif(not SCRIPT.is_file(), reason="the package is not installed")
+def test_processes_that_the_script_starts_know_the_auto_classes(tmp_path):
+    processor = tiny_processor()
+    tiny_model(processor).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    rows = [json.dumps({"text": "a word"}) for _ in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    (tmp_path / "recipe.yaml").write_text('sources: {rows: {data: rows.jsonl, text: "{text}"}}')
+    arguments = ["tokenize", "recipe.yaml", "--processor", "model", "--output", "tokens", "--processes", "2"]
+    command = [sys.executable, str(SCRIPT), *arguments, "--rows-per-shard", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and "| rows, train" in done.stdout, done.stderr
+    # a model's folder asks to run its code where its type is unknown
+    assert "custom code" not in done.stdout + done.stderr
 
 
 def test_command_loads_a_model_without_its_code(tmp_path):
