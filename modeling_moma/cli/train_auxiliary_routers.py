@@ -52,7 +52,7 @@ class Arguments:
         attn_implementation (`str`, *optional*, defaults to `"sdpa"`):
             on a CPU eager is the faster one for small models whose rows are not packed, sdpa for packed rows.
         bf16 (`Literal["auto", "on", "off"]`, *optional*, defaults to `"auto"`):
-            bf16 in training; auto: where the device has it.
+            bf16 in training; auto: where the device is faster by that.
         resume (`bool`, *optional*, defaults to `False`):
             go on from the last checkpoint in the output folder.
     """

@@ -56,7 +56,7 @@ class TokenizerSettings:
         held_out_images (`int`, *optional*, defaults to `1024`):
             held-out images that are looked at, at most.
         bf16 (`Literal["auto", "on", "off"]`, *optional*, defaults to `"auto"`):
-            bf16 in training; auto: where the device has it.
+            bf16 in training; auto: where the device is faster by that.
     """
 
     config: str | dict[str, Any] | None = None

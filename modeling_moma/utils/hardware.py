@@ -24,15 +24,26 @@ _NEVER = -1
 _SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
-def supports_bf16(device: "str | torch.device") -> bool:
-    """Return whether the device computes in bfloat16 itself; elsewhere it is emulated and slow."""
+def gains_by_bf16(device: "str | torch.device") -> bool:
+    """Return whether the device multiplies matrices in bfloat16 faster than in float32.
+
+    Elsewhere bfloat16 is emulated; or, on CPUs of Intel without matrix units, it takes twice the time.
+
+    Args:
+        device (`str | torch.device`):
+            of a training.
+    """
     # `moma` asks for memory before it knows whether torch is needed.
     import torch
 
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    from ..cpu_moma import has_instructions, multiplies_with
+
+    if multiplies_with("amx_bf16") or has_instructions("bf16"):
+        return True
+    is_intel = "Intel" in str(torch.cpu.get_capabilities().get("cpu_name", ""))
+    return multiplies_with("avx512_bf16") and not is_intel
 
 
 def trains_in_bf16(choice: str, device: "str | torch.device") -> bool:
@@ -40,11 +51,11 @@ def trains_in_bf16(choice: str, device: "str | torch.device") -> bool:
 
     Args:
         choice (`str`):
-            `"on"`, `"off"`, or `"auto"` for where the device does so itself, see [`supports_bf16`].
+            `"on"`, `"off"`, or `"auto"` for where it is faster by that, see [`gains_by_bf16`].
         device (`str | torch.device`):
             of the training.
     """
-    return supports_bf16(device) if choice == "auto" else choice == "on"
+    return gains_by_bf16(device) if choice == "auto" else choice == "on"
 
 
 def precision_fields(choice: str, device: str) -> dict[str, bool]:
@@ -134,10 +145,10 @@ def keep_freed_memory() -> bool:
 
 __all__ = [
     "check_precision",
+    "gains_by_bf16",
     "keep_freed_memory",
     "on_one_gpu",
     "precision_fields",
     "refuse_data_parallel",
-    "supports_bf16",
     "trains_in_bf16",
 ]

@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from helpers.tiny import tiny_model
-from modeling_moma import MomaMetricsCallback
-from modeling_moma.utils.hardware import keep_freed_memory, on_one_gpu
+from modeling_moma import MomaMetricsCallback, cpu_moma
+from modeling_moma.utils.hardware import keep_freed_memory, on_one_gpu, trains_in_bf16
 
 
 # pages that 64 MiB ask for, again and again, and the last steps of a training, before and after freed memory is kept
@@ -133,3 +133,33 @@ def test_no_copies_of_routers_are_trained():
             module._replicate_for_data_parallel()
     model.eval()
     assert all(module._replicate_for_data_parallel()._is_replica for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("cpu", "max_isa", "expected"),
+    [
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, None, True),
+        # matrix units that are there and may not be used
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "AVX512_CORE_BF16", False),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, None, False),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, None, True),
+        ({"avx512_bf16": True}, None, True),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, None, False),
+        ({"architecture": "aarch64", "bf16": True}, None, True),
+        ({}, None, False),
+    ],
+)
+def test_a_cpu_trains_in_bf16_where_it_is_faster_by_that(cpu, max_isa, expected, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: cpu)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if max_isa is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", max_isa)
+    asked = (cpu_moma.has_instructions, cpu_moma.multiplies_with)
+    for question in asked:
+        question.cache_clear()
+    try:
+        assert trains_in_bf16("auto", "cpu") is expected
+        assert trains_in_bf16("on", "cpu") and not trains_in_bf16("off", "cpu")
+    finally:
+        for question in asked:
+            question.cache_clear()

@@ -13,7 +13,7 @@ from datasets import Features, List, Value
 from tokenization.augmentation_moma import NUM_DRAWS, augment_images
 
 from ...utils.fields import Count, FormerName, Share
-from ...utils.hardware import supports_bf16
+from ...utils.hardware import gains_by_bf16
 from ..encoding import DocumentEncoder
 from ..images import LeftOut
 from ..shard import BATCH, Shard
@@ -176,7 +176,7 @@ class _CaptionWriter:
         codings = [shard.codes(batch)]
         device = shard.processor.vq_model.device.type
         # codings of changed images are noise by intent, so the faster precision serves
-        is_fast = torch.autocast(device, dtype=torch.bfloat16) if supports_bf16(device) else nullcontext()
+        is_fast = torch.autocast(device, dtype=torch.bfloat16) if gains_by_bf16(device) else nullcontext()
         with is_fast:
             while len(codings) < self.num_codings:
                 codings.append(shard.codes(augment_images(batch, self.generator, 1.0)))
