@@ -242,6 +242,9 @@ CHOOSING = frozenset(
     {"do_sample", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
     | {"num_beams", "guidance_scale", "penalty_alpha", "constraints", "force_words_ids"}
 )
+# of drafted tokens, and of routing, which the unconditional branch of the stock guidance does not follow or get
+DRAFTING = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
+ROUTING = ("routing", "depth_routing")
 # options that say how much is generated; the stock loop heeds the second where the first is nowhere
 LENGTHS = ("max_new_tokens", "max_length")
 GRAMMAR = (FrameLogitsProcessor, TextOnlyLogitsProcessor)
@@ -283,7 +286,8 @@ class MomaGenerationMixin(GenerationCompat):
                   frame needs; one of any length may go on to the end of the context. Where neither
                   `generation_config` nor any option by which tokens are chosen is given (`do_sample`, `temperature`,
                   `num_beams`, `guidance_scale`, ...), those of an image are the model's own, a `dict` in its
-                  `generation_config.image_sampling`, if there is one.
+                  `generation_config.image_sampling`, if there is one; without its guidance where tokens are drafted
+                  or `routing` is given.
                 - `"interleaved"`: text, with frames where the model begins one. A frame that no longer fits into
                   `max_new_tokens` is not begun.
             caption_suppress_tokens (`Sequence[int]`, *optional*):
@@ -313,7 +317,10 @@ class MomaGenerationMixin(GenerationCompat):
         mode = TEXT if mode is None else mode
         self._check_mode(mode)
         if mode == IMAGE and generation_config is None and CHOOSING.isdisjoint(kwargs):
-            kwargs = {**kwargs, **own_image_sampling(self.generation_config)}
+            own = own_image_sampling(self.generation_config)
+            # a guidance that nobody asked for is no reason to refuse what does not go with it
+            is_unguided = any(kwargs.get(name) is not None for name in (*DRAFTING, *ROUTING))
+            kwargs |= {name: value for name, value in own.items() if name != "guidance_scale" or not is_unguided}
         own_rule = self.config.training_routing if self.training else self.config.inference_routing
         rule = RULES.get(kwargs.get("routing") or own_rule)
         if rule is not None and not rule.is_causal:
@@ -598,14 +605,13 @@ class MomaGenerationMixin(GenerationCompat):
             return {}
         if not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise InputError(f"`guidance_scale` = {scale!r}: needs a finite number, 1 for no guidance.")
-        drafting = dict.fromkeys(("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit"))
-        for name, off in {"num_beams": 1, **drafting}.items():
+        for name, off in {"num_beams": 1, **dict.fromkeys(DRAFTING)}.items():
             if self._option(name, generation_config, kwargs) not in (None, off):
                 raise InputError(
                     f"`guidance_scale` cannot be combined with `{name}`: the unconditional branch of the stock loop "
                     "follows neither reordered beams nor drafted tokens. Use greedy decoding or sampling."
                 )
-        for name in ("routing", "depth_routing"):
+        for name in ROUTING:
             if kwargs.get(name) is not None:
                 raise InputError(
                     f"`guidance_scale` cannot be combined with `{name}`, which the unconditional branch of the stock "

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -705,13 +706,13 @@ def test_an_image_after_a_cached_turn_must_fit():
         model.generate(torch.tensor([[20, 21]]), attention_mask=mask, cache=cache, generation_mode="image")
 
 
+def drawn(model, **options):
+    torch.manual_seed(0)
+    return model.generate(**{**STATES, "generation_mode": "image", **options})
+
+
 def test_images_are_drawn_as_the_model_has_it_where_no_option_says_how(model, monkeypatch):
-    own = {"do_sample": True, "temperature": 0.7, "top_k": 3}
-
-    def draw(**options):
-        torch.manual_seed(0)
-        return model.generate(**STATES, **{"generation_mode": "image", **options})
-
+    own, draw = {"do_sample": True, "temperature": 0.7, "top_k": 3}, partial(drawn, model)
     sampled, greedy = draw(**own), draw(do_sample=False)
     assert not torch.equal(sampled, greedy)
     monkeypatch.setattr(model.generation_config, "image_sampling", own, raising=False)
@@ -730,6 +731,19 @@ def test_only_images_are_drawn_as_the_model_has_it(model, monkeypatch):
     monkeypatch.setattr(model.generation_config, "image_sampling", own, raising=False)
     after = [model.generate(**TEXTS, max_new_tokens=12, **call) for call in calls]
     assert all(map(torch.equal, before, after))
+
+
+def test_a_way_to_draw_brings_its_guidance_only_where_that_goes(model, monkeypatch):
+    draw = partial(drawn, model)
+    own = {"do_sample": True, "temperature": 5.0, "top_k": 0}
+    one = {name: values[:1] for name, values in STATES.items()}
+    unguided = [{"routing": "threshold"}, {"prompt_lookup_num_tokens": 2, **one}]
+    plain = [draw(**own, **options) for options in unguided]
+    monkeypatch.setattr(model.generation_config, "image_sampling", own | {"guidance_scale": 3.0}, raising=False)
+    assert all(torch.equal(draw(**options), ids) for options, ids in zip(unguided, plain, strict=True))
+    assert torch.equal(draw(routing=None), draw(**own, guidance_scale=3.0))
+    with pytest.raises(InputError, match="guidance_scale. cannot be combined with .routing"):
+        draw(**own, guidance_scale=3.0, routing="threshold")
 
 
 @pytest.mark.parametrize("own", [{"max_new_tokens": 3}, ["do_sample"], 0.7])
