@@ -75,7 +75,9 @@ def write_splits(
     for split in SPLITS:
         for name, part in _shards(split, rows[split], seed):
             records = [to_record(row) for row in part]
-            path = write_aside(folder / name, Dataset.from_list(records, features=FEATURES).to_parquet)
+            # of few sets a split may have no rows, of which `from_list` does not take the features
+            columns = {column: [record[column] for record in records] for column in FEATURES}
+            path = write_aside(folder / name, Dataset.from_dict(columns, features=FEATURES).to_parquet)
             sizes[split] += path.stat().st_size
             written.add(name)
             on_done(name)

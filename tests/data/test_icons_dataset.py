@@ -12,7 +12,7 @@ from datasets import load_dataset
 
 from icons_recipe.drawing import COLOURS, decode, image_hash, small_grey
 from icons_recipe.emoji import EMOJI_FAMILIES, emoji_name, read_held_out
-from icons_recipe.files import FEATURES, SAMPLE_ROWS, short_hash
+from icons_recipe.files import FEATURES, SAMPLE_ROWS, short_hash, write_splits
 from icons_recipe.held_out import CELLS_PER_FAMILY, IMAGES_PER_CELL
 from icons_recipe.near import near_pairs
 from icons_recipe.sets import LICENSES, PACKAGES
@@ -93,6 +93,12 @@ def test_splits_have_the_columns_of_the_contract_and_a_train_split_where_none_is
         assert icons[split].column_names == list(FEATURES)
     assert len(icons["train"]) == SAMPLE_ROWS
     assert icons["test"][0]["image"].size == (64, 64)
+
+
+def test_a_split_of_few_sets_may_have_no_rows(tmp_path):
+    write_splits(tmp_path, {split: [] for split in SPLITS}, seed=0)
+    for split in SPLITS:
+        assert pq.read_table(tmp_path / f"{split}-00000-of-00001.parquet").column_names == list(FEATURES)
 
 
 def test_the_list_holds_every_committed_image_in_its_split(rows, listed):

@@ -13,16 +13,16 @@ from icons_recipe.model_card import EARLIER_SHARE
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(script, folder):
+def start(script, folder, **environment):
     """Starts a script in a folder with a Python that says what it is asked for, and does nothing."""
     copied = folder / "scripts" / script.name
-    copied.parent.mkdir()
+    copied.parent.mkdir(exist_ok=True)
     copied.write_text(script.read_text())
     python = folder / "python"
     python.write_text('#!/bin/sh\necho "$@"\n')
     python.chmod(0o755)
     return subprocess.run(
-        ["bash", str(copied)], cwd=folder, env={"PYTHON": str(python)}, capture_output=True, text=True
+        ["bash", str(copied)], cwd=folder, env={"PYTHON": str(python), **environment}, capture_output=True, text=True
     )
 
 
@@ -67,3 +67,20 @@ def test_finished_stages_are_not_begun_again(tmp_path):
     assert "build_typical_icons.py --model runs/icons/named --output runs/icons/typical" in started.stdout
     assert "--tokens runs/icons/tokens-typical --output runs/icons/typical-8" in started.stdout
     assert "--never-first tags --draw-temperature 0.3 --output model_cards/moma-icons" in started.stdout
+
+
+def test_a_rehearsal_takes_every_stage_and_leaves_what_is_released_alone(tmp_path):
+    train = tmp_path / "data" / "icons" / "data" / "train-00000-of-00005.parquet"
+    train.parent.mkdir(parents=True)
+    train.touch()
+    (tmp_path / "recipes").mkdir()
+    for recipe in (ROOT / "recipes").glob("moma-icons*.yaml"):
+        (tmp_path / "recipes" / recipe.name).write_text(recipe.read_text())
+    whole, short = (start(ROOT / "scripts" / "reproduce_icons.sh", tmp_path, **more) for more in ({}, {"STEPS": "20"}))
+    calls, rehearsed = whole.stdout.splitlines(), short.stdout.splitlines()
+    assert short.returncode == 0 and len(rehearsed) == len(calls), short.stderr
+    trains = re.compile("train-image-tokenizer|pretrain")
+    assert [" --steps 20 " in call for call in rehearsed] == [bool(trains.search(call)) for call in calls]
+    assert not re.search(r"model_cards|runs/icons/|[^-]recipes/moma", short.stdout.replace("rehearsal/recipes", ""))
+    typical = (tmp_path / "runs" / "icons-rehearsal" / "recipes" / "moma-icons-typical.yaml").read_text()
+    assert "data: runs/icons-rehearsal/typical\n" in typical and "data: data/icons\n" in typical
