@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Trains the model of icons from nothing and rewrites its card. Some hours on two cores; `runs/icons` keeps every stage,
-# and a killed stage goes on from its last checkpoint. STEPS=20 rehearses all of it in `runs/icons-rehearsal`, with
+# and a killed stage goes on from its last checkpoint. STEPS=20 tries all of it in `runs/icons-short`, with
 # trainings of so many steps and few icons measured, and leaves the released model alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 runs=runs/icons recipes=recipes release=model_cards/moma-icons short=() few=()
 if [ -n "${STEPS:-}" ]; then
-    runs=runs/icons-rehearsal recipes=runs/icons-rehearsal/recipes release=runs/icons-rehearsal/release
+    runs=runs/icons-short recipes=runs/icons-short/recipes release=runs/icons-short/release
     short=(--steps "$STEPS") few=(--limit 24 --ranked 8 --queries 8 --drawings 24 --train-images 2000)
     mkdir -p $recipes
     for recipe in recipes/moma-icons*.yaml; do

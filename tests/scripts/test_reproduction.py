@@ -69,7 +69,7 @@ def test_finished_stages_are_not_begun_again(tmp_path):
     assert "--never-first tags --draw-temperature 0.3 --output model_cards/moma-icons" in started.stdout
 
 
-def test_a_rehearsal_takes_every_stage_and_leaves_what_is_released_alone(tmp_path):
+def test_short_trainings_take_every_stage_and_leave_what_is_released_alone(tmp_path):
     train = tmp_path / "data" / "icons" / "data" / "train-00000-of-00005.parquet"
     train.parent.mkdir(parents=True)
     train.touch()
@@ -77,10 +77,10 @@ def test_a_rehearsal_takes_every_stage_and_leaves_what_is_released_alone(tmp_pat
     for recipe in (ROOT / "recipes").glob("moma-icons*.yaml"):
         (tmp_path / "recipes" / recipe.name).write_text(recipe.read_text())
     whole, short = (start(ROOT / "scripts" / "reproduce_icons.sh", tmp_path, **more) for more in ({}, {"STEPS": "20"}))
-    calls, rehearsed = whole.stdout.splitlines(), short.stdout.splitlines()
-    assert short.returncode == 0 and len(rehearsed) == len(calls), short.stderr
+    calls, shortened = whole.stdout.splitlines(), short.stdout.splitlines()
+    assert short.returncode == 0 and len(shortened) == len(calls), short.stderr
     trains = re.compile("train-image-tokenizer|pretrain")
-    assert [" --steps 20 " in call for call in rehearsed] == [bool(trains.search(call)) for call in calls]
-    assert not re.search(r"model_cards|runs/icons/|[^-]recipes/moma", short.stdout.replace("rehearsal/recipes", ""))
-    typical = (tmp_path / "runs" / "icons-rehearsal" / "recipes" / "moma-icons-typical.yaml").read_text()
-    assert "data: runs/icons-rehearsal/typical\n" in typical and "data: data/icons\n" in typical
+    assert [" --steps 20 " in call for call in shortened] == [bool(trains.search(call)) for call in calls]
+    assert not re.search(r"model_cards|runs/icons/|[^-]recipes/moma", short.stdout.replace("icons-short/recipes", ""))
+    typical = (tmp_path / "runs" / "icons-short" / "recipes" / "moma-icons-typical.yaml").read_text()
+    assert "data: runs/icons-short/typical\n" in typical and "data: data/icons\n" in typical
