@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments, set_seed
 
 from emoji_recipe.routing_image import draw_routing, route_example
@@ -36,6 +37,8 @@ FINE_TUNE_IMAGES = 320
 EVALUATION_IMAGES = 32
 CAPTION_TOKENS = 32
 SPLITS = ("test", "train", "validation")
+# of the icons: by makers of whom nothing was learnt
+NEW_SPLIT = "test_family"
 # the released model, what it draws best by, and how, as its card recommends
 RELEASED, TYPICAL = "model_cards/moma-icons", "{name} (typical)"
 SAMPLING = {"do_sample": True, "top_k": 0}
@@ -66,13 +69,16 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     if args.seed >= 2**32:
         parser.error(f"--seed {args.seed}: it must be below {2**32}")
     args.source = open_source(parser, args)
-    check_splits(parser, args.source)
+    args.learns_new = check_splits(parser, args.source)
     check_drawing_prompt(parser, args)
     return args
 
 
-def check_splits(parser: argparse.ArgumentParser, source: Source):
-    """Refuses data without one of the splits that are read, the last of which only after some minutes."""
+def check_splits(parser: argparse.ArgumentParser, source: Source) -> bool:
+    """Refuses data without one of the splits that are read, the last of which only after some minutes.
+
+    Returns whether there is a split of makers that the model does not know.
+    """
     try:
         found = list(source.split_names().values())
     except ValueError as error:
@@ -80,6 +86,7 @@ def check_splits(parser: argparse.ArgumentParser, source: Source):
     missing = [split for split in SPLITS if split not in found]
     if missing:
         parser.error(f"--data {source.data!r} has no split {missing[0]!r}, but {found}.")
+    return NEW_SPLIT in found
 
 
 def check_number(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str, least: int):
@@ -191,14 +198,21 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]):
         print("  " + " | ".join(f"{entry:<{width}}" for entry, width in zip(row, widths, strict=True)).rstrip())
 
 
-def show_both_ways(model, processor, rows: Dataset, args: argparse.Namespace, sheet_path: Path) -> list[str]:
-    """Captions the rows' images, draws what they show, prints the captions and saves all on one sheet."""
-    images = [image.convert("RGB") for image in rows[args.source.kind.image]]
-    captions, prompts = captions_of(args.source, rows), rendered(args.drawing, rows)
+def show_captions(model, processor, rows: Dataset, source: Source) -> tuple[list[Image.Image], list[str], list[str]]:
+    """Prints the model's captions of the rows' images; returns the images, their captions and the model's."""
+    images = [image.convert("RGB") for image in rows[source.kind.image]]
+    captions = captions_of(source, rows)
     start = time.time()
     model_captions = caption_images(model, processor, images)
     print(f"{len(images)} held-out images captioned in {time.time() - start:.1f} s:")
     print_table(("true caption", "model's caption"), list(zip(captions, model_captions, strict=True)))
+    return images, captions, model_captions
+
+
+def show_both_ways(model, processor, rows: Dataset, args: argparse.Namespace, sheet_path: Path) -> list[str]:
+    """Captions the rows' images, draws what they show, and saves all on one sheet."""
+    images, captions, model_captions = show_captions(model, processor, rows, args.source)
+    prompts = rendered(args.drawing, rows)
     start = time.time()
     drawn = draw(model, processor, prompts, args)
     print(f"{len(drawn)} images drawn from words such as {prompts[0]!r} in {time.time() - start:.1f} s")
@@ -253,24 +267,33 @@ def encode_rows(rows: Dataset, processor, source: Source) -> Dataset:
     )
 
 
-def fine_tune(model, processor, args, folder: Path):
-    """A minute with the plain Trainer, to show the interface, on images that a released model was trained on."""
+def fine_tuning_rows(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """Rows that are learnt, and others by which that is measured; no row of `NEW_SPLIT` is among both."""
+    source, seed = args.source, args.seed
+    if not args.learns_new:
+        return tuple(
+            pick_rows(source, split, count, seed)
+            for split, count in (("train", FINE_TUNE_IMAGES), ("validation", EVALUATION_IMAGES))
+        )
+    rows = pick_rows(source, NEW_SPLIT, FINE_TUNE_IMAGES + EVALUATION_IMAGES, seed)
+    # a tenth of them where there are few
+    held_out = min(EVALUATION_IMAGES, -(-len(rows) // 10))
+    return rows.skip(held_out), rows.take(held_out)
+
+
+def fine_tune(model, processor, args, learnt: Dataset, held_out: Dataset, folder: Path):
+    """A minute with the plain Trainer, to show the interface."""
     source, encoder = args.source, DocumentEncoder(processor)
     train, validation = (
-        CaptionDocuments.from_rows(
-            source.name,
-            source.kind,
-            encode_rows(pick_rows(source, split, count, args.seed), processor, source).to_list(),
-            encoder,
-        )
-        for split, count in (("train", FINE_TUNE_IMAGES), ("validation", EVALUATION_IMAGES))
+        CaptionDocuments.from_rows(source.name, source.kind, encode_rows(rows, processor, source).to_list(), encoder)
+        for rows in (learnt, held_out)
     )
     training_arguments = TrainingArguments(
         output_dir=folder,
         max_steps=args.fine_tune_steps,
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.batch_size,
-        learning_rate=2e-5,
+        learning_rate=1e-4 if args.learns_new else 2e-5,
         weight_decay=0.1,
         use_cpu=not torch.cuda.is_available(),
         # torch warns where there is nothing to pin memory for
@@ -330,10 +353,15 @@ def main(arguments=None):
     write_aside(output / "routing.png", lambda path: image.save(path, format="PNG"))
     print(f"wrote {output / 'routing.png'}")
 
-    print(f"\n3. Fine-tune for {args.fine_tune_steps} steps with Trainer (to show how: it knows these images already)")
-    model = fine_tune(model, processor, args, fine_tuned)
+    learnt, held_out = fine_tuning_rows(args)
+    what = "images of makers that are new to it" if args.learns_new else "images that it knows, to show how"
+    print(f"\n3. Fine-tune for {args.fine_tune_steps} steps with Trainer on {len(learnt)} {what}")
+    if args.learns_new:
+        rows = held_out.take(min(args.images, len(held_out)))
+        show_captions(model, processor, rows, args.source)
+    model = fine_tune(model, processor, args, learnt, held_out, fine_tuned)
 
-    print("\n4. Save, reload, and the same once more")
+    print("\n4. Save, reload, and the same once more" + ", of those makers' images" * args.learns_new)
     model.save_pretrained(fine_tuned)
     processor.save_pretrained(fine_tuned)
     del model, processor
@@ -344,7 +372,7 @@ def main(arguments=None):
     print(f"\nDone in {time.time() - start:.0f} s. Look at:")
     print(f"  {output / 'contact_sheet.png'}: real | reconstructed | drawn, with both captions")
     print(f"  {output / 'routing.png'}: which expert took which token")
-    print(f"  {output / 'contact_sheet_fine_tuned.png'}: the same sheet after the fine-tuning")
+    print(f"  {output / 'contact_sheet_fine_tuned.png'}: such a sheet after the fine-tuning")
     print(f"  {fine_tuned}: the fine-tuned model and its processor, for AutoModelForCausalLM and AutoProcessor")
 
 
