@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversions between the items of each modality, their codes and token ids, in both directions."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +24,22 @@ from .token_frames_moma import TokenFrame, split_frames
 
 # Images in one pass of the VQ model, which bounds the memory of a large batch.
 ENCODE_CHUNK = 64
+# the process that imported this, of which others may be forks
+_PROCESS = os.getpid()
+
+
+@contextmanager
+def _own_threads() -> Iterator[None]:
+    """Compute on one thread in a forked process: it has none of its parent's, and would wait for them forever."""
+    threads = torch.get_num_threads()
+    if os.getpid() == _PROCESS or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class CodeConversionMixin(ProcessorMixin):
@@ -68,12 +87,13 @@ class CodeConversionMixin(ProcessorMixin):
             }
         return layout
 
+    @_own_threads()
     def encode_images(self, images: Any, **kwargs) -> list[list[int]]:
-        """Turn images into codes, for instance in `datasets.Dataset.map(..., batched=True)`.
+        """Turn images into codes, for instance in `datasets.Dataset.map(..., batched=True, num_proc=2)`.
 
         Args:
-            images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, or a list of these):
-                Images, paths or addresses.
+            images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, or a sequence of these):
+                Images, paths or addresses; also a column of a data set.
             kwargs (`Any`):
                 Arguments of the image processor.
 
@@ -249,6 +269,7 @@ class CodeConversionMixin(ProcessorMixin):
             )
         return self.frames[modality]
 
+    @_own_threads()
     def decode_images(self, codes: torch.Tensor | list) -> list[Image.Image]:
         """Turn codes into images.
 
@@ -263,6 +284,9 @@ class CodeConversionMixin(ProcessorMixin):
             ValueError: the shape is wrong, or a code lies outside the codebook.
         """
         if isinstance(codes, (list, tuple)):
+            # no images, as `encode_images` has no codes for
+            if not codes:
+                return []
             codes = [row.tolist() if hasattr(row, "tolist") else row for row in codes]
         code_table = torch.as_tensor(codes)
         if code_table.is_floating_point() and code_table.numel():

@@ -7,7 +7,7 @@ import errno
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
@@ -123,11 +123,16 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(_FORMATS.intersection(Image.OPEN))
 
 
+def holds_items(value: Any) -> bool:
+    """Return whether a value is a list of items or, as a column of a data set, read like one; no item itself."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
 def iter_image_sources(images: Any) -> Iterator:
     """Yield the images of a nested list one by one, without opening any.
 
     Args:
-        images (`str`, `os.PathLike`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a nested list of these):
+        images (`str`, `os.PathLike`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a nested sequence of these):
             Arrays of four dimensions hold several images.
 
     Yields:
@@ -136,11 +141,11 @@ def iter_image_sources(images: Any) -> Iterator:
     Raises:
         TypeError: an entry is none of these.
     """
-    if isinstance(images, (list, tuple)):
+    if isinstance(images, (str, os.PathLike)) or is_pil_image(images):
+        yield images
+    elif holds_items(images):
         for entry in images:
             yield from iter_image_sources(entry)
-    elif isinstance(images, (str, os.PathLike)) or is_pil_image(images):
-        yield images
     elif is_valid_image(images):
         if images.ndim > 3:
             yield from (image for entry in images for image in iter_image_sources(entry))
@@ -213,7 +218,8 @@ def clean_array_image(image: "np.ndarray | torch.Tensor", do_rescale: bool | Non
         raise InputError(f"images: got an empty image of shape {tuple(image.shape)}.")
     if isinstance(image, torch.Tensor):
         if image.dtype == torch.uint8:
-            return image
+            # elsewhere it would be resized by another filter, and get other codes
+            return image.cpu()
         tensor = image.detach().cpu()
         # NumPy has no bfloat16
         values = tensor.numpy() if not tensor.is_floating_point() else tensor.float().numpy()

@@ -35,7 +35,7 @@ from .audio_input_moma import SoundError, read_sound
 from .chat_template_moma import default_chat_template
 from .code_conversion_moma import CodeConversionMixin, as_list
 from .codecs_moma import ModalityCodec, check_codec, check_registered, codec_types, load_codecs, save_codecs
-from .image_input_moma import MomaImageInputMixin, iter_image_sources
+from .image_input_moma import MomaImageInputMixin, holds_items, iter_image_sources
 from .image_processing_moma import MomaImageProcessor
 from .image_processing_pil_moma import MomaImageProcessorPil
 from .image_tokenizers_moma import (
@@ -334,7 +334,7 @@ class MomaProcessor(CodeConversionMixin):
         # a copy that holds the items, since the base class would not pass them on
         processor = copy.copy(self)
         processor._codec_items = {
-            modality: list(value) if isinstance(value, (list, tuple)) else [value] for modality, value in items.items()
+            modality: list(value) if holds_items(value) else [value] for modality, value in items.items()
         }
         return processor
 
@@ -538,8 +538,9 @@ class MomaProcessor(CodeConversionMixin):
         """
         # last of all, it would leave the settings of this processor beside the codecs of an older one
         check_registered(self.codecs)
-        # the tokenizer saves the padding side of its creation, not a later one
-        self.tokenizer.init_kwargs["padding_side"] = self.tokenizer.padding_side
+        # the tokenizer saves the sides of its creation, not later ones
+        for side in ("padding_side", "truncation_side"):
+            self.tokenizer.init_kwargs[side] = getattr(self.tokenizer, side)
         files = super().save_pretrained(save_directory)
         # the base class sets it for the files that it copies and leaves it on the object; loading never sets it
         self.__dict__.pop("auto_map", None)

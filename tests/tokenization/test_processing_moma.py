@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from tokenization import (
 from tokenization.processor_errors_moma import InputError
 
 
+ROOT = Path(__file__).resolve().parents[2]
 CODES = 32
 SIDE = 16
 LENGTH = 16
@@ -524,3 +526,50 @@ def test_a_thousand_images_are_tokenised_by_a_batched_map(processor):
     assert rows[999]["input_ids"][1 : LENGTH + 3] == image_ids(processor, images[999])
     codes = processor.encode_images(images)
     assert len(codes) == 1000 and all(len(row) == LENGTH for row in codes)
+
+
+def test_forked_processes_code_images_after_their_parent_has(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    script = (
+        "import sys, torch\n"
+        "import modeling_moma\n"
+        "from datasets import Dataset\n"
+        "from PIL import Image\n"
+        "from transformers import AutoProcessor\n"
+        "torch.set_num_threads(2)\n"
+        "processor = AutoProcessor.from_pretrained(sys.argv[1])\n"
+        "images = [Image.effect_noise((96, 96), 99).convert('RGB') for _ in range(64)]\n"
+        "codes = processor.encode_images(images)\n"
+        "def code(batch):\n"
+        "    coded = processor.encode_images(batch['image'])\n"
+        "    assert torch.get_num_threads() == 2 and len(processor.decode_images(coded)) == len(coded)\n"
+        "    return {'codes': coded}\n"
+        "rows = Dataset.from_dict({'image': images}).map(code, batched=True, batch_size=32, num_proc=2)\n"
+        "assert rows['codes'][:] == codes\n"
+    )
+    done = run_python(["-c", script, tmp_path], cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("form", [None, "numpy", "torch"])
+def test_columns_of_a_data_set_are_read_as_lists(form, processor, images):
+    data = Dataset.from_dict({"image": images, "text": [f"<image>apple {n}" for n in range(3)]}).with_format(form)
+    expected = processor(images=images, text=data["text"][:])["input_ids"]
+    assert processor(images=data["image"], text=data["text"])["input_ids"] == expected
+    assert processor.encode_images(data["image"]) == processor.encode_images(images)
+
+
+def test_no_codes_are_no_images(processor):
+    assert (
+        processor.encode_images([]) == processor.decode_images([]) == processor.decode_images(torch.empty(0, 16)) == []
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sides_of_padding_and_truncation_are_saved(side, processor, tmp_path):
+    processor.tokenizer.padding_side = processor.tokenizer.truncation_side = side
+    processor.save_pretrained(tmp_path)
+    loaded = MomaProcessor.from_pretrained(tmp_path)
+    assert loaded.tokenizer.padding_side == loaded.tokenizer.truncation_side == side
+    options = {"text": "noto: red apple", "truncation": True, "max_length": 3}
+    assert loaded(**options)["input_ids"] == processor(**options)["input_ids"]
