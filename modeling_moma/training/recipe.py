@@ -2,6 +2,7 @@
 """Recipes: one YAML file that says what a training is made of, from its data to its model."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -167,6 +168,9 @@ class Recipe:
 SECTIONS = {"processor": ProcessorFields, "data": DataFields, "samples": SampleFields, "contrast": ContrastFields}
 
 
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+
+
 class _RecipeLoader(yaml.SafeLoader):
     """YAML as it is, but for a key that stands twice in a mapping: all but its last value would be lost."""
 
@@ -255,6 +259,9 @@ def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
             f"{where}, trainer: train_sampling_strategy = {strategy!r} is none of {', '.join(STRATEGIES)}: rows "
             "are made when they are read, in an order of their own that a run which goes on counts on."
         )
+    for section in ("model", "trainer"):
+        if section in content:
+            content[section] = _with_numbers(content[section])
     sections = {
         section: read_fields(kind, content[section], f"{where}, {section}")
         for section, kind in SECTIONS.items()
@@ -284,6 +291,15 @@ def _refuse_accelerator_fields(where: str, config: Any) -> None:
             f"{where}, trainer: accelerator_config: gradient_accumulation_kwargs: num_steps = "
             f"{accumulation['num_steps']!r}: documents are counted by `gradient_accumulation_steps`, so give that."
         )
+
+
+def _with_numbers(value: Any) -> Any:
+    """Return a value of YAML with numbers such as `1e-8` as such: without a dot YAML 1.1 reads them as texts."""
+    if isinstance(value, dict):
+        return {name: _with_numbers(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(entry) for entry in value]
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def _names(kind: type) -> list[str]:

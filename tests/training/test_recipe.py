@@ -173,6 +173,21 @@ def test_schedule_may_be_named_alone(tmp_path, schedule):
     assert (settings.lr_scheduler_type, settings.lr_scheduler_kwargs) == (schedule, kwargs)
 
 
+def test_numbers_without_a_dot_are_numbers(tmp_path):
+    schedule = "lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr_rate: 1e-2}"
+    trainer = f"{{adam_epsilon: 1e-8, max_grad_norm: 1E0, {schedule}}}"
+    text = f"model: {{hidden_size: 8, z_loss_coef: +1e-4}}\ntrainer: {trainer}\n"
+    args = parse_arguments([*PATHS, write(tmp_path, text)])
+    settings = make_training_arguments(args)
+    assert (settings.adam_epsilon, settings.max_grad_norm, args.recipe.model["z_loss_coef"]) == (1e-8, 1.0, 1e-4)
+    assert settings.lr_scheduler_kwargs == {"min_lr_rate": 0.01}
+    # what is no setting of numbers stays as it is
+    source = {"data": "d", "text": "text", "load": {"revision": "12e45678"}}
+    text = f"sources: {{mine: {source}}}\nmodel: {{hidden_act: silu}}\n"
+    read = read_recipe(write(tmp_path, text))
+    assert read.sources[0].load["revision"] == "12e45678" and read.model["hidden_act"] == "silu"
+
+
 @pytest.mark.parametrize(
     "trainer, message",
     [
