@@ -78,6 +78,8 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         save_total_limit=args.save_total_limit,
         logging_steps=args.logging_steps,
         report_to=[],
+        # the stream is shuffled already, and a longer run goes on in it
+        train_sampling_strategy="sequential",
         seed=args.seed,
         **feeding_fields(device),
     )

@@ -17,6 +17,7 @@ from modeling_moma.cli.calibrate import main as calibrate
 from modeling_moma.cli.train_auxiliary_routers import main as train
 from modeling_moma.cli.train_auxiliary_routers import parse_arguments
 from modeling_moma.data.examples import open_documents
+from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.measures import held_out_batches, load_model
 from modeling_moma.training import auxiliary_routers
@@ -134,6 +135,14 @@ def test_paper_threshold_resume_and_a_model_that_has_auxiliary_routers(inputs, t
     # goes on from the auxiliary routers that are there
     further = run(train, inputs, tmp_path / "further", "--steps", "1", "--learning-rate", "0", model=trained)
     assert_same(first, load_file(further / "model.safetensors"), except_for=["auxiliary.threshold"])
+
+
+def test_a_longer_run_goes_on_with_rows_that_it_has_not_read(inputs, tmp_path, monkeypatch):
+    read, own = [], DocumentExamples.__getitem__
+    monkeypatch.setattr(DocumentExamples, "__getitem__", lambda self, index: read.append(index) or own(self, index))
+    for steps, more in (("2", ()), ("5", ("--resume",))):
+        auxiliary_run(inputs, tmp_path, "--threshold", "0.5", "--steps", steps, *more)
+    assert [index for index in read if index is not None] == list(range(5 * 4))
 
 
 def test_calibrate_changes_thresholds_alone(inputs, trained, tmp_path):
