@@ -39,7 +39,7 @@ from ..utils.messages import one_line
 from .json_lines import has_broken_lines, is_json_lines, mended_copy
 from .kinds import SourceKind, read_kind
 from .split_folders import METADATA, data_files, rows_below, split_folders
-from .split_parts import refuse_shared_parts
+from .split_parts import refuse_shared_parts, split_parts
 from .tables import reading_options, refuse_longer_rows, table_files
 
 
@@ -105,12 +105,13 @@ class Source:
         path, options = self._loading()
         found = self._call(get_dataset_split_names, path, options)
         names = {TRAIN: found[0]} if len(found) == 1 else {name: name for name in found}
-        # a split that has another name here is not read under its own as well
-        renamed = set(self.splits.values()) - self.splits.keys()
+        # a split that has another name here, or of which rows are trained on, is not read under its own as well
+        renamed = {part for split in self.splits.values() for part in self._parts(split, found, whole=True)}
+        renamed |= self._parts(self.splits[TRAIN], found) if TRAIN in self.splits else set()
+        renamed -= self.splits.keys()
         names = {name: split for name, split in names.items() if name not in renamed} | self.splits
         for name, split in names.items():
-            # a part of one, such as "train[:10%]", is read by `datasets`
-            if split.partition("[")[0] not in found:
+            if not self._parts(split, found) <= set(found):
                 raise InputError(
                     f"sources: {self.name!r}: {self.data!r} has no split {split!r} (for {name!r}), but {found}."
                 )
@@ -122,6 +123,15 @@ class Source:
             )
         refuse_shared_parts(f"sources: {self.name!r}: splits", names[TRAIN], names.get(VALIDATION))
         return names
+
+    def _parts(self, split: str, found: list[str], whole: bool = False) -> set[str]:
+        """Return the splits that one such as `"train[:10%]+test"` is made of, which `datasets` reads."""
+        if split in found:
+            return {split}
+        try:
+            return {part.split for part in split_parts(split) if not whole or part.unit is None}
+        except InputError as error:
+            raise InputError(f"sources: {self.name!r}: splits: {error}") from error
 
     def split_files(self) -> dict[str, frozenset[str]]:
         """Return the files of each of the data set's splits, as `datasets` finds them, links followed.

@@ -98,6 +98,33 @@ def test_part_or_stream_of_such_a_split_is_refused(tmp_path):
         source.open("train[:1]")
 
 
+@pytest.mark.parametrize(
+    "splits, expected",
+    [
+        ({"train": "train+test"}, {"train": "train+test", "more": "more"}),
+        ({"train": "train[:2]+test"}, {"train": "train[:2]+test", "more": "more"}),
+        ({"train": "train[:2]+more[1:]"}, {"train": "train[:2]+more[1:]", "test": "test"}),
+        ({"train": "train", "test": "more[:1]"}, {"train": "train", "test": "more[:1]", "more": "more"}),
+        ({"train": "train[:50%]"}, {"train": "train[:50%]", "test": "test", "more": "more"}),
+        ({"validation": "test+more"}, {"train": "train", "validation": "test+more"}),
+        ({"train": "train+tset"}, "has no split 'train\\+tset'"),
+        ({"train": "train[:2"}, "the split 'train\\[:2' cannot be read"),
+    ],
+)
+def test_splits_may_be_put_together_and_are_then_no_split_of_their_own(tmp_path, splits, expected):
+    for name in ("train", "test", "more"):
+        Dataset.from_dict({"text": [f"{name} {row}" for row in range(3)]}).to_parquet(tmp_path / f"{name}.parquet")
+    files = "".join(f"  - {{split: {name}, path: {name}.parquet}}\n" for name in ("train", "test", "more"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+    (source,) = read_sources({"mine": {"data": str(tmp_path), "text": "text", "splits": splits}})
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            source.split_names()
+        return
+    assert source.split_names() == expected
+    assert all(len(source.open(split)) for split in expected.values())
+
+
 LINES = ['{"text": "one", "n": {"a": [1]}}', '{"text": "two"', "", "{}", '{"text": "three"}', "[1]", "no"]
 # what Python reads as JSON, and `datasets` does not
 SURROGATES = [r'{"text": "\ud83d\ude00"}', r'{"text": "\ud83d cut"}']
