@@ -75,14 +75,28 @@ def main(arguments: list[str] | None = None) -> int:
     with _escaped_output(sys.stdout):
         try:
             status = _run(arguments)
-            # what is still to be written fails here, and not when the process ends
-            sys.stdout.flush()
+            # what is still to be written fails here, and not when the process ends; some services have no output
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except BrokenPipeError:
             if not _is_unread(sys.stdout):
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             return 141
+        except OSError as error:
+            from ..utils.errors import is_disk_full
+
+            if not is_disk_full(error):
+                raise
+            print(f"error: what this command prints cannot be written: {error}.", file=sys.stderr)
+            _drop_output()
+            return 1
         return status
+
+
+def _drop_output() -> None:
+    """Let nothing more fail of what is still to be written when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -100,8 +114,10 @@ def _escaped_output(stream: Any) -> Iterator[None]:
             stream.reconfigure(errors="strict")
 
 
-def _is_unread(stream: TextIO) -> bool:
+def _is_unread(stream: TextIO | None) -> bool:
     """Return whether a stream is a pipe that nobody reads."""
+    if stream is None:
+        return False
     try:
         poll = select.poll()
         poll.register(stream, 0)

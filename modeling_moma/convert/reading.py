@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors_moma import InputError
+from ..utils.messages import one_line
 
 
 DTYPES = {
@@ -300,8 +301,10 @@ def read_pickle(path: Path, map_location: str = "cpu") -> dict[str, torch.Tensor
             "callbacks, are not read even if pickles are allowed. Where the training code is installed, save the "
             'state_dict alone: torch.save(torch.load(path, weights_only=False)["state_dict"], new_path).'
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated, damaged or no PyTorch file ({error}).") from error
+    # its reader raises errors of any type
+    except Exception as error:
+        told = f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(f"{path}: truncated, damaged or no PyTorch file ({told}).") from error
     tensors = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(tensors, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()

@@ -31,8 +31,12 @@ def write_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
 
     Returns:
         `Path`: the target.
+
+    Raises:
+        ValueError: it is a device or a pipe.
     """
     target = Path(os.path.realpath(path))
+    _refuse_device(target)
     with _aside(target) as aside:
         write(aside)
         os.replace(aside, target)
@@ -160,12 +164,14 @@ def check_place(path: str | Path) -> None:
             the file that `--output` names, which may be there.
 
     Raises:
-        ValueError: it is a folder, its folder can neither be made nor written into, or its name is too long.
+        ValueError: it is a folder, a device or a pipe, its folder can neither be made nor written into, or its name is
+            too long.
     """
     if os.path.isdir(path):
         raise InputError(f"--output: {str(path)!r} is a folder; name a file in it.")
     # where a link leads to is what is written
     path = Path(os.path.realpath(path))
+    _refuse_device(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -191,17 +197,24 @@ def check_writable(folder: str | Path) -> None:
             which may be missing.
 
     Raises:
-        ValueError: names the folder that nothing can be written into, or a link that leads nowhere.
+        ValueError: names the folder that nothing can be written into, or a link that leads nowhere or in a circle.
     """
     if Path(folder).is_symlink() and not Path(folder).exists():
         raise InputError(f"--output: {str(folder)!r} is a link to {os.readlink(folder)!r}, which does not exist.")
-    place = Path(folder).resolve()
+    place = Path(os.path.realpath(folder))
+    if any(path.is_symlink() for path in (place, *place.parents)):
+        raise InputError(f"--output: {str(folder)!r} has links in it that lead in a circle.")
     folder = next(path for path in (place, *place.parents) if path.exists())
     try:
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise _not_writable(folder, error) from error
+
+
+def _refuse_device(path: Path) -> None:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"--output: {str(path)!r} is a device or a pipe, in whose place a file would be written.")
 
 
 def _not_writable(folder: Path, error: OSError) -> InputError:

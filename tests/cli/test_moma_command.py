@@ -84,6 +84,22 @@ def test_output_that_nobody_reads_is_no_error(unbuffered):
     assert (process.stderr.read(), process.wait()) == ("", 141)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_one_line(unbuffered):
+    command = [sys.executable, "-m", "modeling_moma", "--help"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: what this command prints cannot be written: [Errno 28]")
+
+
+def test_a_command_needs_no_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["--help"]) == 0
+
+
 def fail_in_a_call():
     int("none")
 

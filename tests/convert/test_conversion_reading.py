@@ -203,6 +203,22 @@ def test_training_checkpoint_is_refused_with_what_to_do_and_its_state_dict_alone
             read_pickle(tmp_path / "other.ckpt")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"https://example.org/vqgan.ckpt\n",
+        b"Repository not found",
+        b"rate limit exceeded",
+        b"GGUF\x03\0\0\0",
+        b"just notes",
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
+    (tmp_path / "link.ckpt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"link.ckpt: .*damaged"):
+        read_pickle(tmp_path / "link.ckpt")
+
+
 def test_json_is_an_object_or_refused_by_file(tmp_path):
     path = tmp_path / "settings.json"
     assert read_json(path, default={}) == {}

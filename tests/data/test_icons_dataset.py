@@ -101,6 +101,17 @@ def test_a_split_of_few_sets_may_have_no_rows(tmp_path):
         assert pq.read_table(tmp_path / f"{split}-00000-of-00001.parquet").column_names == list(FEATURES)
 
 
+def test_a_build_removes_older_files_of_its_own_alone(tmp_path):
+    old, others = (
+        ["train-00001-of-00002.parquet", "test-00000-of-00009.parquet"],
+        ["customers.parquet", "train-x.parquet"],
+    )
+    for name in (*old, *others):
+        (tmp_path / name).touch()
+    write_splits(tmp_path, {split: [] for split in SPLITS}, seed=0)
+    assert [(tmp_path / name).exists() for name in (*old, *others)] == [False, False, True, True]
+
+
 def test_the_list_holds_every_committed_image_in_its_split(rows, listed):
     for split in SPLITS:
         hashes = {(row["set"], row["icon"]): row["hash"] for row in listed[split]}

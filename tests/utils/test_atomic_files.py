@@ -296,3 +296,21 @@ def test_output_folder_that_is_a_link_to_nothing_is_refused_before_any_work(tmp_
 def test_output_folder_that_is_missing_is_not_made_by_its_check(tmp_path):
     check_new_folder(tmp_path / "new" / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pipe_and_a_device_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for place in (tmp_path / "pipe", tmp_path / "link", "/dev/null"):
+        for write in (check_place, lambda path: write_aside(path, lambda aside: aside.write_text("lost"))):
+            with pytest.raises(ValueError, match="--output: '.*' is a device or a pipe"):
+                write(place)
+    assert (tmp_path / "pipe").is_fifo() and Path("/dev/null").is_char_device()
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "link"}
+
+
+def test_links_in_a_circle_are_told(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(ValueError, match="--output: '.*/a/model' has links in it that lead in a circle"):
+        check_new_folder(tmp_path / "a" / "model")
