@@ -2,6 +2,7 @@
 """Writes the splits, and the list of all images with their hashes."""
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -81,8 +82,10 @@ def write_splits(
             sizes[split] += path.stat().st_size
             written.add(name)
             on_done(name)
+    # of an earlier build; other files are whoever's they are
+    own = re.compile(rf"(?:{'|'.join(SPLITS)})-(?:sample|\d{{5}}-of-\d{{5}})\.parquet")
     for path in folder.glob("*.parquet"):
-        if path.name not in written:
+        if path.name not in written and own.fullmatch(path.name):
             path.unlink()
     return sizes
 
