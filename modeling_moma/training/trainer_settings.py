@@ -109,13 +109,16 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
 def _try_schedule(training_arguments: TrainingArguments) -> None:
     """Make a schedule and throw it away: Trainer makes its own when all else is read."""
     num_steps = training_arguments.max_steps
-    get_scheduler(
+    scheduler = get_scheduler(
         training_arguments.lr_scheduler_type,
         torch.optim.SGD([torch.zeros(1)], lr=training_arguments.learning_rate),
         training_arguments.get_warmup_steps(num_steps),
         num_steps,
         training_arguments.lr_scheduler_kwargs,  # pyright: ignore[reportArgumentType]
     )
+    # what is wrong with its settings may show behind the warm-up alone
+    for rate in getattr(scheduler, "lr_lambdas", ()):
+        rate(num_steps)
 
 
 def make_trainer(arguments: argparse.Namespace, kind: Callable[..., StageTrainer], /, **parts: Any) -> StageTrainer:

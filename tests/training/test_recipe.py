@@ -194,6 +194,7 @@ def test_numbers_without_a_dot_are_numbers(tmp_path):
         ("{optim: adamm}", "adamm"),
         ("{lr_scheduler_type: curved}", "curved"),
         ("{lr_scheduler_type: linear, lr_scheduler_kwargs: {min_lr_rate: 0.1}}", "min_lr_rate"),
+        ("{lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr_rate: low}}", "unsupported operand"),
         ("{lr_scheduler_type: warmup_stable_decay}", "num_decay_steps"),
         ("{optim: Muon}", "did you mean 'muon'"),
         ("{fsdp: full_shard, fsdp_config: nowhere.json}", "nowhere.json"),
