@@ -53,7 +53,7 @@ class _RaggedRows:
         length_B (`torch.LongTensor`):
             the same on the device, `[B]`.
         num_hidden (`int`):
-            positions seen that the mask of the last forward hid, of all rows.
+            positions seen that the mask of the last forward hid, of all rows; -1 where that is not known.
     """
 
     cumulative_length: int
@@ -195,7 +195,7 @@ class _RaggedRows:
             num_after (`int`):
                 such positions in all.
         """
-        if self.is_initialized and num_before != self.num_hidden:
+        if self.is_initialized and self.cumulative_length and num_before != self.num_hidden:
             is_seen_BS = mask_BS.to(self.device) != 0
             # what stands behind a row's tokens may be a slot of later ones
             slot_BS = self.slots.long().clamp(max=self.cumulative_length - 1)
@@ -239,6 +239,8 @@ class _RaggedRows:
                 f"`tokens_to_remove` = {tokens_to_remove}: only {self.cumulative_length} tokens have been seen."
             )
         self.cumulative_length += tokens_to_remove
+        # how many of them are among those that are left is not known
+        self.num_hidden = -1 if self.num_hidden else 0
         if self.is_initialized:
             is_kept_BS = _is_stored(self.slots, self.length_B) & (self.slots < self.cumulative_length)
             self.length_B = is_kept_BS.sum(1)
@@ -382,7 +384,7 @@ class MomaDepthCacheLayer(_RaggedRows, DynamicLayer):
         """Forget everything."""
         super().reset()
         self.lengths, self.slots = [], None  # pyright: ignore[reportAttributeAccessIssue]
-        self.is_counted = True
+        self.is_counted, self.num_hidden = True, 0
 
     def _first_columns(self, capacity: float) -> int:
         return 0
@@ -420,6 +422,7 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
         """Forget everything, but keep the memory."""
         is_own = self.is_initialized and self._take_memory()
         self.cumulative_length, self.lengths, self.is_counted = 0, [0] * len(self.lengths), True
+        self.num_hidden = 0
         if self.is_initialized:
             self.length_B = torch.zeros_like(self.length_B)
         if is_own:

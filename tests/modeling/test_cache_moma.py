@@ -298,6 +298,53 @@ def test_a_static_cache_that_was_reset_is_as_a_fresh_one(depth_layers, length):
     torch.testing.assert_close(then.logits, expected.logits, atol=1e-5, rtol=0)
 
 
+def forget_all(cache):
+    cache.reset()
+
+
+def crop_all(cache):
+    cache.crop(-8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("forget", [forget_all, crop_all])
+@pytest.mark.parametrize("hidden, then_hidden", [(3, 3), (3, 0), (2, 3), (0, 2)])
+def test_a_cache_that_was_emptied_knows_nothing_of_what_was_hidden(kind, forget, hidden, then_hidden):
+    model, ids = make_model(), random_ids(2, 10, 0)
+    for router in depth_routers(model):
+        router.threshold.fill_(0.3)
+    mask, then_mask = torch.ones(2, 8, dtype=torch.long), torch.ones(2, 10, dtype=torch.long)
+    mask[0, :hidden], then_mask[1, :then_hidden] = 0, 0
+    used, fresh = new_cache(model, kind), new_cache(model, kind)
+    model(ids[:, :8], attention_mask=mask, cache=used)
+    forget(used)
+    for cache in (used, fresh):
+        # what is hidden now was seen before without a mask
+        model(ids[:, :8], cache=cache)
+    logits, expected = (model(ids[:, 8:9], attention_mask=then_mask[:, :9], cache=c).logits for c in (used, fresh))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    forget(used) if forget is forget_all else used.crop(-9)
+    whole = model(ids, attention_mask=then_mask, cache=used).logits[:, -1]
+    torch.testing.assert_close(whole, model(ids, attention_mask=then_mask).logits[:, -1], atol=4e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_hides_other_tokens_after_a_crop_is_not_taken_for_the_same(kind):
+    model, ids = make_model(), random_ids(2, 7, 0)
+    for router in depth_routers(model):
+        router.threshold.fill_(0.3)
+    first, then = torch.ones(2, 8, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)
+    first[0, 6:], then[0, :2] = 0, 0
+    cropped, fresh = new_cache(model, kind), new_cache(model, kind)
+    model(torch.cat((ids[:, :6], ids[:, :2]), dim=1), attention_mask=first, cache=cropped)
+    cropped.crop(-2)
+    model(ids[:, :6], cache=fresh)
+    logits, expected = (model(ids[:, 6:], attention_mask=then, cache=cache).logits for cache in (cropped, fresh))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("threshold", [0.0, 2.0], ids=["all chosen", "none chosen"])
 def test_cache_without_the_config_raises_and_says_what_to_do(threshold):
