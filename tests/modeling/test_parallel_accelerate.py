@@ -97,9 +97,11 @@ def fsdp2_work(rank, folder, overrides):
         model = MomaForCausalLM.from_pretrained(folder / name).train()
         model, optimizer = accelerator.prepare(model, sgd(model))
         units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        # from Accelerate 1.16 on the unit of a layer that is checkpointed is what is around it
+        layers = {getattr(module, "_checkpoint_wrapped_module", module) for module in units}
         results[name] = {
             "steps": train(model, optimizer, [step[rank] for step in TWO_BATCHES], accelerator.backward),
-            "layers": sum(isinstance(module, MomaDecoderLayer) for module in units),
+            "layers": sum(isinstance(module, MomaDecoderLayer) for module in layers),
             "state": accelerator.get_state_dict(model),
         }
     torch.save(results, folder / f"{rank}.pt")
