@@ -69,16 +69,14 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     if args.seed >= 2**32:
         parser.error(f"--seed {args.seed}: it must be below {2**32}")
     args.source = open_source(parser, args)
-    args.learns_new = check_splits(parser, args.source)
+    splits = check_splits(parser, args.source)
+    args.learns_new = NEW_SPLIT in splits
     check_drawing_prompt(parser, args)
     return args
 
 
-def check_splits(parser: argparse.ArgumentParser, source: Source) -> bool:
-    """Refuses data without one of the splits that are read, the last of which only after some minutes.
-
-    Returns whether there is a split of makers that the model does not know.
-    """
+def check_splits(parser: argparse.ArgumentParser, source: Source) -> list[str]:
+    """The splits of data, refused without one of those that are read, the last of which only after some minutes."""
     try:
         found = list(source.split_names().values())
     except ValueError as error:
@@ -86,7 +84,7 @@ def check_splits(parser: argparse.ArgumentParser, source: Source) -> bool:
     missing = [split for split in SPLITS if split not in found]
     if missing:
         parser.error(f"--data {source.data!r} has no split {missing[0]!r}, but {found}.")
-    return NEW_SPLIT in found
+    return found
 
 
 def check_number(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str, least: int):

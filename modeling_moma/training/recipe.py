@@ -166,8 +166,6 @@ class Recipe:
 
 # sections whose fields are checked when a recipe is read
 SECTIONS = {"processor": ProcessorFields, "data": DataFields, "samples": SampleFields, "contrast": ContrastFields}
-
-
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 
 
