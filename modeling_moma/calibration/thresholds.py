@@ -72,9 +72,13 @@ def _warn_if_unread(config: PreTrainedConfig) -> None:
         routings["depth_inference_routing"] = config.depth_inference_routing or config.inference_routing
     if not any(RULES[routing].reads_threshold for routing in routings.values()):
         fields = " and ".join(f"config.{name}={value!r}" for name, value in routings.items())
+        if any(RULES[routing].needs_auxiliary for routing in routings.values()):
+            advice = "it reads those of `calibrate_auxiliary_thresholds`, which `moma calibrate` computes as well."
+        else:
+            advice = "set config.inference_routing='threshold', or pass routing='threshold', to use them."
         logger.warning(
             "The thresholds that are calibrated here are read under the routing 'threshold' alone, and the model has "
-            f"{fields}: set config.inference_routing='threshold', or pass routing='threshold', to use them."
+            f"{fields}: {advice}"
         )
 
 

@@ -41,8 +41,9 @@ class Arguments:
             with --keep-seed, inner width of a fresh expert; else the seed's.
         perturbation (`float`, *optional*, defaults to `0.0`):
             noise on copies, relative to their spread.
-        gumbel_noise (`float`, *optional*, defaults to `1.0`):
-            scale of the routers' noise in training.
+        gumbel_noise (`float`, *optional*):
+            scale of the routers' noise in training; by default 1.0, and 0.0 where the seed's training_routing takes
+            none.
         gumbel_noise_steps (`int`, *optional*):
             training forwards over which it fades; without, it stays. With gradient accumulation every micro-batch
             counts, not the optimizer's steps.
@@ -57,7 +58,7 @@ class Arguments:
     keep_seed: bool = False
     expert_intermediate_size: Int | None = None
     perturbation: Float = 0.0
-    gumbel_noise: Float = 1.0
+    gumbel_noise: Float | None = None
     gumbel_noise_steps: Int | None = None
     seed: Seed = 0
 
@@ -82,15 +83,13 @@ def probe_batch(config, rows: int = 8, length: int = 64) -> "dict[str, torch.Ten
 def text_moved(receipt: "UpcyclingReceipt", modalities: list[str]) -> str | None:
     """Return what to say where the switch moves text, `None` where it hardly does."""
     from ..frames_moma import TEXT
-    from ..upcycling.upcycle import default_experts
 
     moved = receipt.output_differences[TEXT]
     if not moved > _TEXT_MOVED:
         return None
     ways = "--keep-seed keeps all of it"
     if modalities != [TEXT]:
-        name = "".join(f"{count}{modality[0]}" for modality, count in default_experts(modalities).items())
-        ways = f"--to {name}, the default, leaves text as it is, and {ways}"
+        ways = f"without --to text stays as it is, and {ways}"
     return f"moma upcycle: the switch moves text by {moved:.2f} of its logits' norm: {ways}."
 
 

@@ -15,7 +15,7 @@ from .losses import WORDS
 CAUSAL_RULES = {
     "threshold": "`threshold`",
     "auxiliary_0.5": f"`auxiliary`, cut at {PAPER_THRESHOLD} (the paper)",
-    "auxiliary": "`auxiliary`, calibrated cuts",
+    "auxiliary": "`auxiliary`, the model's cuts",
 }
 # columns of the tables: figures of `auxiliary_report` and their headings
 QUALITIES = {"accuracy": "acc.", "precision": "prec.", "recall": "rec.", "load": "load"}

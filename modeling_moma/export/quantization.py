@@ -6,10 +6,10 @@ from transformers import PreTrainedModel, TorchAoConfig
 from ..utils.errors import needs_extra
 
 
-# names of modules and parameters, matched in full
+# names of parameters, matched in full: a pattern for modules would take their biases, too
 LINEAR_LAYERS = (
-    r".*\.self_attn\.(.+\.)?[qkvo]_proj",
-    r".*\.(mlp|shared_expert)\.(gate|up|down)_proj",
+    r".*\.self_attn\.(.+\.)?[qkvo]_proj\.weight",
+    r".*\.(mlp|shared_expert)\.(gate|up|down)_proj\.weight",
 )
 PACKED_EXPERTS = (r".*\.experts\.(gate_up|down)_proj",)
 
@@ -17,8 +17,8 @@ PACKED_EXPERTS = (r".*\.experts\.(gate_up|down)_proj",)
 def torchao_config(linear_config, expert_config=None) -> TorchAoConfig:
     """Return a torchao configuration for attention, feed-forward layers and packed experts.
 
-    By itself torchao takes `nn.Linear` alone, and packed experts are bare parameters. Embedding, head, norms, routers
-    and thresholds keep their type.
+    By itself torchao takes `nn.Linear` alone, and packed experts are bare parameters. Biases, embedding, head, norms,
+    routers and thresholds keep their type.
 
     Args:
         linear_config (`AOBaseConfig`):

@@ -7,7 +7,7 @@ from copy import deepcopy
 
 import torch
 
-from ..configuration_moma import RULES, MomaConfig
+from ..configuration_moma import RULES, MomaConfig, rule_names
 from ..errors_moma import InputError
 from ..frames_moma import TEXT
 from ..modeling_moma import MomaForCausalLM
@@ -57,7 +57,7 @@ def default_experts(modalities: Sequence[str]) -> dict[str, int]:
     if list(modalities) == [TEXT]:
         raise InputError(
             f"`num_experts` = None: by default all modalities but text grow, and the model has {list(modalities)} "
-            "alone. Name a target, as '8x'."
+            "alone. Name a target, as '4t'."
         )
     return {modality: 1 if modality == TEXT else 4 for modality in modalities}
 
@@ -184,7 +184,7 @@ def upcycle(
     num_experts: int | dict[str, int] | None = None,
     preserve_function: bool = False,
     perturbation: float = 0.0,
-    gumbel_noise: float = 1.0,
+    gumbel_noise: float | None = None,
     gumbel_noise_steps: int | None = None,
     keep_seed: bool = False,
     expert_intermediate_size: int | dict[str, int] | None = None,
@@ -213,8 +213,9 @@ def upcycle(
         perturbation (`float`, *optional*, defaults to `0.0`):
             standard deviation of noise on the copies, as a share of the standard deviation of the copied matrix.
             Networks that stay alone in their group get none.
-        gumbel_noise (`float`, *optional*, defaults to `1.0`):
-            `config.gumbel_noise` of the result.
+        gumbel_noise (`float`, *optional*):
+            `config.gumbel_noise` of the result; by default 1.0, the paper's, and 0.0 where its `training_routing`
+            takes no noise.
         gumbel_noise_steps (`int`, *optional*):
             `config.gumbel_noise_steps` of the result.
         keep_seed (`bool`, *optional*, defaults to `False`):
@@ -240,6 +241,9 @@ def upcycle(
             "the result."
         )
     _check_arguments(keep_seed, preserve_function, perturbation)
+    if gumbel_noise is None:
+        training_routing = fields.get("training_routing", getattr(model.config, "training_routing", None))
+        gumbel_noise = 1.0 if training_routing in rule_names(takes_noise=True) else 0.0
     config = upcycled_config(
         model.config,
         num_experts,

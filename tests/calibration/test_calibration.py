@@ -134,6 +134,8 @@ def test_thresholds_that_no_inference_routing_reads_are_told(fields, told, caplo
     assert ("are read under the routing 'threshold' alone" in caplog.text) == bool(told)
     assert (told or "") in caplog.text
     assert ("config.inference_routing='auxiliary'" in caplog.text) == bool(told)
+    assert ("reads those of `calibrate_auxiliary_thresholds`" in caplog.text) == bool(told)
+    assert "set config.inference_routing" not in caplog.text
 
 
 def test_report_owns_up_to_what_ties_at_certainty():

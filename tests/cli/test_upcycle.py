@@ -84,7 +84,7 @@ def test_command_says_when_text_has_moved_and_what_leaves_it(wide_seed, tmp_path
     assert moved > 0.05
     (line,) = [line for line in printed.err.splitlines() if line.startswith("moma upcycle: ")]
     assert f"moves text by {moved:.2f} of its logits' norm" in line
-    assert "--to 1t4i, the default, leaves text as it is" in line and "--keep-seed keeps all of it" in line
+    assert "without --to text stays as it is" in line and "--keep-seed keeps all of it" in line
 
 
 @pytest.mark.parametrize("moved", [float("nan"), 0.0, 0.05])
@@ -93,9 +93,9 @@ def test_command_is_silent_where_text_hardly_moves(moved):
     assert upcycle.text_moved(receipt, ["text", "image"]) is None
 
 
-def test_what_leaves_text_is_named_by_the_models_modalities():
+def test_what_leaves_text_is_told_where_there_is_more_than_text():
     receipt = UpcyclingReceipt({}, {}, output_differences={"text": 0.5})
-    assert "--to 1t4a4i, the default" in upcycle.text_moved(receipt, ["text", "audio", "image"])
+    assert "without --to text stays as it is" in upcycle.text_moved(receipt, ["text", "image", "imago"])
     line = upcycle.text_moved(receipt, ["text"])
     assert "--to" not in line and "--keep-seed" in line
 

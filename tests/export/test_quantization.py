@@ -29,7 +29,7 @@ DATA = Path(__file__).resolve().parents[2] / "data" / "emoji"
 CONFIGS = {
     "4t4i": {"num_experts": {"text": 4, "image": 4}, "shared_expert_intermediate_size": {"text": 24, "image": 24}},
     "1t1i": {"num_experts": {"text": 1, "image": 1}, "shared_expert_intermediate_size": 24},
-    "untied": {"num_experts": {"text": 4, "image": 1}, "untied_attention": True},
+    "untied": {"num_experts": {"text": 4, "image": 1}, "untied_attention": True, "attention_bias": True},
     "depth": {
         "num_experts": {"text": 4, "image": 2},
         "num_hidden_layers": 3,
@@ -80,7 +80,8 @@ def is_full_precision(name: str) -> bool:
     """Whether a parameter of this name has to keep its type, whatever is quantised."""
     parts = name.split(".")
     return (
-        "embed_tokens" in parts
+        parts[-1] == "bias"
+        or "embed_tokens" in parts
         or "lm_head" in parts
         or any(part.endswith("norm") for part in parts)
         or any(part.endswith("router") for part in parts)

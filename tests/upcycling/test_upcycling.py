@@ -158,6 +158,13 @@ def test_fields_of_the_stage_reach_the_config():
     assert seed.config.expert_capacity_factor == 1.0
 
 
+@pytest.mark.parametrize("routing, noise", [("expert_choice", 1.0), ("token_choice", 1.0), ("threshold", 0.0)])
+def test_noise_is_that_of_the_paper_where_the_rule_takes_any(routing, noise):
+    seed = tiny_model(**GROUPS["1t1i"], training_routing=routing)
+    assert upcycle(seed, FOUR_EACH).config.gumbel_noise == noise
+    assert upcycle(tiny_model(**GROUPS["1t1i"]), FOUR_EACH, training_routing=routing).config.gumbel_noise == noise
+
+
 @pytest.mark.parametrize("groups", ["4t4i", "8x"])
 def test_a_seed_with_several_experts_is_refused(groups):
     with pytest.raises(ValueError, match="`model` has num_experts"):
@@ -184,7 +191,7 @@ def test_bad_arguments_are_refused():
         ):
             upcycle(seed, FOUR_EACH, perturbation=perturbation)
     with pytest.raises(StrictDataclassClassValidationError, match="gumbel_noise"):
-        upcycle(tiny_model(**GROUPS["1t1i"], training_routing="threshold"), FOUR_EACH)
+        upcycle(tiny_model(**GROUPS["1t1i"], training_routing="threshold"), FOUR_EACH, gumbel_noise=1.0)
     with pytest.raises(ValueError, match="`tie_word_embeddings` = True"):
         upcycle(seed, FOUR_EACH, tie_word_embeddings=True)
     with pytest.raises(ValueError, match="`model` has no"):

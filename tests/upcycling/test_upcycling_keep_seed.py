@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from helpers.reference import GROUPS
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
 from helpers.upcycling import CASES, FOUR_EACH, ONE_EACH, groups_of, matrices, padded_batch, trained_seed
-from modeling_moma import MomaForCausalLM, upcycle, upcycled_config, upcycling_receipt
+from modeling_moma import MomaForCausalLM, parse_experts, upcycle, upcycled_config, upcycling_receipt
 
 
 # those without `gate_after_norm`
@@ -221,6 +221,10 @@ def test_without_a_target_text_keeps_its_network_and_the_others_grow(fields):
     text_alone = {"modality_token_ranges": {}, "begin_image_token_id": None, "end_image_token_id": None}
     with pytest.raises(ValueError, match=r"`num_experts` = None: .* \['text'\] alone"):
         upcycled_config(tiny_config(**GROUPS["dense"], **text_alone))
+    # the target that the message names fits either kind of seed
+    for groups in ({"num_experts": 1}, {"num_experts": {"text": 1}}):
+        seed = tiny_config(**groups, **text_alone)
+        assert upcycled_config(seed, parse_experts("4t", seed.modalities)).num_experts == {"text": 4}
 
 
 @pytest.mark.parametrize("case", KEPT)
