@@ -242,7 +242,7 @@ def upcycle(
         )
     _check_arguments(keep_seed, preserve_function, perturbation)
     if gumbel_noise is None:
-        training_routing = fields.get("training_routing", getattr(model.config, "training_routing", None))
+        training_routing = fields.get("training_routing", model.config.training_routing)
         gumbel_noise = 1.0 if training_routing in rule_names(takes_noise=True) else 0.0
     config = upcycled_config(
         model.config,

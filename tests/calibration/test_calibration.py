@@ -134,7 +134,7 @@ def test_thresholds_that_no_inference_routing_reads_are_told(fields, told, caplo
     assert ("are read under the routing 'threshold' alone" in caplog.text) == bool(told)
     assert (told or "") in caplog.text
     assert ("config.inference_routing='auxiliary'" in caplog.text) == bool(told)
-    assert ("reads those of `calibrate_auxiliary_thresholds`" in caplog.text) == bool(told)
+    assert ("the model reads those of `calibrate_auxiliary_thresholds`" in caplog.text) == bool(told)
     assert "set config.inference_routing" not in caplog.text
 
 
