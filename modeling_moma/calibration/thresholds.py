@@ -73,7 +73,9 @@ def _warn_if_unread(config: PreTrainedConfig) -> None:
     if not any(RULES[routing].reads_threshold for routing in routings.values()):
         fields = " and ".join(f"config.{name}={value!r}" for name, value in routings.items())
         if any(RULES[routing].needs_auxiliary for routing in routings.values()):
-            advice = "the model reads those of `calibrate_auxiliary_thresholds`, which `moma calibrate` computes as well."
+            advice = (
+                "the model reads those of `calibrate_auxiliary_thresholds`, which `moma calibrate` computes as well."
+            )
         else:
             advice = "set config.inference_routing='threshold', or pass routing='threshold', to use them."
         logger.warning(
