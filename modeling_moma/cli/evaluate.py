@@ -46,7 +46,8 @@ class Arguments:
         batch_size (`int`, *optional*, defaults to `64`):
             rows at once.
         dtype (`Literal["float32", "bfloat16"]`, *optional*, defaults to `"float32"`):
-            of the weights; a GPU multiplies groups of experts in bfloat16 alone without waiting.
+            of the weights, but for a model that bitsandbytes has quantised, which keeps its own; a GPU multiplies
+            groups of experts in bfloat16 alone without waiting.
         seed (`int`, *optional*, defaults to `0`):
             of the draw, the order and the drawings.
         retrieval_pairs (`int`, *optional*, defaults to `64`):
@@ -111,8 +112,8 @@ def check_flags(args: Arguments) -> None:
             raise InputError(f"{flag}: it is read by `--measures {measure}` alone, which is not asked for.")
 
 
-def evaluate(args: Arguments) -> dict:
-    """Return the figures of [`measure_sources`] by source."""
+def evaluate(args: Arguments) -> tuple[dict, str]:
+    """Return the figures of [`measure_sources`] by source, and the type in which they were computed."""
     with without_import_notices():
         import torch
 
@@ -134,7 +135,7 @@ def evaluate(args: Arguments) -> dict:
     processor = open_processor(args.processor or args.model, "--processor" if args.processor else "--model").to(device)
     check_layout(model.config, processor.token_layout())
     sources = read_held_out(args.tokens, processor, args.split, args.limit, args.seed, args.sources)
-    return measure_sources(model, processor, sources, settings)
+    return measure_sources(model, processor, sources, settings), str(model.dtype).removeprefix("torch.")
 
 
 def run(args: Arguments) -> None:
@@ -145,12 +146,12 @@ def run(args: Arguments) -> None:
     if args.output is not None:
         # before hours of measures
         check_place(args.output)
-    sources = evaluate(args)
+    sources, dtype = evaluate(args)
     from ..evaluation.report import report_tables
 
     print(report_tables(sources))
     if args.output is not None:
-        report = {"arguments": vars(args), "dtype": args.dtype, "sources": sources}
+        report = {"arguments": vars(args), "dtype": dtype, "sources": sources}
         write_aside(args.output, lambda path: path.write_text(finite_json(report)))
 
 

@@ -77,10 +77,17 @@ TEXT_TOKENIZER = Saved("text tokenizer", "build-processor", (("tokenizer.json", 
 
 
 def open_model(place: str, option: str = "--model", **kwargs: Any) -> MomaForCausalLM:
-    """Return a model; see [`open_saved`]. One that lacks weights, for which random ones would stand, is an error."""
+    """Return a model; see [`open_saved`]. One that lacks weights, for which random ones would stand, is an error.
+
+    One that bitsandbytes has quantised keeps the type that it was saved in, whatever `dtype` says.
+    """
     missing: list[str] = []
 
     def load() -> MomaForCausalLM:
+        # Transformers would cast what is not quantised alone, and the layers refuse inputs of another type
+        quantization = PreTrainedConfig.get_config_dict(place)[0].get("quantization_config") or {}
+        if "dtype" in kwargs and quantization.get("quant_method") == "bitsandbytes":
+            kwargs["dtype"] = "auto"
         both: Any = MomaForCausalLM.from_pretrained(place, output_loading_info=True, **kwargs)
         model, loaded = both
         tensors = saved_tensors(model)

@@ -15,7 +15,7 @@ from helpers.tiny import IMAGE_IDS, noise_images, randomize_auxiliary, tiny_conf
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.held_out import CaptionedImages
 from modeling_moma.evaluation.information import measure_information
-from modeling_moma.evaluation.measures import draw_images, write_captions
+from modeling_moma.evaluation.measures import draw_images, load_model, write_captions
 from modeling_moma.export.quantization import quantized_share, torchao_config
 from modeling_moma.hub.loading import open_model, refuse_non_finite, require_plain_weights
 from modeling_moma.labelling.labeler import ImageLabeler
@@ -157,6 +157,20 @@ def test_a_quantised_model_labels_searches_and_is_evaluated(name, tmp_path):
     assert drawn.shape == codes[:1].shape
     information = measure_information(model, processor, CaptionedImages(codes, ["house", "red apple"]), batch_size=2)
     assert math.isfinite(information["image"]["taken"])
+
+
+@pytest.mark.parametrize("saved_in", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("opened_in", ["float32", "bfloat16"])
+def test_commands_run_what_bitsandbytes_saved_in_another_type(saved, saved_in, opened_in, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    quantization = BitsAndBytesConfig(load_in_8bit=True)
+    model = MomaForCausalLM.from_pretrained(saved[0], dtype=saved_in, quantization_config=quantization)
+    model.save_pretrained(tmp_path)
+    opened = load_model(str(tmp_path), "cpu", opened_in)
+    assert opened.dtype == saved_in
+    with torch.no_grad():
+        for input_ids in INPUTS.values():
+            assert torch.equal(opened(input_ids).logits, model.eval()(input_ids).logits)
 
 
 @pytest.mark.parametrize("name", ["weight_only", "dynamic"])
