@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from ..errors_moma import InputError
 from ..utils.messages import one_line
@@ -107,7 +108,7 @@ class CheckpointReader(TensorSource):
 
     Raises:
         CheckpointError: there are no weights, only pickles that were not allowed, or a shard is missing, cut short or
-            at odds with the index.
+            at odds with the index; or adapters lie beside them.
     """
 
     def __init__(self, folder: str | Path, allow_pickle: bool = False):
@@ -115,6 +116,12 @@ class CheckpointReader(TensorSource):
         if not self.folder.is_dir():
             raise CheckpointError(
                 f"{folder}: no such folder. Fetch a checkpoint of the Hub with `hf download NAME --local-dir FOLDER`."
+            )
+        # `from_pretrained` would load them over the weights
+        if (self.folder / ADAPTER_CONFIG_NAME).is_file():
+            raise CheckpointError(
+                f"{folder}: it holds adapters ({ADAPTER_CONFIG_NAME}) beside its weights. Merge them first, by PEFT's "
+                "`merge_and_unload`, or remove them to convert the weights alone."
             )
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}

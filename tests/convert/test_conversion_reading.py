@@ -242,3 +242,10 @@ def test_folder_without_weights_or_config_is_refused(tmp_path):
         CheckpointReader(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="config.json"):
         _ = CheckpointReader(save_single(tmp_path)).config
+
+
+def test_adapters_beside_the_weights_are_refused(tmp_path):
+    save_single(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="it holds adapters .adapter_config.json. .*merge_and_unload"):
+        CheckpointReader(tmp_path)
