@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from ..configuration_moma import RULES
 from ..modeling_moma import MomaExpertGroup, MomaFeedForward, MomaForCausalLM
 from ..routing_moma import MomaRouter
 from ..token_groups_moma import token_modalities
@@ -25,8 +26,8 @@ class UpcyclingReceipt:
         parameters (`dict[str, int]`):
             of the `"seed"` and of the `"upcycled"` model.
         coverage (`dict[str, list[float]]`):
-            shares of a group's tokens that 0, 1, and 2 or more experts took under `expert_choice`, averaged over the
-            layers; by group. With `cover_all_tokens` there is none that 0 took.
+            shares of a group's tokens that 0, 1, and 2 or more experts took under `routing`, averaged over the layers;
+            by group. With `cover_all_tokens` there is none that 0 took.
         output_difference (`float`):
             norm of the logits' change over the norm of the source's logits.
         ffn_difference (`dict[str, list[float]]`):
@@ -35,6 +36,9 @@ class UpcyclingReceipt:
             no token was.
         output_differences (`dict[str, float]`):
             `output_difference` by modality of the token at the position. NaN where no token was.
+        routing (`str`):
+            the rule of the experts on the probe: `token_choice` where the model trains by it, else `expert_choice`, as
+            the thresholds of fresh routers carry no information yet.
     """
 
     tensors: dict[str, int]
@@ -43,6 +47,7 @@ class UpcyclingReceipt:
     output_difference: float = float("nan")
     ffn_difference: dict[str, list[float]] = field(default_factory=dict)
     output_differences: dict[str, float] = field(default_factory=dict)
+    routing: str = "expert_choice"
 
     def to_dict(self) -> dict:
         """Return the fields for JSON, which has neither NaN nor infinity: `None` instead."""
@@ -55,7 +60,7 @@ def upcycling_receipt(
 ) -> UpcyclingReceipt:
     """Count what was copied, and measure on a probe batch how much the switch changes.
 
-    Both models choose by rank, without noise.
+    Both models route by the `routing` of the receipt, without noise; depth layers choose by rank.
 
     Args:
         seed (`MomaForCausalLM`):
@@ -65,9 +70,16 @@ def upcycling_receipt(
         batch (`dict[str, torch.Tensor]`, *optional*):
             `input_ids` and `attention_mask` of the probe.
     """
+    training_routing = upcycled.config.training_routing
     report = UpcyclingReceipt(
-        _count_tensors(seed, upcycled), {"seed": seed.num_parameters(), "upcycled": upcycled.num_parameters()}
+        _count_tensors(seed, upcycled),
+        {"seed": seed.num_parameters(), "upcycled": upcycled.num_parameters()},
+        routing="expert_choice" if RULES[training_routing].reads_threshold else training_routing,
     )
+    # depth layers have no other rule in training but that of thresholds
+    options = {"routing": report.routing, "output_router_logits": True, "use_cache": False}
+    if upcycled.config.depth_layers:
+        options["depth_routing"] = "expert_choice"
     if batch is None:
         return report
     modes = seed.training, upcycled.training
@@ -77,11 +89,7 @@ def upcycling_receipt(
     try:
         for name, group, layer, seed_layer in _routed_groups(upcycled, seed):
             handles.append(group.register_forward_hook(_record_group(name, layer, seed_layer, records)))
-        # route by rank: the thresholds of fresh routers carry no information yet
-        expected, actual = (
-            model(**batch, use_cache=False, routing="expert_choice", output_router_logits=True).logits.float()
-            for model in (seed, upcycled)
-        )
+        expected, actual = (model(**batch, **options).logits.float() for model in (seed, upcycled))
     finally:
         for handle in handles:
             handle.remove()

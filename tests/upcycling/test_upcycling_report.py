@@ -200,3 +200,34 @@ def test_receipt_works_in_bf16():
     assert sum(receipt.coverage["text"]) == pytest.approx(1)
     assert receipt.ffn_difference["text"][1] < 0.05
     assert 0 < receipt.output_difference < 2
+
+
+@pytest.mark.parametrize("depth", [{}, DEPTH])
+@pytest.mark.parametrize("groups", ["1t1i", "dense"])
+def test_a_model_by_token_choice_is_measured_by_it(groups, depth):
+    # a norm behind the layer takes the gates out by itself
+    routings = {"training_routing": "token_choice", "inference_routing": "token_choice", "norm_placement": "pre"}
+    if depth:
+        routings |= {"depth_training_routing": "expert_choice", "depth_inference_routing": "threshold"}
+    seed = trained_seed(**GROUPS[groups], **depth, **routings).eval()
+    batch = padded_batch()
+    is_token = batch["attention_mask"] == 1
+    for preserve in (True, False):
+        upcycled = upcycle(seed, FOUR_EACH, preserve_function=preserve).eval()
+        receipt = upcycling_receipt(seed, upcycled, batch)
+        assert receipt.routing == "token_choice"
+        # every token has an expert
+        assert all(shares[0] == 0 for shares in receipt.coverage.values())
+        assert (receipt.output_difference < 1e-5) == preserve
+        if not depth:
+            with torch.no_grad():
+                expected, actual = (model(**batch).logits[is_token] for model in (seed, upcycled))
+            change = float((actual - expected).norm() / expected.norm())
+            assert receipt.output_difference == pytest.approx(change, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("routing", ["expert_choice", "threshold"])
+def test_other_models_are_measured_by_rank(routing):
+    seed = trained_seed(**GROUPS["1t1i"], training_routing=routing)
+    receipt = upcycling_receipt(seed, upcycle(seed, FOUR_EACH), padded_batch())
+    assert receipt.routing == "expert_choice" and any(shares[0] > 0 for shares in receipt.coverage.values())
