@@ -916,7 +916,12 @@ def _modalities(
                 f"`mm_token_type_ids` has the shape {tuple(mm_token_type_ids.shape)}, but `inputs_embeds` has "
                 f"{inputs.shape[0]} rows of {inputs.shape[1]} positions: each needs its modality."
             )
-        return mm_token_type_ids
+        if mm_token_type_ids.is_floating_point():
+            raise InputError(
+                f"`mm_token_type_ids` is of {mm_token_type_ids.dtype}, and whole numbers are needed: places in "
+                "config.modalities."
+            )
+        return mm_token_type_ids.long()
     # soft prompts of PEFT come this way, before images too
     if len(config.expert_groups) > 1 and not torch.compiler.is_compiling():
         logger.warning_once(

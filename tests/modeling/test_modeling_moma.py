@@ -206,6 +206,11 @@ def test_embeddings_with_modalities_equal_ids(monkeypatch, routing):
             )
             for shape in ((1, 4), (2, 5), (2, 3), (8,))
         ),
+        (
+            {"inputs_embeds": torch.zeros(1, 4, 16), "mm_token_type_ids": torch.zeros(1, 4)},
+            ValueError,
+            "mm_token_type_ids.*float32.*whole numbers",
+        ),
         *(
             (
                 {"input_ids": torch.full((2, 4), 30), "attention_mask": torch.ones(shape)},
@@ -552,3 +557,21 @@ def test_pre_norm_differs_from_post_norm():
     ids = mixed_ids()
     post, pre = (tiny_model(norm_placement=placement).eval()(ids).logits for placement in ("post", "pre"))
     assert not torch.allclose(post, pre, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int32])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"untied_attention": True},
+        {"depth_layers": [0], "depth_capacity": {"text": 0.5, "image": 0.6}},
+        {"num_experts": 4, "balance_bias_by_modality": True, "inference_routing": "token_choice"},
+    ],
+)
+def test_modalities_are_read_in_any_type_of_whole_numbers(fields, dtype):
+    model, ids = tiny_model(**fields).eval(), mixed_ids()
+    types = token_modalities(model.config, ids).to(dtype)
+    with torch.no_grad():
+        logits = model(inputs_embeds=model.get_input_embeddings()(ids), mm_token_type_ids=types).logits
+        torch.testing.assert_close(logits, model(ids).logits)
