@@ -228,7 +228,7 @@ class _ChunkedNorm(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, weight_D: torch.Tensor, eps: float, plain: Callable):
         size = x.shape[-1]
         x_ND = x.reshape(-1, size)
-        scale_N1 = torch.empty(x_ND.shape[0], 1)
+        scale_N1 = x_ND.new_empty(x_ND.shape[0], 1, dtype=torch.float32)
         y_ND = x_ND.new_empty(x_ND.shape, dtype=torch.promote_types(x.dtype, weight_D.dtype))
         rows = max(1, _NORM_ELEMENTS // size)
         # n rows at a time
@@ -248,8 +248,8 @@ class _ChunkedNorm(torch.autograd.Function):
         # with `create_graph`
         if torch.is_grad_enabled():
             return *gradients_again(lambda x, weight_D: ctx.plain(x), (x, weight_D), grad), None, None
-        x_grad = torch.empty(x.shape, dtype=x.dtype)
-        dtype, weight_D, weight_grad_D = weight_D.dtype, weight_D.float(), torch.zeros(size)
+        x_grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dtype, weight_D, weight_grad_D = weight_D.dtype, weight_D.float(), x.new_zeros(size, dtype=torch.float32)
         rows = max(1, _NORM_ELEMENTS // size)
         values = x.reshape(-1, size), grad.reshape(-1, size), scale_N1, x_grad.view(-1, size)
         for x_nD, grad_nD, scale_n1, x_grad_nD in zip(*(each.split(rows) for each in values)):

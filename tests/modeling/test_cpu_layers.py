@@ -145,3 +145,19 @@ def test_a_resized_head_keeps_its_form(tied):
     use_cpu_layers(model, False)
     model.resize_token_embeddings(rows + 8)
     assert type(model.lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_gradients_do_not_depend_on_the_default_type_of_the_process(default):
+    model, ids, gradients = tiny_model().train(), mixed_ids(), []
+    for dtype in (torch.float32, default):
+        model.zero_grad()
+        torch.set_default_dtype(dtype)
+        try:
+            model(ids, labels=ids).loss.backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        if gradient is not None:
+            torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
