@@ -787,6 +787,13 @@ def _check_frame_ids(config: MomaConfig):
                 f"{key!r} is also {taken.get(token_id)}: each token needs its own id",
             )
             taken[token_id] = f"{key!r} of {modality!r}"
+    begins = {frame.begin for frame in config.frames.values()}
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        given = getattr(config, name)
+        ids = set(given if isinstance(given, list) else [] if given is None else [given])
+        is_code = any(start <= token_id < stop for start, stop in codes for token_id in ids)
+        require(not is_code, name, given, "lies inside modality_token_ranges: special tokens are text")
+        require(not ids & begins, name, given, "begins a frame of codes, and needs an id of its own")
 
 
 def check_experts(config: MomaConfig):

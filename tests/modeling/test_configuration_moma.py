@@ -50,6 +50,12 @@ BAD = [
     ("bos_token_id", {"bos_token_id": 40}),
     ("eos_token_id", {"eos_token_id": -1}),
     ("eos_token_id", {"eos_token_id": [2, 40]}),
+    # special tokens among the codes, as those of the defaults are where codes begin at 0
+    ("pad_token_id. = 1: lies inside", {"modality_token_ranges": {"image": [[0, 16]]}}),
+    ("bos_token_id. = 8: lies inside", {"bos_token_id": 8}),
+    ("eos_token_id. = .2, 23.: lies inside", {"eos_token_id": [2, 23]}),
+    ("eos_token_id. = 24: begins a frame", {"eos_token_id": 24}),
+    ("pad_token_id. = 24: begins a frame", {"pad_token_id": 24}),
     ("begin_image_token_id", {"begin_image_token_id": 40}),
     ("begin_image_token_id", {"begin_image_token_id": 25}),
     ("end_image_token_id", {"end_image_token_id": 10}),
