@@ -11,7 +11,7 @@ Shape suffixes:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -806,12 +806,14 @@ def depth_cache_layer(cache: Cache, layer_idx: int) -> MomaDepthCacheLayer | Mom
         TypeError: the cache does not know of depth layers.
     """
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if not isinstance(layer, MomaDepthCacheLayer | MomaStaticDepthCacheLayer):
+    # by its kind, as Transformers makes it of the class of that copy of this module that was imported last
+    if getattr(layer, "_layer_type", None) != DEPTH_LAYER_TYPE:
         raise TypeError(
             f"`cache` has a {type(layer).__name__} for layer {layer_idx}, a {DEPTH_LAYER_TYPE!r} layer. Build it "
-            "from the model's config: DynamicCache(config=model.config) or StaticCache(model.config, max_cache_len)."
+            "from the model's config: DynamicCache(config=model.config) or StaticCache(model.config, max_cache_len). "
+            "PEFT's prefix tuning, which fills a cache of its own, needs a model without depth layers."
         )
-    return layer
+    return cast("MomaDepthCacheLayer | MomaStaticDepthCacheLayer", layer)
 
 
 __all__ = [

@@ -51,6 +51,8 @@ class FrameLogitsProcessor(LogitsProcessor):
             positions of the prompt and everything generated.
     """
 
+    is_moma_grammar = True
+
     def __init__(self, config: MomaConfig, max_length: int):
         self.frames = config.frames
         self.max_length = max_length
@@ -90,6 +92,8 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
         config (`MomaConfig`):
             gives the codes and the frames.
     """
+
+    is_moma_grammar = True
 
     def __init__(self, config: MomaConfig):
         self.banned_V = _all_codes(config)
@@ -247,7 +251,6 @@ DRAFTING = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit
 ROUTING = ("routing", "depth_routing")
 # options that say how much is generated; the stock loop heeds the second where the first is nowhere
 LENGTHS = ("max_new_tokens", "max_length")
-GRAMMAR = (FrameLogitsProcessor, TextOnlyLogitsProcessor)
 
 
 class MomaGenerationMixin(GenerationCompat):
@@ -332,8 +335,9 @@ class MomaGenerationMixin(GenerationCompat):
         processors = LogitsProcessorList(logits_processor or [])
         # arguments keep the caller's list: the grammar adds its own to `processors` alone
         arguments = {**kwargs, "logits_processor": logits_processor}
-        # an assistant model is called with the processors of the model that it drafts for
-        if any(isinstance(processor, GRAMMAR) for processor in processors):
+        # an assistant model is called with the processors of the model that it drafts for, which may come from
+        # another copy of this module
+        if any(getattr(processor, "is_moma_grammar", False) for processor in processors):
             return self._generate(inputs, generation_config, processors, kwargs, arguments)
         self._check_options(generation_config, kwargs)
         prompt = self._prompt_ids(inputs, kwargs)

@@ -131,6 +131,20 @@ def expected_results(model, processor, image):
     }
 
 
+def run_stranger(code, *arguments, tmp_path):
+    """What code saves to its last argument, in a process without the packages."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    output = tmp_path / "results.pt"
+    run = run_python(["-P", "-c", WITHOUT_PACKAGES + code, *arguments, output], cwd=tmp_path, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return torch.load(output)
+
+
 def assert_same_results(found, expected):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -155,16 +169,7 @@ def test_every_auto_class_loads_the_folder_with_the_package(folder, model, proce
 def test_every_auto_class_loads_the_folder_by_its_own_code_without_the_package(
     folder, model, processor, image, tmp_path
 ):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    output = tmp_path / "results.pt"
-    run = run_python(["-P", "-c", WITHOUT_PACKAGES + STRANGER, folder, image, output], cwd=tmp_path, env=environment)
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = torch.load(output)
+    found = run_stranger(STRANGER, folder, image, tmp_path=tmp_path)
     assert found.pop("names") == NAMES
     expected = expected_results(model, processor, image)
     assert_same_results(found, expected)
@@ -220,3 +225,32 @@ def test_two_configurations_do_not_share_their_auto_map():
     first, second = MomaConfig(), MomaConfig()
     first.auto_map["AutoModel"] = "elsewhere.Model"
     assert second.auto_map["AutoModel"] == "modeling_moma.MomaModel"
+
+
+# loads two folders by a copy of the code each, and writes what the first one generates before and after
+TWO_COPIES = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+
+first, second, output = sys.argv[1:]
+ids = torch.tensor([[30, 31, 32]])
+load = lambda folder: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+options = {"max_new_tokens": 8, "generation_mode": "image", "do_sample": False}
+model = load(first)
+rows = [model.generate(ids, **options)]
+other = load(second)
+assert type(other) is not type(model)
+rows += [model.generate(ids, **options), model.generate(ids, **options, cache_implementation="static")]
+rows += [model.generate(ids, **options, assistant_model=other)]
+torch.save(rows, output)
+"""
+
+
+@pytest.mark.parametrize("fields", [{}, {"depth_layers": [0]}])
+def test_a_second_copy_of_the_code_leaves_the_first_models_alone(fields, tmp_path):
+    for name in ("first", "second"):
+        tiny_model(**fields).save_pretrained(tmp_path / name)
+    first, *later = run_stranger(TWO_COPIES, tmp_path / "first", tmp_path / "second", tmp_path=tmp_path)
+    for row in later:
+        assert torch.equal(row, first)
