@@ -49,6 +49,15 @@ def test_the_folder_stays_below_40_mb(folder):
 
 
 @each_model
+def test_a_wide_image_is_seen_whole(folder):
+    labeler = open_labeler(str(folder))
+    wide, marked = (Image.new("RGB", (128, 64), "white") for _ in range(2))
+    for left in (0, 112):
+        marked.paste("black", (left, 16, left + 16, 48))
+    assert not torch.equal(*labeler.encode([wide, marked]))
+
+
+@each_model
 def test_weights_are_finite_and_bf16_but_for_the_routers(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)

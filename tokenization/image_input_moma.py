@@ -265,6 +265,7 @@ class MomaImageInputMixin(_Backend):
     resample = PILImageResampling.LANCZOS
     do_center_crop: bool = True
     crop_size: Any = {"height": 64, "width": 64}
+    do_pad: bool = False
     do_rescale: bool = True
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
@@ -325,6 +326,7 @@ class MomaImageInputMixin(_Backend):
         size: SizeDict | None = None,
         do_center_crop: bool | None = None,
         crop_size: Any = None,
+        do_pad: bool | None = None,
         **kwargs,
     ) -> Any:
         """Turn one image into the backend's channels-first array.
@@ -346,6 +348,8 @@ class MomaImageInputMixin(_Backend):
                 Whether the centre is cropped afterwards.
             crop_size (`SizeDict`, *optional*):
                 Height and width after cropping, in pixels.
+            do_pad (`bool`, *optional*):
+                Whether an image that is resized is padded afterwards, and stays whole.
             kwargs (`Any`):
                 Further arguments of the backend.
 
@@ -355,7 +359,7 @@ class MomaImageInputMixin(_Backend):
         Raises:
             ValueError: the image is damaged or empty, or its values have no known range.
         """
-        cropped = size if do_resize and do_center_crop else None
+        cropped = size if do_resize and do_center_crop and not do_pad else None
         fills = cropped is not None and _fills(cropped, crop_size)
         ratio = 0 if cropped is None or fills else _max_ratio(cropped, crop_size)
 
@@ -386,11 +390,32 @@ class MomaImageInputMixin(_Backend):
 
     def _preprocess(self, images: list, *args, **kwargs) -> BatchFeature:
         size, crop_size = kwargs.get("size"), kwargs.get("crop_size")
+        if kwargs.pop("do_pad", None) and kwargs.get("do_resize") and crop_size is not None:
+            images = [self._padded(image, crop_size, kwargs.get("resample")) for image in images]
+            kwargs["do_resize"] = kwargs["do_center_crop"] = False
+        # the backend pads with black, behind the crop
+        kwargs["do_pad"] = False
         is_cropped = kwargs.get("do_resize") and kwargs.get("do_center_crop")
         if is_cropped and size is not None and crop_size is not None and _fills(size, crop_size):
             # the images have this shape up to less than a pixel
             kwargs["size"] = SizeDict(height=crop_size.height, width=crop_size.width)
         return super()._preprocess(images, *args, **kwargs)
+
+    def _padded(self, image: Any, crop_size: SizeDict, resample: Any) -> Any:
+        """Return an image resized as a whole to fit into `crop_size`, in the middle of white.
+
+        It is resized first: a strip of one pixel's width, padded to a square as it is, would take gigabytes.
+        """
+        height, width = image.shape[-2:]
+        scale = min(crop_size.height / height, crop_size.width / width)
+        rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+        resized = self.resize(image, SizeDict(height=rows, width=columns), resample=resample)
+        values = torch.as_tensor(resized)
+        white = 1 if values.is_floating_point() else 255
+        padded = values.new_full((*values.shape[:-2], crop_size.height, crop_size.width), white)
+        top, left = (crop_size.height - rows) // 2, (crop_size.width - columns) // 2
+        padded[..., top : top + rows, left : left + columns] = values
+        return padded.numpy() if isinstance(resized, np.ndarray) else padded
 
     def resize(self, image: Any, size: SizeDict, **kwargs) -> Any:
         """Resize as the backend does, floating point values quantised to 256 steps of their range.

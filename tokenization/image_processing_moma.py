@@ -24,8 +24,8 @@ class MomaImageProcessor(MomaImageInputMixin, TorchvisionBackend):
     r"""Resizes, crops and rescales images for the VQ model (torchvision backend).
 
     The shortest edge is resized with Lanczos filtering and the centre is cropped to a square, as Chameleon does: of an
-    image that is not square the ends of the longer side are lost. Pad it to a square first to keep them. Greyscale,
-    palette, 16-bit greyscale and transparent images become 8-bit RGB, transparency composited on white.
+    image that is not square the ends of the longer side are lost. With `do_pad` it is kept whole. Greyscale, palette,
+    16-bit greyscale and transparent images become 8-bit RGB, transparency composited on white.
 
     Args:
         do_convert_rgb (`bool`, *optional*, defaults to `True`):
@@ -40,6 +40,9 @@ class MomaImageProcessor(MomaImageInputMixin, TorchvisionBackend):
             Whether to crop the centre.
         crop_size (`dict[str, int]`, *optional*, defaults to `{"height": 64, "width": 64}`):
             Height and width after cropping, in pixels. It must equal the resolution of the VQ model.
+        do_pad (`bool`, *optional*, defaults to `False`):
+            Whether to resize images to fit into `crop_size`, whole and in the middle of white, in place of cropping
+            them; images of the shape of `crop_size` stay the same. It does nothing without `do_resize`.
         do_rescale (`bool`, *optional*, defaults to `True`):
             Whether to multiply by `rescale_factor`.
         rescale_factor (`float`, *optional*, defaults to 1 / 255):

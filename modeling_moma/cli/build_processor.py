@@ -136,7 +136,7 @@ def run(args: Arguments) -> None:
         tokenizer = add_modality_tokens(tokenizer, modality, codec.num_codes)
     # prompts of a batch have to end side by side
     tokenizer.padding_side = "left"
-    image_processor = MomaImageProcessor.for_resolution(size)
+    image_processor = MomaImageProcessor.for_resolution(size, do_pad=recipe.processor.do_pad)
     # a model that learnt from chats is spoken to as in them
     has_chats = any(source.kind.has_chats for source in recipe.sources)
     template = None if has_chats else caption_chat_template([IMAGE, *codecs])

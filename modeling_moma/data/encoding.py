@@ -201,6 +201,9 @@ def processor_fingerprint(processor: MomaProcessor) -> str:
     digest = hashlib.sha256(plain_backend(processor.tokenizer).to_str().encode())
     settings = processor.image_processor.to_dict()
     kept = {name: settings.get(name) for name in PIXEL_SETTINGS}
+    if settings.get("do_pad"):
+        # without padding it stays what it was
+        kept["do_pad"] = True
     digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
     for name, values in sorted(processor.vq_model.state_dict().items()):
         digest.update(name.encode())

@@ -66,7 +66,8 @@ def read_image_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
             a file or a name on the Hub.
 
     Returns:
-        `tuple[list[Source], dict[str, Any]]`: the sources, and the fields of the recipe's section `image_tokenizer`.
+        `tuple[list[Source], dict[str, Any]]`: the sources, and the fields of the recipe's section `image_tokenizer`,
+        with `do_pad` of its processor.
 
     Raises:
         ValueError: none of the sources has images.
@@ -81,7 +82,8 @@ def read_image_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
             f"{place!r} has no source with images, but {kinds or 'no sources at all'}: an image tokenizer is "
             "trained on sources of captions (`image`) or of interleaved documents (`segments`, `images`)."
         )
-    return sources, recipe.image_tokenizer
+    of_processor = {"do_pad": True} if recipe.processor.do_pad else {}
+    return sources, of_processor | recipe.image_tokenizer
 
 
 def _is_recipe(path: Path) -> bool:

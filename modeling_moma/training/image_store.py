@@ -68,7 +68,12 @@ class ImageStore:
 
 
 def open_store(
-    folder: Path, sources: list[Source], side: int, held_out_images: int, is_strict: bool = False
+    folder: Path,
+    sources: list[Source],
+    side: int,
+    held_out_images: int,
+    is_strict: bool = False,
+    do_pad: bool = False,
 ) -> ImageStore:
     """Open the images of an earlier start, or read the sources where these are others or its files are damaged.
 
@@ -83,6 +88,8 @@ def open_store(
             so many held-out images are kept at most, of more a random part.
         is_strict (`bool`, *optional*, defaults to `False`):
             reject sources with an image that cannot be used.
+        do_pad (`bool`, *optional*, defaults to `False`):
+            fit images into a white square, in place of cropping them to one.
 
     Raises:
         ValueError: there are fewer than two images, or `is_strict` and one cannot be used.
@@ -93,6 +100,9 @@ def open_store(
         "resolution": side,
         "held_out_pictures": held_out_images,
     }
+    if do_pad:
+        # without it the key stays what it was
+        key["do_pad"] = True
     # compare the key as JSON gives it back
     key = json.loads(json.dumps(key, default=str))
     report = _read_report(folder)
@@ -154,7 +164,8 @@ def _write(folder: Path, sources: list[Source], key: dict[str, Any], is_strict: 
         ArrayWriter(folder / PLACES_FILE, (2,), np.int64) as places,
     ):
         filling = _Filling(sources, train, places, _Sample(held_out, key["held_out_pictures"]), is_strict)
-        filling.run(MomaImageProcessor.for_resolution(key["resolution"], do_rescale=False, do_normalize=False))
+        settings = {"do_pad": key.get("do_pad", False), "do_rescale": False, "do_normalize": False}
+        filling.run(MomaImageProcessor.for_resolution(key["resolution"], **settings))
     totals = {"train": train.count, "held_out": held_out.count}
     report = {"key": key, **totals, "sources": filling.counts, "examples": filling.examples}
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")

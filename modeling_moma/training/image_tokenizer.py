@@ -248,6 +248,7 @@ class TokenizerTraining:
             self.model.config.resolution,
             self.settings.held_out_images,
             self.strict,
+            self.settings.do_pad,
         )
         print(store.summary())
         return store

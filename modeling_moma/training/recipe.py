@@ -67,7 +67,7 @@ class DataFields:
 
 @dataclass(frozen=True)
 class ProcessorFields:
-    """How texts become tokens.
+    """How texts and images become tokens.
 
     Args:
         vocab_size (`int`, *optional*, defaults to `2000`):
@@ -76,11 +76,15 @@ class ProcessorFields:
             a folder or Hub name of a tokenizer to take instead.
         text_rows (`int`, *optional*, defaults to `1000000`):
             rows of each source that the encoding learns from, at most.
+        do_pad (`bool`, *optional*, defaults to `False`):
+            whether images are fitted into a white square, or whatever shape the model's have, in place of being
+            cropped to it. It is the default of the image tokenizer's training, too.
     """
 
     vocab_size: Count = 2000
     text_tokenizer: str | None = None
     text_rows: Count = 1_000_000
+    do_pad: bool = False
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ class TokenizerSettings:
             steps without the discriminator, at the beginning.
         augmentation (`Literal["white", "reflection", "none"]`, *optional*, defaults to `"white"`):
             what fills the corners of turned and shifted images: white suits drawings, reflection photos.
+        do_pad (`bool`, *optional*, defaults to `False`):
+            fit images into a white square, in place of cropping them to one.
         held_out_images (`int`, *optional*, defaults to `1024`):
             held-out images that are looked at, at most.
         bf16 (`Literal["auto", "on", "off"]`, *optional*, defaults to `"auto"`):
@@ -73,6 +75,7 @@ class TokenizerSettings:
     adversarial_weight: NotNegative = 0.0
     adversarial_start: Annotated[Int, Field(ge=0)] = 0
     augmentation: Literal["white", "reflection", "none"] = "white"
+    do_pad: bool = False
     held_out_images: Annotated[Count, FormerName("held_out_pictures")] = 1024
     bf16: Annotated[Literal["auto", "on", "off"], OnOff] = "auto"
 
@@ -126,10 +129,11 @@ DECISIVE = (
     "adversarial_weight",
     "adversarial_start",
     "augmentation",
+    "do_pad",
     "held_out_images",
 )
 # defaults of earlier versions, whose checkpoints do not record them
-ONCE = {"caption_weight": 0.0, "adversarial_weight": 0.0, "augmentation": "white"}
+ONCE = {"caption_weight": 0.0, "adversarial_weight": 0.0, "augmentation": "white", "do_pad": False}
 
 
 def read_config(settings: TokenizerSettings) -> "MomaVQConfig":

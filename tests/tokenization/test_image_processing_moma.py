@@ -80,6 +80,52 @@ def test_an_image_that_is_not_cropped_keeps_its_ends(image_processor):
     assert values.shape == (1, 3, 16, 3200) and values[..., 0].max() == -1
 
 
+@pytest.mark.parametrize(
+    "height, width", [(20, 48), (48, 20), (3, 16), (16, 17), (1, 2000), (2000, 1), (5, 5), (90, 90)]
+)
+def test_a_padded_image_is_whole_in_the_middle_of_white(image_processor, height, width):
+    image = Image.fromarray(noise(height, width))
+    scale = 16 / max(height, width)
+    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+    expected = Image.new("RGB", (16, 16), "white")
+    # by hand: Pillow resizes it and pastes it on a sheet
+    resized = image.resize((columns, rows), Image.Resampling.LANCZOS)
+    expected.paste(resized, ((16 - columns) // 2, (16 - rows) // 2))
+    values = pixels(image_processor, image, do_pad=True)
+    expected = torch.from_numpy(np.array(expected)).permute(2, 0, 1) / 127.5 - 1
+    assert values.shape == (1, 3, 16, 16)
+    assert (values[0] - expected).abs().max() < 0.02
+
+
+def test_padding_leaves_images_of_the_shape_of_the_crop_as_they_are():
+    for cls in (MomaImageProcessor, MomaImageProcessorPil):
+        for size, shape in ((16, (40, 40)), ((16, 24), (32, 48))):
+            image = Image.fromarray(noise(*shape))
+            cropped, padded = (pixels(cls.for_resolution(size, do_pad=do_pad), image) for do_pad in (False, True))
+            assert torch.equal(cropped, padded)
+        # as high as the crop and half as wide, in one batch with an image that fills it
+        batch = [Image.fromarray(noise(32, 24)), Image.fromarray(noise(32, 48))]
+        values = pixels(cls.for_resolution((16, 24), do_pad=True), batch)
+        assert values.shape == (2, 3, 16, 24)
+        assert (values[0, ..., :6] == 1).all() and (values[0, ..., -6:] == 1).all() and not (values[1] == 1).all()
+
+
+def test_padding_is_saved_and_white_in_each_range_of_values(image_processor, tmp_path):
+    wide = np.zeros((8, 32, 3), dtype=np.uint8)
+    for given, settings, white in (
+        (wide, {"do_rescale": False, "do_normalize": False}, 255),
+        (wide / np.float32(255), {"do_rescale": False, "do_normalize": False}, 1),
+        (wide, {"do_normalize": False}, 1),
+    ):
+        values = pixels(image_processor, given, do_pad=True, **settings)
+        assert (values[..., :6, :] == white).all() and (values[..., 6:10, :] == 0).all()
+    padding = type(image_processor)(**SIZES, do_pad=True)
+    padding.save_pretrained(tmp_path)
+    loaded = type(image_processor).from_pretrained(tmp_path)
+    assert torch.equal(pixels(loaded, wide), pixels(padding, wide))
+    assert not torch.equal(pixels(loaded, wide), pixels(image_processor, wide))
+
+
 def test_transparency_is_composited_on_white(image_processor):
     clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
     torch.testing.assert_close(pixels(image_processor, clear), torch.ones(1, 3, 16, 16))

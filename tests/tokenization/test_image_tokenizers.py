@@ -33,6 +33,7 @@ from helpers.forked_python import run_python
 from helpers.tiny import CARD, TEXTS, noise_images, tiny_model, tiny_vq_model
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import build_processor, generate, pretrain, tokenize
+from modeling_moma.data.encoding import processor_fingerprint
 from modeling_moma.demo.partial_images import PAPER, PartialImages
 from modeling_moma.demo.routing_view import SIDE, RoutingView
 from modeling_moma.demo.studio import Studio
@@ -379,3 +380,24 @@ def test_own_image_tokenizer_keeps_its_size(photos, tmp_path):
         build_processor.main([str(photos / "recipe.yaml"), *options, "--image-size", "32"])
     build_processor.main([str(photos / "recipe.yaml"), *options])
     assert isinstance(MomaProcessor.from_pretrained(tmp_path / "processor").vq_model, MomaVQModel)
+
+
+def test_a_recipe_says_whether_images_are_cropped_or_padded(photos, tmp_path):
+    tiny_vq_model().save_pretrained(tmp_path / "vq")
+    recipe, built = yaml.safe_load((photos / "recipe.yaml").read_text()), {}
+    for do_pad in (False, True):
+        recipe["processor"]["do_pad"] = do_pad
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        output = str(tmp_path / f"processor-{do_pad}")
+        build_processor.main(
+            [str(tmp_path / "recipe.yaml"), "--image-tokenizer", str(tmp_path / "vq"), "--output", output]
+        )
+        built[do_pad] = MomaProcessor.from_pretrained(output)
+    # black at its ends, which a crop to the middle loses
+    wide, square = Image.new("RGB", (96, 48), "white"), Image.new("RGB", (96, 96), "white")
+    for image, top in ((wide, 20), (square, 44)):
+        image.paste("black", (0, top, 20, top + 8))
+    cropped, padded = (processor.encode_images([wide, square]) for processor in built.values())
+    assert padded[0] == padded[1] == cropped[1] != cropped[0]
+    # tokens of one are not for the other
+    assert processor_fingerprint(built[False]) != processor_fingerprint(built[True])

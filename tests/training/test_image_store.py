@@ -255,7 +255,8 @@ def test_the_emoji_are_all_there_in_their_order(tmp_path):
         np.testing.assert_array_equal(images, wanted)
 
 
-def test_the_model_is_trained_on_the_pixels_that_the_processor_gives(tmp_path):
+@pytest.mark.parametrize("do_pad", [False, True])
+def test_the_model_is_trained_on_the_pixels_that_the_processor_gives(tmp_path, do_pad):
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, (64, 128, 4), dtype=np.uint8)
     images = [
@@ -272,9 +273,13 @@ def test_the_model_is_trained_on_the_pixels_that_the_processor_gives(tmp_path):
     dataset = Dataset.from_dict({"image": paths}).cast_column("image", ImageFeature())
     dataset.to_parquet(tmp_path / "data" / "train.parquet")
     dataset.select([0]).to_parquet(tmp_path / "data" / "validation.parquet")
-    store = open_store(tmp_path / "store", [Source("mixed", str(tmp_path / "data"), ImageKind("image"))], SIDE, 100)
+    sources = [Source("mixed", str(tmp_path / "data"), ImageKind("image"))]
+    # of an earlier start, with the other setting
+    open_store(tmp_path / "store", sources, SIDE, 100, do_pad=not do_pad)
+    store = open_store(tmp_path / "store", sources, SIDE, 100, do_pad=do_pad)
     seen = to_pixel_values(torch.from_numpy(store.train), torch.device("cpu"))
-    given = MomaImageProcessor.for_resolution(SIDE)(list(dataset["image"]), return_tensors="pt")["pixel_values"]
+    processor = MomaImageProcessor.for_resolution(SIDE, do_pad=do_pad)
+    given = processor(list(dataset["image"]), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(seen.contiguous(), given, atol=1e-6, rtol=0)
     assert seen[0].min() == 1.0 and len(store.held_out) == 1
 

@@ -163,6 +163,7 @@ def test_semantic_and_perceptual_terms_are_trained_and_judged(folder, tmp_path):
         (["--resolution", "64"], "resolution = 32"),
         (["--adversarial-weight", "1"], "--adversarial-weight = 0.0"),
         (["--augmentation", "none"], "--augmentation = 'white'"),
+        (["--do-pad"], "--do-pad = False"),
         (["--held-out-images", "5"], "--held-out-images = 1024"),
     ],
 )
@@ -297,6 +298,10 @@ def test_settings_of_a_recipe_are_the_defaults_of_the_flags(folder, tmp_path, la
     assert [source.name for source in args.sources] == ["squares"]
     config = read_config(args)
     assert (config.resolution, config.base_channels, config.num_embeddings) == (24, 16, 1024)
+    # images are padded for the tokenizer where they are for the model
+    for section, expected in (({}, False), ({"do_pad": True}, True)):
+        file.write_text(json.dumps({**recipe, "processor": section}))
+        assert parse_arguments([str(file), "--output", "out"]).do_pad is expected
 
 
 @pytest.mark.parametrize("content", ['[{"image": "a.png"}]', '{"image": "a.png"}\n{"image": "b.png"}\n', "{"])
