@@ -102,7 +102,7 @@ def causal_lm_loss(
     target_N = _targets(labels, shift_labels, attention_mask, ignore_index, states.device, logits_to_keep)
     # -1 where no loss is wanted
     modality_N = torch.where(target_N != ignore_index, token_modalities(config, target_N), -1)
-    weight_N = _weights(config, modality_N) if training and config.modality_loss_weights else None
+    weight_N = modality_weights(config, modality_N) if training and config.modality_loss_weights else None
     z_loss_coef = config.z_loss_coef if training else 0.0
 
     def terms(logits_NV: torch.Tensor, rows: slice):
@@ -171,12 +171,19 @@ class _ChunkedSum(torch.autograd.Function):
         return None, None, None, grad_ND, *gradients
 
 
-def _weights(config: MomaConfig, modality_N: torch.Tensor) -> torch.Tensor:
-    """Return the weight of each target's modality, 0 for those that are ignored."""
-    weight_N = torch.zeros_like(modality_N, dtype=torch.float32)
+def modality_weights(config: MomaConfig, modality_N: torch.Tensor) -> torch.Tensor:
+    """Return the weight of each target in training, by `modality_loss_weights`.
+
+    Args:
+        config (`MomaConfig`):
+            see [`causal_lm_loss`].
+        modality_N (`torch.LongTensor`):
+            `[N]`, of the targets, -1 where no loss is wanted; these weigh 0.
+    """
+    weights, weight_N = config.modality_loss_weights or {}, torch.zeros_like(modality_N, dtype=torch.float32)
     for index, name in enumerate(config.modalities):
         # a list of weights would be copied to the device
-        weight_N = torch.where(modality_N == index, config.modality_loss_weights.get(name, 1.0), weight_N)  # pyright: ignore[reportOptionalMemberAccess]
+        weight_N = torch.where(modality_N == index, weights.get(name, 1.0), weight_N)
     return weight_N
 
 
@@ -300,4 +307,4 @@ def _summary(
     return MomaLoss(total / divisor, losses, counts)
 
 
-__all__ = ["MomaLoss", "causal_lm_loss"]
+__all__ = ["MomaLoss", "causal_lm_loss", "modality_weights"]

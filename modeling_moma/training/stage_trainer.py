@@ -16,8 +16,11 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from tokenization import MomaProcessor
 
+from ..configuration_moma import MomaConfig
 from ..data.packing import IGNORED
 from ..errors_moma import InputError
+from ..loss_moma import causal_lm_loss, modality_weights
+from ..token_groups_moma import token_modalities
 from ..utils.messages import one_line
 from .checkpoints import DEEPSPEED, SHARDS, WHOLE, last_checkpoint, read_state
 from .code_noise import CodeNoise
@@ -85,15 +88,40 @@ class OwnRandomNumbers(TrainerCallback):
             torch.manual_seed(args.seed + SEED_STEP * args.process_index)
 
 
-class ShiftedSmoother(LabelSmoother):
-    """Smooths labels that are one position behind, as a causal model's always are.
+class SmoothedLoss(LabelSmoother):
+    """The model's loss with smoothed labels: in training with its modality weights and z-loss, as without smoothing.
 
-    `Trainer` knows them by the name of the model's class, which FSDP and `torch.compile` change.
+    `Trainer` hands labels to its own `LabelSmoother` in place of the model, and knows that they are one position
+    behind by the name of the model's class, which FSDP and `torch.compile` change.
+
+    Args:
+        config (`MomaConfig`):
+            the model's.
+        epsilon (`float`):
+            share of a target that goes to all tokens alike.
     """
 
-    def __call__(self, model_output, labels, shift_labels=True, **kwargs):
+    def __init__(self, config: MomaConfig, epsilon: float):
+        super().__init__(epsilon=epsilon)
+        self.config = config
+
+    def __call__(self, model_output, labels, shift_labels=True, num_items_in_batch=None):
         """See `LabelSmoother`; `shift_labels` is not heeded."""
-        return super().__call__(model_output, labels, shift_labels=True, **kwargs)
+        logits_BTV = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        training = logits_BTV.requires_grad
+        plain = causal_lm_loss(self.config, logits_BTV, labels, training, num_items_in_batch, self.ignore_index).loss
+        logits_NV, target_N = logits_BTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+        is_target_N = target_N != self.ignore_index
+        # of all tokens alike, in place of the target: both have the same normaliser
+        target_logit_N = logits_NV.gather(1, target_N.clamp(min=0).unsqueeze(1)).squeeze(1)
+        moved_N = (target_logit_N - logits_NV.mean(-1)).masked_fill(~is_target_N, 0.0)
+        if training:
+            modality_N = torch.where(is_target_N, token_modalities(self.config, target_N), -1)
+            moved_N = moved_N * modality_weights(self.config, modality_N)
+        divisor = is_target_N.sum() if num_items_in_batch is None else num_items_in_batch
+        if torch.is_tensor(divisor):
+            divisor = divisor.to(moved_N.device)
+        return plain + self.epsilon * moved_N.sum() / divisor
 
 
 class ResumedTrainer(Trainer):
@@ -218,7 +246,10 @@ class StageTrainer(ResumedTrainer):
         # it adds to a log what the loggers of `report_to`, which stand before all others, are to be told
         self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, MomaMetricsCallback))
         if self.label_smoother is not None:
-            self.label_smoother = ShiftedSmoother(epsilon=self.args.label_smoothing_factor)
+            self.label_smoother = SmoothedLoss(
+                self.model.config,  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
+                self.args.label_smoothing_factor,
+            )
 
     def train_only(self, groups: list[str]):
         """Freeze all but some expert groups and the rows of their tokens, see [`freeze_all_but`].
