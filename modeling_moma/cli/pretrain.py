@@ -145,6 +145,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         for name, flag in FLAGS.items()
         if trainer.get(name) is not None
     }
+    # what a flag says, a recipe's field without a value does not overrule
+    overruled = [name for name, flag in FLAGS.items() if flag in given]
+    overruled += {"on": ["bf16", "fp16"], "off": ["bf16"], "auto": []}[first.bf16]
+    for name in overruled:
+        trainer.pop(name, None)
     args = argparse.Namespace(**{**vars(first), **of_recipe, **given}, trainer=trainer, recipe=recipe)
     if args.stop_at is not None and args.stop_at > args.steps:
         parser.error(

@@ -234,7 +234,10 @@ def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
     missing = [section for section in needs if section not in content]
     if missing:
         raise InputError(f"{where} has no section {missing[0]!r}, which this command needs.")
-    return _read_sections(where, {name: value or {} for name, value in content.items()})
+    # without a value that section is off, and the others are empty
+    if content.get("contrast", {}) in (None, False):
+        del content["contrast"]
+    return _read_sections(where, {name: {} if value is None else value for name, value in content.items()})
 
 
 def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
@@ -264,6 +267,8 @@ def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
     for section in ("model", "trainer"):
         if section in content:
             content[section] = _with_numbers(content[section])
+    if "trainer" in content:
+        _check_values(where, content["trainer"], TrainingArguments)
     sections = {
         section: read_fields(kind, content[section], f"{where}, {section}")
         for section, kind in SECTIONS.items()
@@ -273,6 +278,19 @@ def _read_sections(where: str, content: dict[str, Any]) -> Recipe:
     others = {section: content[section] for section in plain if section in content}
     sources = read_sources(content["sources"]) if "sources" in content else []
     return Recipe(sources=sources, **others, **sections)
+
+
+def _check_values(where: str, trainer: dict[str, Any], kind: type) -> None:
+    """Read a bare `no` as such, and raise `ValueError` for a field without a value that has to have one."""
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(kind)}
+    for name, value in trainer.items():
+        # as YAML 1.1 reads it
+        if value is False and name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            trainer[name] = "no"
+        if value is None and defaults[name] not in (None, dataclasses.MISSING):
+            raise InputError(
+                f"{where}, trainer: {name} has no value; give it one, or leave it out for the default of this command."
+            )
 
 
 def _refuse_accelerator_fields(where: str, config: Any) -> None:

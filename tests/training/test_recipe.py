@@ -42,7 +42,7 @@ def write(folder, text):
     return str(path)
 
 
-@pytest.mark.parametrize("text, expected", [('"no"', False), ("steps", True), ('"no", eval_on_start: true', True)])
+@pytest.mark.parametrize("text, expected", [('"no"', False), ("no", False), ("steps", True), ('"no", eval_on_start: true', True)])
 def test_a_training_that_is_not_evaluated_does_not_begin_with_an_evaluation(tmp_path, text, expected):
     recipe = write(tmp_path, f"model: {{hidden_size: 8}}\ntrainer: {{eval_strategy: {text}}}\n")
     assert make_training_arguments(parse_arguments([*PATHS, recipe])).eval_on_start is expected
@@ -54,7 +54,31 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     assert (args.steps, args.learning_rate, args.batch_size) == (7, 0.25, Arguments.batch_size)
     settings = make_training_arguments(args)
     assert (settings.max_steps, settings.learning_rate, settings.adam_beta2) == (7, 0.25, 0.9)
-    assert settings.bf16 is False
+    assert settings.bf16 is True
+
+
+@pytest.mark.parametrize(
+    "flags, trainer, found",
+    [
+        ("--bf16 off", "{bf16: true}", {"bf16": False, "fp16": False}),
+        ("--bf16 off", "{fp16: true}", {"bf16": False, "fp16": True}),
+        ("--bf16 on", "{fp16: true}", {"bf16": True, "fp16": False}),
+        ("", "{bf16: true}", {"bf16": True}),
+        ("--save-total-limit 3", "{save_total_limit: null}", {"save_total_limit": 3}),
+        ("", "{save_total_limit: null}", {"save_total_limit": None}),
+        ("--eval-steps 7", "{eval_steps: null}", {"eval_steps": 7}),
+    ],
+)
+def test_flags_win_over_precisions_and_nothing_of_a_recipe(tmp_path, flags, trainer, found):
+    path = write(tmp_path, f"model: {{hidden_size: 8}}\ntrainer: {trainer}\n")
+    settings = make_training_arguments(parse_arguments([*PATHS, path, *flags.split()]))
+    assert {name: getattr(settings, name) for name in found} == found
+
+
+@pytest.mark.parametrize("text", ["", "contrast:\n", "contrast: false\n", "contrast: off\n"])
+def test_a_contrast_without_a_value_is_off(tmp_path, text):
+    assert read_recipe(write(tmp_path, f"model: {{}}\n{text}")).contrast is None
+    assert read_recipe(write(tmp_path, "model: {}\ncontrast: {}\n")).contrast is not None
 
 
 @pytest.mark.parametrize(
@@ -67,6 +91,12 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
             "trainer: 'max_step' is no field of TrainingArguments that a recipe may set. Did you mean 'max_steps'",
         ),
         ("model: {}\ntrainer: {output_dir: x}\n", "trainer: 'output_dir'"),
+        *[
+            (f"model: {{}}\ntrainer: {{{name}: null}}\n", f"trainer: {name} has no value; give it one, or leave it")
+            for name in ("max_grad_norm", "per_device_eval_batch_size", "max_steps", "learning_rate", "bf16")
+        ],
+        ("model: {}\ntrainer: false\n", "trainer: expected a mapping of fields, got False"),
+        ("model: {}\ndata: 0\n", "data: expected a mapping of fields, got 0"),
         ("model: {}\ntrainer: {save_only_model: true}\n", "trainer: save_only_model = True: .*cannot be gone on from"),
         *[
             (
