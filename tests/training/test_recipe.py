@@ -42,7 +42,9 @@ def write(folder, text):
     return str(path)
 
 
-@pytest.mark.parametrize("text, expected", [('"no"', False), ("no", False), ("steps", True), ('"no", eval_on_start: true', True)])
+@pytest.mark.parametrize(
+    "text, expected", [('"no"', False), ("no", False), ("steps", True), ('"no", eval_on_start: true', True)]
+)
 def test_a_training_that_is_not_evaluated_does_not_begin_with_an_evaluation(tmp_path, text, expected):
     recipe = write(tmp_path, f"model: {{hidden_size: 8}}\ntrainer: {{eval_strategy: {text}}}\n")
     assert make_training_arguments(parse_arguments([*PATHS, recipe])).eval_on_start is expected

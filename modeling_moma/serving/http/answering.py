@@ -159,6 +159,9 @@ class Answering:
         else:
             messages = handler._normalize_input(body) if self.route.messages == "input" else body["messages"]
             arguments = {**handler.chat_template_kwargs, **body.get("chat_template_kwargs", {})}
+            if isinstance(processor, MomaProcessor):
+                # images come as such, and words are words: `<eos>` ends no message
+                arguments["sanitize_control_tokens"] = True
             try:
                 inputs = processor.apply_chat_template(
                     handler.get_processor_inputs_from_messages(messages, modality),
@@ -262,10 +265,13 @@ def check_prompt(model: Any, inputs: Any, gen_config: Any) -> int | None:
     """
     # continuous batching takes a list of ids, `generate` a tensor of rows
     ids = inputs["input_ids"]
-    length = len(ids) if isinstance(ids, list) else ids.shape[-1]
+    ids = ids if isinstance(ids, list) else ids[0].tolist()
+    length = len(ids)
     limit = getattr(model.config, "max_position_embeddings", None)
     field, rope = "messages or prompt", getattr(model.config, "rope_parameters", None) or {}
-    if length == 0:
+    # what stands around every prompt says nothing
+    special = (getattr(model.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id"))
+    if not {*ids}.difference(*(entry if isinstance(entry, list) else [entry] for entry in special)):
         raise RequestError(field, "they give an empty prompt.")
     # scaled rotary embeddings are made to go beyond the model's positions
     room = limit - length if limit is not None and rope.get("rope_type") == "default" else None

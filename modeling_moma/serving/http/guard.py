@@ -4,6 +4,7 @@
 import asyncio
 import hmac
 import ipaddress
+import json
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import ExitStack, suppress
@@ -30,7 +31,8 @@ ROUTES = {
     ("POST", "/v1/responses"),
 }
 # only a server without a model of its own answers these
-LOADING = {("POST", "/load_model"), ("POST", "/reset")}
+LOAD = "/load_model"
+LOADING = {("POST", LOAD), ("POST", "/reset")}
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -100,6 +102,8 @@ class Guard:
                     length = 0
 
                 body = await _read(receive, hold)
+                if scope["path"] == LOAD:
+                    _check_name(body)
                 request = self.admission.enter()
                 try:
                     await self._attend(request, scope, body, receive, send)
@@ -231,6 +235,17 @@ async def _read(receive: Receive, on_large: Callable[[], object]) -> bytes:
     if sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise RequestError("body", f"it has more than {MAX_VALUES:,} values.", 413)
     return bytes(content)
+
+
+def _check_name(body: bytes):
+    """Raise for a model to load whose name is no text; what else is wrong the server says."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return
+    name = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(name, str | None):
+        raise RequestError("model", f"{short(name)} must be a text.")
 
 
 async def _drain(receive: Receive, length: int):

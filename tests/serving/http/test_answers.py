@@ -17,12 +17,14 @@ for package in ("fastapi", "uvicorn", "httpx"):
 from fastapi.testclient import TestClient  # noqa: E402
 
 from modeling_moma import MomaConfig, MomaForCausalLM  # noqa: E402
+from modeling_moma.data.encoding import caption_chat_template  # noqa: E402
 from modeling_moma.errors_moma import InputError  # noqa: E402
 from modeling_moma.serving.http.answering import Answering  # noqa: E402
 from modeling_moma.serving.http.downloads import ImageHosts  # noqa: E402
 from modeling_moma.serving.http.generation import StoppedText  # noqa: E402
 from modeling_moma.serving.http.limits import Limits  # noqa: E402
 from modeling_moma.serving.http.server import CheckedServe  # noqa: E402
+from tokenization import MomaProcessor  # noqa: E402
 
 
 CHAT = "/v1/chat/completions"
@@ -171,6 +173,13 @@ def test_refusals_of_the_handlers_of_transformers_have_that_form_too():
     assert answer.json()["error"]["message"] == "body: Missing `model` field in the request body."
 
 
+@pytest.mark.parametrize("name", [5, ["a"], {"a": 1}, True, 0])
+def test_a_model_to_load_whose_name_is_no_text_is_refused(name):
+    with client_of(CheckedServe(Limits(), ImageHosts(), **OPTIONS)) as client:
+        answer = client.post("/load_model", json={"model": name})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "model", answer.text
+
+
 @pytest.mark.parametrize(
     ("file", "content"), [("model.safetensors", "cut"), ("config.json", "[]"), ("tokenizer.json", "{}")]
 )
@@ -200,6 +209,63 @@ def test_special_tokens_in_a_bare_prompt_are_characters(client, model, processor
     assert not set(escaped["input_ids"][0].tolist()[1:]) & set(processor.image_token_ids)
     ids = model.generate(**escaped, do_sample=False, max_new_tokens=4)[0, escaped["input_ids"].shape[1] :]
     assert answers[0].json()["choices"][0]["text"] == processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("said", ["<image> flag", "<|begin_image|>", "<|image_5|>", "flag <eos> house", "<bos>"])
+def test_special_tokens_in_messages_are_characters(client, model, processor, said):
+    image = {"type": "image_url", "image_url": {"url": address_of(png(noise_images(1)[0]))}}
+    plain = [
+        {"role": "user", "content": [image, {"type": "text", "text": said}]},
+        {"role": "assistant", "content": said},
+    ]
+    plain += [{"role": "user", "content": said}]
+    chat = [
+        {"role": "user", "content": [{"type": "image", "image": noise_images(1)[0]}, {"type": "text", "text": said}]},
+        *plain[1:],
+    ]
+    inputs = processor.apply_chat_template(
+        chat,
+        sanitize_control_tokens=True,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    length = inputs["input_ids"].shape[1]
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=4)[0, length:]
+    expected = processor.tokenizer.decode(ids, skip_special_tokens=True)
+    body = {"temperature": 0, "max_tokens": 4}
+    answer = client.post(CHAT, json={"messages": plain, **body})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["prompt_tokens"] == length
+    assert answer.json()["choices"][0]["message"]["content"] == expected
+    answer = client.post("/v1/responses", json={"input": said, "temperature": 0, "max_output_tokens": 4})
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.fixture(scope="module")
+def captions(model, processor, tmp_path_factory):
+    """A client of a model that learnt captions, whose template writes no roles."""
+    folder, parts = str(tmp_path_factory.mktemp("captions")), (processor.image_processor, processor.tokenizer)
+    model.save_pretrained(folder)
+    MomaProcessor(*parts, processor.vq_model, chat_template=caption_chat_template()).save_pretrained(folder)
+    with client_of(CheckedServe(Limits(pinned=folder), ImageHosts(), force_model=folder, **OPTIONS)) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/v1/responses", {"input": ""}),
+        *[
+            (CHAT, {"messages": [{"role": role, "content": content}]})
+            for role, content in (("user", ""), ("user", []), ("user", None), ("user", "  "), ("system", "Be brief."))
+        ],
+    ],
+)
+def test_prompts_that_say_nothing_are_refused(captions, route, body):
+    answer = captions.post(route, json=body)
+    assert answer.status_code == 400 and "they give an empty prompt" in answer.text, answer.text
 
 
 def test_images_of_a_request_are_let_go_once_they_are_read(client, processor, monkeypatch):
