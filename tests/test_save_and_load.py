@@ -175,6 +175,24 @@ def test_every_auto_class_loads_the_folder_by_its_own_code_without_the_package(
     assert_same_results(found, expected)
 
 
+# loads a processor beside a model by the tokenizers' package alone
+TOKENIZATION_ALONE = """
+import sys
+from tokenization import MomaProcessor
+processor = MomaProcessor.from_pretrained(sys.argv[1])
+assert "modeling_moma" not in sys.modules
+print(processor(text="red apple")["input_ids"])
+"""
+
+
+def test_a_processor_beside_a_model_needs_no_package_of_the_model(folder, processor):
+    run = run_python(["-c", TOKENIZATION_ALONE, folder])
+    assert run.returncode == 0, run.stderr[-3000:]
+    # nothing is asked, and there is no model to warn of
+    assert run.stdout.strip() == str(processor(text="red apple")["input_ids"])
+    assert "moma" not in run.stderr, run.stderr
+
+
 def test_saving_twice_keeps_every_output(folder, model, processor, image, tmp_path):
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)

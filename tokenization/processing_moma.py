@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, BatchFeature, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import TextInput
@@ -571,6 +571,9 @@ class MomaProcessor(CodeConversionMixin):
         )
         # a tokenizer would keep and save settings of the image processor
         tokenizer_kwargs = {name: value for name, value in kwargs.items() if not hasattr(image_processor, name)}
+        if "moma" not in CONFIG_MAPPING:
+            # this package without the model's: Transformers would ask whether the code in the folder may tell its type
+            tokenizer_kwargs.setdefault("config", PreTrainedConfig())
         tokenizer = cls._load_tokenizer_from_pretrained(
             "tokenizer", pretrained_model_name_or_path, subfolder=subfolder, **tokenizer_kwargs
         )
