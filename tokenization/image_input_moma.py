@@ -12,6 +12,7 @@ from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+from urllib.error import URLError
 from urllib.request import urlopen
 
 import numpy as np
@@ -96,8 +97,10 @@ def _fetch(address: str) -> bytes:
         with urlopen(address, timeout=_URL_TIMEOUT_SECONDS) as response:
             return response.read()
     # a server that closes the connection raises an error of both kinds
-    except OSError:
-        raise
+    except OSError as error:
+        # which of several addresses it is, the error does not say
+        kind = URLError if isinstance(error, URLError) else type(error)
+        raise kind(f"{address[:200]!r} cannot be fetched: {error}") from error
     except (HTTPException, ValueError) as error:
         raise InputError(
             f"images: {address[:200]!r} cannot be fetched ({error!r}): it is malformed, or its server broke off."

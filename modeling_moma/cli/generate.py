@@ -9,6 +9,7 @@ moma generate --model DIR --audio sound.wav --mode text
 import argparse
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
@@ -21,7 +22,7 @@ from ..errors_moma import InputError
 from ..utils.atomic_files import check_place
 from ..utils.errors import needs_extra
 from ..utils.fields import Count, Float, Int, Seed, Share, check_utf8
-from ..utils.messages import without_import_notices
+from ..utils.messages import one_line, without_import_notices
 from .arguments import Flag, parse_fields
 from .sampling import MOST_SCALE, check_sampling
 
@@ -260,6 +261,10 @@ def run(args: Arguments) -> None:
     writes_images = args.mode in ("image", "interleaved")
     file_format = image_format(output) if writes_images else sound_format(output) if args.mode == "audio" else None
     texts, images, sounds = make_rows(args.prompt, args.image, args.audio)
+    if args.mode in ("image", "audio"):
+        # each row has one
+        for number in range(len(texts)):
+            check_place(numbered(output, number, len(texts)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor: Any = open_processor(args.model, "--model")
     model: Any = open_model(args.model, dtype=torch.float32 if device == "cpu" else "auto").to(device).eval()
@@ -301,36 +306,54 @@ def run(args: Arguments) -> None:
     write_rows(rows, output, file_format, sound_suffix, sampling_rate)
 
 
+def numbered(output: Path, number: int, total: int) -> Path:
+    """Return the path of one of so many outputs: with its number where there are several."""
+    return output.with_name(f"{output.stem}-{number}{output.suffix}") if total > 1 else output
+
+
 def write_rows(
     rows: list[list[Any]], output: Path, image_format: str | None, sound_suffix: str, sampling_rate: int | None
 ) -> None:
-    """Print texts, and write images and sounds, numbered where there are several."""
+    """Print texts, and write images and sounds, numbered where there are several.
+
+    Raises:
+        ValueError: one of them cannot be written; the others are.
+    """
     from PIL import Image
 
     from ..utils.atomic_files import write_aside
 
     counts: Counter = Counter()
     totals = Counter(isinstance(part, Image.Image) for row in rows for part in row if not isinstance(part, str))
+    failed: list[str] = []
+
+    def write(path: Path, save: Callable[[Path], Any]) -> None:
+        try:
+            print(write_aside(path, save))
+        except (InputError, OSError) as error:
+            failed.append(f"{path.name}: {one_line(error)}")
+
     for row in rows:
         for part in row:
             if isinstance(part, str):
                 print(part.strip())
                 continue
             is_image = isinstance(part, Image.Image)
-            number = f"-{counts[is_image]}" if totals[is_image] > 1 else ""
+            path = numbered(output, counts[is_image], totals[is_image])
             counts[is_image] += 1
             if is_image:
-                path = output.with_name(f"{output.stem}{number}{output.suffix}")
-                print(write_aside(path, partial(part.save, format=image_format)))
+                write(path, partial(part.save, format=image_format))
                 continue
-            path = output.with_name(f"{output.stem}{number}{sound_suffix}")
-            print(write_aside(path, partial(_write_sound, part, int(sampling_rate or 0), sound_format(path))))
+            path = path.with_suffix(sound_suffix)
+            write(path, partial(_write_sound, part, int(sampling_rate or 0), path))
+    if failed:
+        raise InputError(f"--output: {len(failed)} of {sum(totals.values())} could not be written: {failed[0]}")
 
 
-def _write_sound(samples: Any, sampling_rate: int, file_format: str, path: Path) -> None:
+def _write_sound(samples: Any, sampling_rate: int, target: Path, path: Path) -> None:
     import soundfile
 
-    soundfile.write(path, samples, sampling_rate, format=file_format)
+    soundfile.write(path, samples, sampling_rate, format=sound_format(target))
 
 
 def main(arguments: list[str] | None = None):

@@ -107,8 +107,13 @@ def coded_images(
         if isinstance(found, LeftOut):
             tqdm.write(f"{shown(name)}: left out: {one_line(found, 200)}", file=sys.stderr)
             continue
+        values = labeler.pixel_values(found)
+        if labeler.is_blank(values):
+            why = "image blank: white all over, as white on transparency is"
+            tqdm.write(f"{shown(name)}: left out: {why}", file=sys.stderr)
+            continue
         paths.append(name)
-        pixels.append(labeler.pixel_values(found))
+        pixels.append(values)
         number += 1
         if len(paths) == PIECE:
             yield paths, labeler.encode_pixels(torch.cat(pixels))

@@ -141,6 +141,13 @@ class ImageLabeler:
         """Return an image as the image tokenizer takes it, `[1, 3, height, width]`."""
         return self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
 
+    def is_blank(self, pixel_values: torch.Tensor) -> bool:
+        """Return whether [`pixel_values`] of one image are white all over: no name of it would mean anything."""
+        if pixel_values.min() != pixel_values.max():
+            return False
+        (image,) = self.processor.image_processor.postprocess(pixel_values)["pixel_values"]
+        return image.getpixel((0, 0)) == (255, 255, 255)
+
     def encode_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the codes of pixel values `[N, 3, height, width]`, as [`encode`] does."""
         views = (moved(pixel_values, *shift) for shift in SHIFTS[: self.views])

@@ -9,33 +9,46 @@ bytes that follow (`size`) or why there are none (`error`), and those bytes, a P
 import gzip
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import resvg_py
 
 
+try:
+    import resource
+# there is none on Windows
+except ImportError:
+    resource = None
 # far more than an icon takes
 MOST_BYTES = 2 << 30
 
 
 def limit_memory() -> None:
     """End this process, and no other one, when a file asks for too much."""
-    try:
-        import resource
-    # there is none on Windows
-    except ImportError:
+    if resource is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Let nothing be opened meanwhile: an SVG may name any file of this machine as an image in it."""
+    if resource is None:
+        yield
         return
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
-
-
-def path_and_text(path: str) -> tuple[str | None, str | None]:
-    """Return what the renderer takes of a file: its path, or its text where the path is none in UTF-8."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
-        path.encode()
-    except UnicodeEncodeError:
-        content = Path(path).read_bytes()
-        return None, (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
-    return path, None
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def read_text(path: str) -> str:
+    """Return the text of a file, compressed or not."""
+    content = Path(path).read_bytes()
+    return (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
 
 
 def main(side: int) -> None:
@@ -44,18 +57,14 @@ def main(side: int) -> None:
     for line in sys.stdin:
         image, answer = b"", {}
         try:
-            path, text = path_and_text(json.loads(line))
-            # with one side alone the other may be as long as the file wants it
-            image = bytes(
-                resvg_py.svg_to_bytes(
-                    svg_path=path,
-                    svg_string=text,
-                    width=side,
-                    height=side,
-                    background="#ffffff",
-                    skip_system_fonts=True,
+            text = read_text(json.loads(line))
+            with no_more_files():
+                # with one side alone the other may be as long as the file wants it
+                image = bytes(
+                    resvg_py.svg_to_bytes(
+                        svg_string=text, width=side, height=side, background="#ffffff", skip_system_fonts=True
+                    )
                 )
-            )
         # a panic of the renderer is no Exception
         except BaseException as error:
             answer["error"] = str(error)

@@ -5,7 +5,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from helpers.tiny import tiny_model, tiny_processor
+from modeling_moma.cli.generate import write_rows
 from modeling_moma.cli.main import main as moma
+from modeling_moma.errors_moma import InputError
 from modeling_moma.modeling_moma import MomaForCausalLM
 
 
@@ -168,6 +170,31 @@ def test_where_nothing_can_be_written_is_found_before_anything_is_drawn(tmp_path
     arguments = ["--model", str(tmp_path / "no model is asked for"), "--prompt", "a", "--mode", mode]
     assert main([*arguments, "--output", str(tmp_path / "folder.png")]) == 2
     assert "is a folder" in capsys.readouterr().err
+
+
+def test_a_numbered_output_that_cannot_be_written_is_found_before_anything_is_drawn(tmp_path, capsys):
+    (tmp_path / "image-1.png").mkdir()
+    arguments = ["--model", str(tmp_path / "no model is asked for"), "--prompt", "a", "--prompt", "b"]
+    assert main([*arguments, "--output", str(tmp_path / "image.png")]) == 2
+    assert "image-1.png' is a folder" in capsys.readouterr().err
+
+
+def test_one_image_that_cannot_be_written_loses_no_other(tmp_path, capsys):
+    rows = [[Image.new("RGB", (4, 4), colour), "said"] for colour in ("red", "green", "blue")]
+    (tmp_path / "image-1.png").mkdir()
+    with pytest.raises(InputError, match="--output: 1 of 3 could not be written: image-1.png: .*"):
+        write_rows(rows, tmp_path / "image.png", "PNG", ".wav", None)
+    assert {path.name for path in tmp_path.iterdir()} == {"image-0.png", "image-1.png", "image-2.png"}
+    assert capsys.readouterr().out.split() == [
+        *(str(tmp_path / "image-0.png"), "said", "said", str(tmp_path / "image-2.png"), "said")
+    ]
+
+
+def test_the_address_that_is_not_reached_is_named(model_folder, image_file, capsys):
+    # nothing listens there
+    images = ["--image", str(image_file), "--image", "http://127.0.0.1:9/apple.png"]
+    assert main(["--model", str(model_folder), *images]) == 2
+    assert "--image: <urlopen error 'http://127.0.0.1:9/apple.png' cannot be fetched" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`moma label` and `moma search` on folders that hold more than images, and files that hostile people made."""
 
+import base64
 import csv
 import gzip
 import importlib.util
@@ -71,6 +72,22 @@ def test_labels_are_written_and_what_is_no_image_is_told_in_a_line_each(folder, 
     assert rows[0].keys() == {"file", "name", "probability", "other_names", "tags"}
 
 
+def test_what_is_blank_on_white_is_left_out_and_other_plain_images_are_not(model, tmp_path, capfd):
+    for name, mode, colour in (
+        ("white-on-nothing.png", "LA", (255, 128)),
+        ("nothing.png", "RGBA", (0, 0, 0, 0)),
+        ("white.png", "RGB", "white"),
+        ("black.png", "RGB", "black"),
+        ("grey.png", "L", 254),
+    ):
+        Image.new(mode, (20, 30), colour).save(tmp_path / name)
+    (tmp_path / "white.svg").write_text(SQUARE.format('viewBox="0 0 24 24"').replace("red", "white"))
+    assert moma.main(["label", str(tmp_path), "--model", model, "--output", str(tmp_path / "labels.json")]) == 0
+    assert {entry["file"] for entry in json.loads((tmp_path / "labels.json").read_text())} == {"black.png", "grey.png"}
+    told = [line for line in capfd.readouterr().err.splitlines() if "left out: image blank: white all over" in line]
+    assert len(told) == 4
+
+
 def test_an_image_that_a_model_names_nothing_is_told_so(folder, model, monkeypatch, capfd):
     monkeypatch.setattr(ImageLabeler, "names", lambda self, codes, most: [[] for _ in codes])
     assert moma_command("label", folder, "--model", model, "--tags", 0) == 0
@@ -92,7 +109,8 @@ def test_a_second_run_with_the_table_in_the_folder_gives_the_same(folder, model,
 @pytest.mark.parametrize("size", [(1, 1), (300, 7), (16, 40)])
 def test_images_of_every_mode_and_shape_are_labelled(model, tmp_path, mode, size):
     (tmp_path / "icons").mkdir()
-    image = Image.new(mode, size)
+    # white where 0 is clear or no ink: then there would be nothing to see
+    image = Image.new(mode, size, {"RGBA": (0, 0, 0, 255), "CMYK": (0, 255, 0, 0)}.get(mode, 0))
     image.save(tmp_path / "icons" / ("icon.tiff" if mode == "CMYK" else "icon.png"))
     output = tmp_path / "labels.json"
     assert moma_command("label", tmp_path / "icons", "--model", model, "--tags", 0, "--output", output) == 0
@@ -284,6 +302,32 @@ def test_an_svg_is_rendered_to_the_same_longer_side_whatever_it_asks_for(tmp_pat
     (tmp_path / "icon.svg").write_text(SQUARE.format(view))
     ((_, image),) = read_files(folder_files(tmp_path))
     assert isinstance(image, Image.Image) and image.size == size and max(size) == SVG_SIDE
+
+
+def test_an_svg_shows_no_other_file(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "secret.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    folder = tmp_path / "icons"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    square = SQUARE.format('viewBox="0 0 24 24"')
+    (folder / "plain.svg").write_text(square)
+    encoded = base64.b64encode((tmp_path / "secret.png").read_bytes()).decode()
+    for name, address in {
+        "absolute": tmp_path / "secret.png",
+        "beside": "../secret.png",
+        "pipe": tmp_path / "pipe.png",
+        "inside": f"data:image/png;base64,{encoded}",
+    }.items():
+        image = f'<image href="{address}" width="24" height="24"/>'
+        (folder / f"{name}.svg").write_text(square.replace("</svg>", f"{image}</svg>"))
+    found = {file.name: image for file, image in read_files(folder_files(folder))}
+    plain = found.pop("plain.svg")
+    # what it brings along is a part of it
+    assert found.pop("inside.svg").getpixel((200, 128))[:3] == (255, 0, 0)
+    assert len(found) == 3
+    for name, image in found.items():
+        assert image.tobytes() == plain.tobytes(), name
 
 
 def test_an_svg_that_ends_the_renderer_is_left_out_and_the_next_one_is_rendered(tmp_path):
