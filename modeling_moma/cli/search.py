@@ -53,7 +53,7 @@ def run(args: Arguments) -> None:
         return
     for entry in found:
         if entry.rank == 1 and len(args.queries) > 1:
-            print(f"{entry.query}:")
+            print(f"{shown(entry.query)}:")
         print(f"{entry.score:8.2f}  {shown(entry.file)}")
 
 

@@ -136,6 +136,11 @@ def read_upload(path: str, folder: str) -> Image.Image:
     try:
         return clean_pil_image(image, is_own=True)
     except Exception as error:
+        if image.mode in ("I", "F"):
+            raise InputError(
+                "This image has 32 bits a pixel, and what is black and what is white in it is not known: save it with "
+                "8 or 16."
+            ) from error
         raise InputError("This image cannot be decoded: the file is truncated or damaged.") from error
 
 

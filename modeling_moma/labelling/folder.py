@@ -182,6 +182,7 @@ def search_folder(
         ValueError: the share is not between 0 and 1, a query has no words, or there is no image.
     """
     check_queries(queries)
+    labeler.check_room(queries)
     if not 0 <= file_name_share <= 1:
         raise InputError(f"`file_name_share` is {file_name_share}: it is a share, from 0 to 1.")
     paths, scores = [], []

@@ -278,6 +278,7 @@ class ImageLabeler:
                 see [`match`].
         """
         self._check_codes(codes)
+        self.check_room(queries)
         words = [" ".join(query.split()) for query in queries]
         scores, views = [], self._views(codes)
         for prefix, ids_BT in self._prefixes(codes, self.batch_size):
@@ -290,6 +291,30 @@ class ImageLabeler:
             ]
             scores.append(torch.stack(found, dim=1))
         return torch.cat(scores).unflatten(0, (-1, views)).logsumexp(1) - math.log(views)
+
+    def check_room(self, queries: Sequence[str]) -> None:
+        """Raise `ValueError` for the first query that does not fit behind an image into the model's positions.
+
+        Args:
+            queries (`Sequence[str]`):
+                see [`match`].
+        """
+        config = self.model.config
+        # others are made to go beyond
+        if config.rope_parameters["rope_type"] != "default":
+            return
+        image_ids = self._encoder.opened(self.processor.image_ids([0] * self.processor.image_seq_length))
+        room = config.max_position_embeddings - len(image_ids)
+        for query in queries:
+            texts = (
+                f"{prompt} {query}" if prompt else query for prompt in (self.form.name_prompt, self.form.tag_prompt)
+            )
+            if (length := max(len(self._encoder.text_ids(text)) for text in texts)) > room:
+                short = query if len(query) <= 40 else f"{query[:40]}..."
+                raise InputError(
+                    f"query {short!r}: with the model's prompt it has {length} tokens, and behind an image there is "
+                    f"room for {room}."
+                )
 
     @torch.no_grad()
     def _guesses(

@@ -38,18 +38,25 @@ def whole_png() -> bytes:
     return data.getvalue()
 
 
+def float_tiff() -> bytes:
+    data = io.BytesIO()
+    Image.new("F", (20, 20), 0.5).save(data, "TIFF")
+    return data.getvalue()
+
+
 @pytest.mark.parametrize(
     "data, message",
     [
         (b"these are words", "not an image"),
         (b"", "not an image"),
         (whole_png()[:2000], "truncated or damaged"),
+        (float_tiff(), "32 bits a pixel"),
         (png_of_size(8000, 8000), "million pixels"),
         # Pillow takes this size for an attack
         (png_of_size(60000, 60000), "million pixels"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     ],
-    ids=["text", "empty", "truncated", "large", "huge", "eps"],
+    ids=["text", "empty", "truncated", "floats", "large", "huge", "eps"],
 )
 def test_uploads_that_are_no_usable_image_are_refused_without_naming_files(data, message, tmp_path):
     path = tmp_path / "upload.png"

@@ -187,6 +187,18 @@ def test_a_search_ranks_every_image_for_every_query(folder, model, tmp_path, cap
     assert len(lines) == 3 and lines[0].split() == [f"{found[0]['score']:.2f}", found[0]["file"]]
 
 
+def test_a_query_that_is_too_long_is_named_before_an_image_is_read(folder, model, monkeypatch, capfd):
+    monkeypatch.setattr(ImageLabeler, "pixel_values", None)
+    assert moma_command("search", folder, "red", "long " * 5000, "--model", model) == 2
+    assert "query 'long long" in capfd.readouterr().err
+
+
+def test_queries_are_printed_as_one_line_each(folder, model, capfd):
+    assert moma_command("search", folder, "red\x1b[31m", "castle\nwall", "--model", model, "--top", 1) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 4 and "\x1b" not in "".join(lines)
+
+
 def test_a_search_finds_words_in_names_of_files(model, tmp_path, capfd):
     folder = tmp_path / "icons"
     folder.mkdir()

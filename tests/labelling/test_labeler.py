@@ -214,6 +214,18 @@ def test_queries_without_words_are_refused(labeler, codes, queries, said):
         labeler.match(codes, queries)
 
 
+def test_a_query_fills_the_room_behind_an_image_and_no_more(labeler, codes):
+    limit = labeler.model.config.max_position_embeddings
+    room = limit - len(labeler._image_ids(codes[:1])[0]) - len(labeler._encoder.text_ids("tags:"))
+    # a token for each letter, and one for the space before the first
+    query = "é" * 2 * limit
+    while len(labeler._encoder.text_ids(f"tags: {query}")) - len(labeler._encoder.text_ids("tags:")) > room:
+        with pytest.raises(InputError, match=f"query '{query[:40]}.*': .* room for {limit - len(codes[0]) - 3}"):
+            labeler.match(codes, ["house", query])
+        query = query[: len(query) // 2] if len(query) > 2 * room else query[:-1]
+    assert labeler.match(codes, [query]).isfinite().all()
+
+
 def test_what_are_no_images_or_codes_of_images_is_refused(labeler, codes, processor):
     for wrong in (codes[:0], codes[0], codes[:, :-1], codes[None, None]):
         for use in (labeler.names, labeler.tags, lambda codes: labeler.match(codes, ["house"])):
