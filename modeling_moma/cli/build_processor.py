@@ -108,7 +108,7 @@ def run(args: Arguments) -> None:
         )
         from tokenization.audio_codecs_moma import AUDIO
         from tokenization.image_tokenizers_moma import number_of_codes
-        from tokenization.text_tokenizer_moma import IMAGE
+        from tokenization.text_tokenizer_moma import IMAGE, beginning_ids
 
         from ..data.encoding import caption_chat_template
         from ..hub.loading import open_audio_tokenizer, open_image_tokenizer
@@ -139,7 +139,8 @@ def run(args: Arguments) -> None:
     image_processor = MomaImageProcessor.for_resolution(size, do_pad=recipe.processor.do_pad)
     # a model that learnt from chats is spoken to as in them
     has_chats = any(source.kind.has_chats for source in recipe.sources)
-    template = None if has_chats else caption_chat_template([IMAGE, *codecs])
+    has_bos = bool(beginning_ids(tokenizer))
+    template = None if has_chats else caption_chat_template([IMAGE, *codecs], has_bos)
     processor = MomaProcessor(image_processor, tokenizer, vq_model, chat_template=template, codecs=codecs)
     write_folder_aside(args.output, processor.save_pretrained)
     of_sounds = "".join(f", {codec.num_codes} of them codes of {modality}" for modality, codec in codecs.items())

@@ -38,7 +38,7 @@ PIXEL_SETTINGS = (
 )
 
 
-def caption_chat_template(modalities: Sequence[str] = (IMAGE,)) -> str:
+def caption_chat_template(modalities: Sequence[str] = (IMAGE,), has_bos: bool = True) -> str:
     """Return the chat template for a model that learnt captions and nothing else.
 
     A message of the user and its answer are one training example, `<bos> image caption <eos>` or `<bos> caption image
@@ -47,10 +47,13 @@ def caption_chat_template(modalities: Sequence[str] = (IMAGE,)) -> str:
     Args:
         modalities (`Sequence[str]`, *optional*, defaults to `("image",)`):
             those of the processor.
+        has_bos (`bool`, *optional*, defaults to `True`):
+            whether a document begins with `<bos>`, as the tokenizer puts it before a text or does not.
     """
+    beginning = "bos_token + " if has_bos else ""
     return (
         "{% for message in messages %}" + message_text(modalities) + "{% if message['role'] == 'user' %}"
-        "{{ bos_token + (turn.text | trim) }}"
+        "{{ " + beginning + "(turn.text | trim) }}"
         "{% elif message['role'] == 'assistant' %}"
         "{% generation %}{{ (turn.text | trim) + eos_token }}{% endgeneration %}"
         "{% endif %}"
@@ -60,7 +63,9 @@ def caption_chat_template(modalities: Sequence[str] = (IMAGE,)) -> str:
 
 def has_caption_template(processor: MomaProcessor) -> bool:
     """Return whether a processor's chat template is that of captions alone."""
-    return processor.chat_template == caption_chat_template(list(processor.frames))
+    return processor.chat_template in [
+        caption_chat_template(list(processor.frames), has_bos) for has_bos in (True, False)
+    ]
 
 
 def template_digest(processor: MomaProcessor) -> str:

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from helpers.released import RELEASED
 from helpers.tiny import TEXTS, noise_images, tiny_model, tiny_processor
-from modeling_moma.data.encoding import DocumentEncoder
+from modeling_moma.data.encoding import DocumentEncoder, caption_chat_template, has_caption_template
 from modeling_moma.evaluation.measures import write_captions
 from modeling_moma.evaluation.retrieval import pair_scores
 from tokenization import MomaProcessor, train_text_tokenizer
@@ -40,6 +40,18 @@ def test_training_begins_as_the_prompt_does(processor, text):
 
     prompt = processor(images=[image], text="<image>")["input_ids"][0]
     assert encoder.caption(text, codes, image_first=True) == [*prompt, *encoder.text_ids(text), eos]
+
+
+def test_a_chat_begins_as_the_training_does(processor):
+    processor.chat_template = caption_chat_template(has_bos=bool(beginning_ids(processor.tokenizer)))
+    assert has_caption_template(processor)
+    (image,), text = noise_images(1), "noto: red apple"
+    codes, encoder = processor.encode_images([image])[0], DocumentEncoder(processor)
+    for user, assistant, image_first in (("image", text, True), (text, "image", False)):
+        contents = [[{"type": "image", "image": image}] if said == "image" else said for said in (user, assistant)]
+        chat = [{"role": role, "content": said} for role, said in zip(("user", "assistant"), contents)]
+        (ids,) = processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
+        assert ids == encoder.caption(text, codes, image_first)
 
 
 def test_documents_of_several_parts_begin_as_the_prompt_does(processor):

@@ -9,6 +9,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers.processors import ByteLevel
 from transformers import (
     AutoProcessor,
     ChameleonVQVAE,
@@ -380,6 +381,22 @@ def test_own_image_tokenizer_keeps_its_size(photos, tmp_path):
         build_processor.main([str(photos / "recipe.yaml"), *options, "--image-size", "32"])
     build_processor.main([str(photos / "recipe.yaml"), *options])
     assert isinstance(MomaProcessor.from_pretrained(tmp_path / "processor").vq_model, MomaVQModel)
+
+
+@pytest.mark.parametrize("has_bos", [True, False])
+def test_the_chat_template_begins_as_the_text_tokenizer_does(photos, tmp_path, has_bos):
+    tiny_vq_model().save_pretrained(tmp_path / "vq")
+    tokenizer = train_text_tokenizer(TEXTS * 3, vocab_size=300)
+    if not has_bos:
+        tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
+    tokenizer.save_pretrained(tmp_path / "text")
+    options = ["--image-tokenizer", str(tmp_path / "vq"), "--text-tokenizer", str(tmp_path / "text")]
+    build_processor.main([str(photos / "recipe.yaml"), *options, "--output", str(tmp_path / "processor")])
+    processor = MomaProcessor.from_pretrained(tmp_path / "processor")
+    chat = [{"role": "user", "content": "red stripes"}]
+    asked = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert asked["input_ids"] == processor(text="red stripes")["input_ids"]
+    assert (asked["input_ids"][0][0] == processor.tokenizer.bos_token_id) is has_bos
 
 
 def test_a_recipe_says_whether_images_are_cropped_or_padded(photos, tmp_path):
