@@ -305,7 +305,7 @@ class ImageLabeler:
             return
         image_ids = self._encoder.opened(self.processor.image_ids([0] * self.processor.image_seq_length))
         room = config.max_position_embeddings - len(image_ids)
-        for query in queries:
+        for query in (" ".join(query.split()) for query in queries):
             texts = (
                 f"{prompt} {query}" if prompt else query for prompt in (self.form.name_prompt, self.form.tag_prompt)
             )
