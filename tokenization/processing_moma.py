@@ -27,7 +27,7 @@ from transformers import CONFIG_MAPPING, BatchFeature, PreTrainedConfig, PreTrai
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import TextInput
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_torchvision_available, logging
 
 # registers its classes: a saved processor of sounds is loaded with no module of its own
 from .audio_codecs_moma import AUDIO
@@ -59,6 +59,8 @@ from .text_tokenizer_moma import (
 )
 from .token_frames_moma import TokenFrame, replace_placeholders
 
+
+logger = logging.get_logger(__name__)
 
 VQ_SUBFOLDER = "vq_model"
 LABEL_PAD_ID = -100
@@ -565,6 +567,15 @@ class MomaProcessor(CodeConversionMixin):
         if codecs is None:
             types = (processor_dict or {}).get("codec_types") or {}
             codecs = load_codecs(types, pretrained_model_name_or_path, subfolder, **hub_kwargs)
+        saved_type = ((processor_dict or {}).get("image_processor") or {}).get("image_processor_type")
+        if saved_type not in (None, MomaImageProcessor.__name__, MomaImageProcessorPil.__name__):
+            logger.warning(
+                "%s: its image processor was a %s, and is loaded as %s: codes may be others. Set `image_processor` of "
+                "the processor to one that you load yourself.",
+                pretrained_model_name_or_path,
+                saved_type,
+                image_processor_class.__name__,
+            )
         # each part takes the settings that it has, as in the base class
         image_processor = image_processor_class.from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, **kwargs

@@ -34,6 +34,9 @@ LENGTH = 16
 TEXTS = ["noto: red apple", "twemoji: green apple", "user\nassistant\n"] * 3
 
 
+SIZES = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+
+
 def make_image_processor(side=SIDE, cls=MomaImageProcessor):
     return cls(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
@@ -479,6 +482,20 @@ def test_saved_and_loaded_processor_is_the_same(processor, images, tmp_path):
     assert "Pil" not in (tmp_path / "processor_config.json").read_text()
     AutoProcessor.register(MomaVQConfig, MomaProcessor, exist_ok=True)
     assert_same(AutoProcessor.from_pretrained(tmp_path), processor, images)
+
+
+class DarkImageProcessor(MomaImageProcessor):
+    """One whose images get other codes."""
+
+
+def test_an_image_processor_of_ones_own_is_not_replaced_without_a_word(processor, tmp_path, caplog):
+    processor.save_pretrained(tmp_path / "plain")
+    processor.image_processor = DarkImageProcessor(**SIZES)
+    processor.save_pretrained(tmp_path / "own")
+    MomaProcessor.from_pretrained(tmp_path / "plain")
+    assert not caplog.text
+    MomaProcessor.from_pretrained(tmp_path / "own")
+    assert "own: its image processor was a DarkImageProcessor, and is loaded as MomaImageProcessor" in caplog.text
 
 
 def test_own_chat_template_is_kept(tmp_path):
