@@ -404,7 +404,7 @@ class MomaImageInputMixin(_Backend):
             kwargs["size"] = SizeDict(height=crop_size.height, width=crop_size.width)
         return super()._preprocess(images, *args, **kwargs)
 
-    def _padded(self, image: Any, crop_size: SizeDict, resample: Any) -> Any:
+    def _padded(self, image: Any, crop_size: Any, resample: Any) -> Any:
         """Return an image resized as a whole to fit into `crop_size`, in the middle of white.
 
         It is resized first: a strip of one pixel's width, padded to a square as it is, would take gigabytes.
