@@ -240,10 +240,8 @@ def _check_bounds(config: MomaConfig, low: int, high: int, are_ids: bool) -> Non
             "tokens that the model does not have (see `resize_token_embeddings`), or -100 of the labels?"
         )
     if not are_ids and (low < 0 or high >= len(config.modalities)):
-        raise InputError(
-            f"`mm_token_type_ids` holds {low if low < 0 else high}; the modalities are "
-            f"{dict(enumerate(config.modalities))}."
-        )
+        wrong, known = low if low < 0 else high, dict(enumerate(config.modalities))
+        raise InputError(f"`mm_token_type_ids` holds {wrong}; the modalities are {known}.")
 
 
 def is_distributed() -> bool:
@@ -917,10 +915,7 @@ def _modalities(
                 f"{inputs.shape[0]} rows of {inputs.shape[1]} positions: each needs its modality."
             )
         if mm_token_type_ids.is_floating_point():
-            raise InputError(
-                f"`mm_token_type_ids` is of {mm_token_type_ids.dtype}, and whole numbers are needed: places in "
-                "config.modalities."
-            )
+            raise InputError(f"`mm_token_type_ids` is of {mm_token_type_ids.dtype}: whole numbers are needed.")
         return mm_token_type_ids.long()
     # soft prompts of PEFT come this way, before images too
     if len(config.expert_groups) > 1 and not torch.compiler.is_compiling():

@@ -316,6 +316,18 @@ def write_rows(
 ) -> None:
     """Print texts, and write images and sounds, numbered where there are several.
 
+    Args:
+        rows (`list[list[Any]]`):
+            texts, images and sounds of each.
+        output (`Path`):
+            of an image, or of a sound where there are no images.
+        image_format (`str`, *optional*):
+            its name for Pillow.
+        sound_suffix (`str`):
+            of the files of sounds.
+        sampling_rate (`int`, *optional*):
+            of the sounds, in Hz.
+
     Raises:
         ValueError: one of them cannot be written; the others are.
     """

@@ -79,7 +79,14 @@ TEXT_TOKENIZER = Saved("text tokenizer", "build-processor", (("tokenizer.json", 
 def open_model(place: str, option: str = "--model", **kwargs: Any) -> MomaForCausalLM:
     """Return a model; see [`open_saved`]. One that lacks weights, for which random ones would stand, is an error.
 
-    One that bitsandbytes has quantised keeps the type that it was saved in, whatever `dtype` says.
+    Args:
+        place (`str`):
+            see [`open_saved`].
+        option (`str`, *optional*, defaults to `"--model"`):
+            see [`open_saved`].
+        kwargs (`Any`):
+            of `from_pretrained`; a model that bitsandbytes has quantised keeps the type that it was saved in, whatever
+            `dtype` says.
     """
     missing: list[str] = []
 

@@ -23,7 +23,8 @@ from . import FILE_NAME_SHARE
 from .file_names import file_name_shares, with_file_names
 from .guesses import Guess
 from .images import folder_files, read_files
-from .labeler import ImageLabeler, check_queries
+from .labeler import ImageLabeler
+from .queries import check_queries
 
 
 # files that are coded and labelled together

@@ -25,6 +25,7 @@ from ..utils.fields import check_utf8
 from . import MOST_GUESSES, MOST_VIEWS
 from .guesses import Guess, mean_guesses, mixed_guesses
 from .memory import ImageMemory, memory_of
+from .queries import check_queries, check_room
 
 
 # beams for each name or tag that is asked for: some differ in the token that ends them alone
@@ -293,28 +294,8 @@ class ImageLabeler:
         return torch.cat(scores).unflatten(0, (-1, views)).logsumexp(1) - math.log(views)
 
     def check_room(self, queries: Sequence[str]) -> None:
-        """Raise `ValueError` for the first query that does not fit behind an image into the model's positions.
-
-        Args:
-            queries (`Sequence[str]`):
-                see [`match`].
-        """
-        config = self.model.config
-        # others are made to go beyond
-        if config.rope_parameters["rope_type"] != "default":
-            return
-        image_ids = self._encoder.opened(self.processor.image_ids([0] * self.processor.image_seq_length))
-        room = config.max_position_embeddings - len(image_ids)
-        for query in (" ".join(query.split()) for query in queries):
-            texts = (
-                f"{prompt} {query}" if prompt else query for prompt in (self.form.name_prompt, self.form.tag_prompt)
-            )
-            if (length := max(len(self._encoder.text_ids(text)) for text in texts)) > room:
-                short = query if len(query) <= 40 else f"{query[:40]}..."
-                raise InputError(
-                    f"query {short!r}: with the model's prompt it has {length} tokens, and behind an image there is "
-                    f"room for {room}."
-                )
+        """Raise `ValueError` for the first query that does not fit behind an image into the model's positions."""
+        check_room(queries, self.model.config, self._encoder, (self.form.name_prompt, self.form.tag_prompt))
 
     @torch.no_grad()
     def _guesses(
@@ -472,20 +453,6 @@ def moved(pixel_values: torch.Tensor, down: int, right: int) -> torch.Tensor:
     return padded[..., max(-y, 0) : max(-y, 0) + height, max(-x, 0) : max(-x, 0) + width]
 
 
-def check_queries(queries: Sequence[str]) -> None:
-    """Raise `ValueError` where there is no list of queries, or one of them has no words or is no text."""
-    if isinstance(queries, str):
-        raise InputError(f"`queries` is the text {queries!r}: give a list of texts, [{queries!r}].")
-    if not queries:
-        raise InputError("`queries` is empty: give the words to look for.")
-    if others := [query for query in queries if not isinstance(query, str)]:
-        raise InputError(f"query {others[0]!r}: it is no text, but {type(others[0]).__name__}.")
-    if blank := [query for query in queries if not query.strip()]:
-        raise InputError(f"query {blank[0]!r}: there are no words in it to look for.")
-    for query in queries:
-        check_utf8("query", query)
-
-
 def open_labeler(
     model: str,
     form: CaptionForm = CaptionForm(),
@@ -523,4 +490,4 @@ def open_labeler(
     return labeler
 
 
-__all__ = ["CaptionForm", "ImageLabeler", "check_queries", "open_labeler"]
+__all__ = ["CaptionForm", "ImageLabeler", "open_labeler"]

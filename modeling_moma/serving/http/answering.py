@@ -154,6 +154,7 @@ class Answering:
             raise RequestError(images[0].field, "the model sees nothing: it has no processor of images.")
         read_items(items, processor)
         tensors = None if uses_batching else "pt"
+        inputs: Any
         if self.route.messages is None:
             inputs = self._read_prompt(body["prompt"], processor, tensors)
         else:
