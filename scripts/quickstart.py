@@ -24,8 +24,8 @@ from modeling_moma.data.sources import Source
 from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.data.templates import Template
 from modeling_moma.labelling.labeler import CaptionForm, ImageLabeler
-from modeling_moma.labelling.queries import check_queries
 from modeling_moma.labelling.memory import memory_of
+from modeling_moma.labelling.queries import check_queries
 from modeling_moma.training.recipe import read_recipe
 from modeling_moma.utils.atomic_files import check_writable, write_aside
 from tokenization import MomaDataCollator
