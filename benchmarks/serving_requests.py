@@ -153,7 +153,7 @@ def bad_requests(model_name: str) -> list[BadRequest]:
         "another model": ({"model": "someone/else"}, "someone/else"),
         "a prompt that is too long": ({"messages": message("a flag " * 2000)}, "messages"),
         "the same, streamed": ({"messages": message("a flag " * 2000), "stream": True}, "messages"),
-        "an image's mark without an image": ({"messages": message("<image>")}, "image"),
+        "messages that say nothing": ({"messages": message("")}, "empty prompt"),
     }
     found = [
         BadRequest(name, CHAT, {"json": {**good, "messages": message(image_part(address))}}, url)
