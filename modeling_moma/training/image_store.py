@@ -157,15 +157,15 @@ def _read_arrays(folder: Path, report: dict[str, Any]) -> tuple[np.ndarray, np.n
 
 def _write(folder: Path, sources: list[Source], key: dict[str, Any], is_strict: bool) -> None:
     folder.mkdir(parents=True)
-    shape = (3, key["resolution"], key["resolution"])
+    side, do_pad = key["resolution"], key.get("do_pad", False)
+    shape = (3, side, side)
     with (
         ArrayWriter(folder / TRAIN_FILE, shape) as train,
         ArrayWriter(folder / HELD_OUT_FILE, shape) as held_out,
         ArrayWriter(folder / PLACES_FILE, (2,), np.int64) as places,
     ):
         filling = _Filling(sources, train, places, _Sample(held_out, key["held_out_pictures"]), is_strict)
-        settings = {"do_pad": key.get("do_pad", False), "do_rescale": False, "do_normalize": False}
-        filling.run(MomaImageProcessor.for_resolution(key["resolution"], **settings))
+        filling.run(MomaImageProcessor.for_resolution(side, do_pad=do_pad, do_rescale=False, do_normalize=False))
     totals = {"train": train.count, "held_out": held_out.count}
     report = {"key": key, **totals, "sources": filling.counts, "examples": filling.examples}
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")

@@ -34,9 +34,6 @@ LENGTH = 16
 TEXTS = ["noto: red apple", "twemoji: green apple", "user\nassistant\n"] * 3
 
 
-SIZES = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-
-
 def make_image_processor(side=SIDE, cls=MomaImageProcessor):
     return cls(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
@@ -490,7 +487,7 @@ class DarkImageProcessor(MomaImageProcessor):
 
 def test_an_image_processor_of_ones_own_is_not_replaced_without_a_word(processor, tmp_path, caplog):
     processor.save_pretrained(tmp_path / "plain")
-    processor.image_processor = DarkImageProcessor(**SIZES)
+    processor.image_processor = make_image_processor(cls=DarkImageProcessor)
     processor.save_pretrained(tmp_path / "own")
     MomaProcessor.from_pretrained(tmp_path / "plain")
     assert not caplog.text
