@@ -2,7 +2,7 @@
 """
 Builds the typical icon of each name that several makers draw, by a model that writes names, to train it to draw them.
 
-    python scripts/build_typical_icons.py --model runs/icons/named --output runs/icons/typical
+    python scripts/build_typical_icons.py --model runs/icons/model --output runs/icons/typical
 
 Of each name up to eight icons of different makers are compared, and the one is kept of which the model finds the name
 likeliest, in black.

@@ -19,10 +19,6 @@ def main(arguments=None) -> int:
     parser.add_argument("--model", required=True, help="folder of a trained MomaForCausalLM")
     parser.add_argument("--processor", required=True, help="folder of its MomaProcessor")
     parser.add_argument("--output", required=True)
-    parser.add_argument("--earlier", help="folder of an earlier stage of the model, to be averaged with it")
-    parser.add_argument(
-        "--earlier-share", type=float, help="its share of the weights, between 0 and 1; by default 0.5"
-    )
     parser.add_argument(
         "--never-first",
         metavar="WORD",
@@ -33,14 +29,11 @@ def main(arguments=None) -> int:
     )
     parser.add_argument("--draw-guidance", type=float, help="its guidance, by default none")
     args = parser.parse_args(arguments)
-    share = 0.5 if args.earlier_share is None else args.earlier_share
     try:
-        if args.earlier is None and args.earlier_share is not None:
-            raise InputError(f"--earlier-share {share}: without --earlier there is nothing to take a mean with.")
         if args.draw_temperature is None and args.draw_guidance is not None:
             raise InputError(f"--draw-guidance {args.draw_guidance}: without --draw-temperature nothing is sampled.")
         drawing = None if args.draw_temperature is None else image_sampling(args.draw_temperature, args.draw_guidance)
-        release(args.model, args.processor, args.output, args.earlier, share, args.never_first, drawing)
+        release(args.model, args.processor, args.output, args.never_first, drawing)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,8 +44,6 @@ def release(
     model_folder: str,
     processor_folder: str,
     output: str,
-    earlier: str | None = None,
-    earlier_share: float = 0.5,
     never_first: str | None = None,
     drawing: dict | None = None,
 ):
@@ -63,8 +54,6 @@ def release(
         model_folder: of a trained `MomaForCausalLM`.
         processor_folder: of its `MomaProcessor`.
         output: the folder that is written.
-        earlier: folder of an earlier stage of the same model. The weights become means of both.
-        earlier_share: its share of the weights.
         never_first: a token that no caption of `generate` begins with by default, as none is empty then. Where names
             follow images at once, the end of a document and the word before tags are each likelier than any name.
         drawing: by which options `generate` draws images where its caller gives none.
@@ -76,8 +65,6 @@ def release(
     check_writable(output)
     model = open_model(model_folder, dtype=torch.bfloat16)
     require_plain_weights("--model", model_folder, model.config)
-    if earlier is not None:
-        model.load_state_dict(mean_weights(model_folder, earlier, earlier_share))
     # noise belongs to a stage of training; whoever trains the release further sets it anew
     model.config.gumbel_noise, model.config.gumbel_noise_steps = 0.0, None
     processor = open_processor(processor_folder)
@@ -121,35 +108,6 @@ def image_sampling(temperature: float, guidance_scale: float | None) -> dict:
             raise InputError(f"--draw-{flag} {value}: it must be a number above {least}.")
     guided = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     return {"do_sample": True, "temperature": temperature, "top_k": 0, **guided}
-
-
-def mean_weights(model_folder: str, earlier: str, earlier_share: float) -> dict[str, torch.Tensor]:
-    """
-    Returns means of two models' weights, in float32; what counts is the first one's.
-
-    Args:
-        model_folder: of a trained `MomaForCausalLM`.
-        earlier: of another one of the same shapes.
-        earlier_share: its share of the weights.
-
-    Raises:
-        InputError: it cannot be opened, has other shapes, or the share is none.
-    """
-    if not 0 < earlier_share < 1:
-        raise InputError(f"--earlier-share {earlier_share}: it is to lie between 0 and 1.")
-    later, other = (
-        open_model(folder, option, dtype=torch.float32).state_dict()
-        for folder, option in ((model_folder, "--model"), (earlier, "--earlier"))
-    )
-    unlike = [name for name, tensor in later.items() if name not in other or other[name].shape != tensor.shape]
-    if unlike or len(later) != len(other):
-        raise InputError(
-            f"--earlier {earlier!r}: its weights have other shapes than those of --model {model_folder!r}."
-        )
-    return {
-        name: torch.lerp(tensor, other[name], earlier_share) if tensor.is_floating_point() else tensor
-        for name, tensor in later.items()
-    }
 
 
 if __name__ == "__main__":

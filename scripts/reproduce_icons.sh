@@ -45,48 +45,17 @@ fi
 [ -e $runs/model/trainer_state.json ] ||
     "$python" "${launcher[@]}" -m modeling_moma pretrain $recipe --processor $runs/processor \
         --tokens $runs/tokens --output $runs/model --batch-size $rows "${short[@]}" --resume
-# each stage from the weights of the one before
-start=$runs/model before= seed=0
-for further in longer longer muon muon captions captions drawings; do
-    seed=$((seed + 1))
-    stage=$runs/$further-$seed
-    if [ $seed -eq 6 ]; then
-        # a layer more, which adds nothing at first
-        [ -e $runs/deeper/layers.json ] ||
-            "$python" -m modeling_moma add-layers --model $start --after 2 --output $runs/deeper
-        start=$runs/deeper
-    elif [ $seed -eq 7 ]; then
-        # means of a stage and of what it began at predict better than either
-        [ -e $runs/mean/config.json ] ||
-            "$python" scripts/release.py --model $start --earlier $before --earlier-share 0.33 \
-                --processor $runs/processor --output $runs/mean
-        start=$runs/mean
-    fi
-    [ -e $stage/trainer_state.json ] ||
-        "$python" "${launcher[@]}" -m modeling_moma pretrain $recipes/moma-icons-$further.yaml --model $start \
-            --processor $runs/processor --tokens $runs/tokens --output $stage --batch-size $rows "${short[@]}" \
-            --seed $seed --restart-data --resume
-    before=$start start=$stage
-done
-# and of the last of these: they name icons well, and choose those that are to be drawn
-[ -e $runs/named/config.json ] ||
-    "$python" scripts/release.py --model $start --earlier $before --earlier-share 0.33 \
-        --processor $runs/processor --output $runs/named
+# it names icons well enough to choose those that are to be drawn
 [ -e $runs/typical/train.parquet ] ||
-    "$python" scripts/build_typical_icons.py --model $runs/named --output $runs/typical
+    "$python" scripts/build_typical_icons.py --model $runs/model --output $runs/typical
 recipe=$recipes/moma-icons-typical.yaml
 [ -e $runs/tokens-typical/manifest.json ] ||
     "$python" -m modeling_moma tokenize $recipe --processor $runs/processor --output $runs/tokens-typical
-[ -e $runs/typical-8/trainer_state.json ] ||
-    "$python" "${launcher[@]}" -m modeling_moma pretrain $recipe --model $runs/named \
-        --processor $runs/processor --tokens $runs/tokens-typical --output $runs/typical-8 \
-        --batch-size $rows "${short[@]}" --seed 8 --resume
-# what was learnt before, again
-[ -e $runs/rehearsal-9/trainer_state.json ] ||
-    "$python" "${launcher[@]}" -m modeling_moma pretrain $recipes/moma-icons-rehearsal.yaml --model $runs/typical-8 \
-        --processor $runs/processor --tokens $runs/tokens-typical --output $runs/rehearsal-9 \
-        --batch-size $rows "${short[@]}" --seed 9 --restart-data --resume
-"$python" scripts/release.py --model $runs/rehearsal-9 --processor $runs/processor --never-first tags \
+[ -e $runs/model-typical/trainer_state.json ] ||
+    "$python" "${launcher[@]}" -m modeling_moma pretrain $recipe --model $runs/model \
+        --processor $runs/processor --tokens $runs/tokens-typical --output $runs/model-typical \
+        --batch-size $rows "${short[@]}" --seed 1 --restart-data --resume
+"$python" scripts/release.py --model $runs/model-typical --processor $runs/processor --never-first tags \
     --draw-temperature 0.3 --output $release
 # what it makes of training icons, beside which it names new ones
 "$python" -m modeling_moma build-memory data/icons --model $release \

@@ -3,7 +3,6 @@
 
 import json
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -21,18 +20,8 @@ from modeling_moma.utils.messages import markdown_table
 EVALUATION_FILE, SHEET_FILE = "evaluation.json", "samples.png"
 # of the released model
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-# of the stages, each from the weights of the one before and with a seed of its own
-STAGES = (
-    "moma-icons.yaml",
-    *("moma-icons-longer.yaml",) * 2,
-    *("moma-icons-muon.yaml",) * 2,
-    *("moma-icons-captions.yaml",) * 2,
-    "moma-icons-drawings.yaml",
-    "moma-icons-typical.yaml",
-    "moma-icons-rehearsal.yaml",
-)
-# of what a stage began at in means with its weights, see scripts/reproduce_icons.sh
-EARLIER_SHARE = 0.33
+# of the stages, the second from the weights of the first
+STAGES = ("moma-icons.yaml", "moma-icons-typical.yaml")
 # what is kept beside them
 MEMORY_COMMAND = (
     "moma build-memory data/icons --model model_cards/moma-icons --tags keywords --group family --least-groups 2"
@@ -409,12 +398,11 @@ def _memory(memory: dict | None) -> str:
 
 def _training(recipes: dict[str, Recipe]) -> str:
     """What recipes say of the stages of the training, lists in Markdown."""
-    parts = []
-    for name, same in groupby(STAGES):
-        start, times = ", from those weights" if parts else "", len(list(same))
-        again = f", {times} times, each from the weights of the one before" if times > 1 else ""
-        parts.append(f"`recipes/{name}`{start}{again}:\n\n{_stage(recipes[name])}")
-    return "\n\n".join(parts)
+    first, second = STAGES
+    return (
+        f"`recipes/{first}`:\n\n{_stage(recipes[first])}\n\n"
+        f"`recipes/{second}`, from those weights:\n\n{_stage(recipes[second])}"
+    )
 
 
 def _stage(recipe: Recipe) -> str:
@@ -515,10 +503,6 @@ def render_card(report: dict, recipes: dict[str, Recipe]) -> str:
         "tag_table": tag_table(report),
         "views": report["views"],
         "memory": _memory(report.get("memory")),
-        "typical": STAGES[-2],
-        "rehearsal": STAGES[-1],
-        "earlier_share": EARLIER_SHARE,
-        "later_share": 1 - EARLIER_SHARE,
         "search_table": search_table(report),
         "drawing_table": drawing_table(report),
         "information_table": information_table(report),
@@ -657,14 +641,10 @@ Ranks.com and the EmojiTwo community (CC-BY-4.0). Their texts: emojibase (MIT), 
 
 ## Training
 
-By `moma pretrain`; `PROCESSES=2 make reproduce-icons` runs all stages. Four of them, from the third on, began at
-the weights of the one before rounded to bfloat16, as they were released. Before the seventh the model had four
-layers; a copy of the third one, which adds nothing at first, was put behind it (`moma add-layers --after 2`). The
-eighth began at means of the seventh's weights, {later_share:g}, and of those that it had begun at, {earlier_share},
-rounded likewise, and so did `{typical}`, at such means of the stage before it. These also chose the
-icons that it learnt to draw (`scripts/build_typical_icons.py`): of each name of which three makers have an icon that
-can be painted, or none has, up to eight makers' icons were compared, and the one was kept of which the name was
-likeliest. Some of what the model had learnt before was lost in that stage, and `{rehearsal}` brought it back.
+By `moma pretrain`; `PROCESSES=2 make reproduce-icons` runs both stages. The learning rate falls in the second alone.
+The weights of the first chose the icons that the second learnt to draw (`scripts/build_typical_icons.py`): of each
+name of which three makers have an icon that can be painted, or none has, up to eight makers' icons were compared, and
+the one was kept of which the name was likeliest.
 
 {training}
 

@@ -9,14 +9,7 @@ import pytest
 import evaluate_emoji
 import fetch_smollm2
 import page_images
-import release
 import write_card
-
-
-def test_a_share_without_an_earlier_stage_is_refused(capsys):
-    arguments = ["--model", "here", "--processor", "here", "--output", "there", "--earlier-share", "0.3"]
-    assert release.main(arguments) == 2
-    assert "--earlier-share 0.3: without --earlier there is nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 import write_card as write_card_script
 from icons_recipe.model_card import (
-    EARLIER_SHARE,
     MEMORY_COMMAND,
     RECIPES,
     STAGES,
@@ -202,11 +201,7 @@ def test_card_prints_the_report_its_command_and_the_recipe():
         "39,876\ntraining icons",
         "22.3 dB",
         *(f"`recipes/{name}`" for name in STAGES),
-        "`recipes/moma-icons-longer.yaml`, from those weights, 2 times, each from the weights of the one before:",
-        "`recipes/moma-icons-muon.yaml`, from those weights, 2 times, each from the weights of the one before:",
-        "`recipes/moma-icons-captions.yaml`, from those weights, 2 times, each from the weights of the one before:",
-        "`recipes/moma-icons-drawings.yaml`, from those weights:",
-        f"of the seventh's weights, {1 - EARLIER_SHARE:g}, and of those that it had begun at, {EARLIER_SHARE},",
+        "`recipes/moma-icons-typical.yaml`, from those weights:",
         "- projections and each expert by Muon, the rest by AdamW.",
         *(f"{recipe.trainer['max_steps']:,} steps" for recipe in stages),
         f"captions `{stages[0].sources[0].kind.text}`",

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from icons_recipe.model_card import EARLIER_SHARE
-
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,22 +48,10 @@ def test_finished_stages_are_not_begun_again(tmp_path):
     started = start(ROOT / "scripts" / "reproduce_icons.sh", tmp_path)
     assert "train-image-tokenizer" not in started.stdout and "build-processor" in started.stdout
     assert re.findall(r"--model (\S+) .*--output (\S+) .*--seed (\d)", started.stdout) == [
-        ("runs/icons/model", "runs/icons/longer-1", "1"),
-        ("runs/icons/longer-1", "runs/icons/longer-2", "2"),
-        ("runs/icons/longer-2", "runs/icons/muon-3", "3"),
-        ("runs/icons/muon-3", "runs/icons/muon-4", "4"),
-        ("runs/icons/muon-4", "runs/icons/captions-5", "5"),
-        ("runs/icons/deeper", "runs/icons/captions-6", "6"),
-        ("runs/icons/mean", "runs/icons/drawings-7", "7"),
-        ("runs/icons/named", "runs/icons/typical-8", "8"),
-        ("runs/icons/typical-8", "runs/icons/rehearsal-9", "9"),
+        ("runs/icons/model", "runs/icons/model-typical", "1")
     ]
-    assert "add-layers --model runs/icons/captions-5 --after 2 --output runs/icons/deeper" in started.stdout
-    for later, earlier in (("captions-6", "deeper"), ("drawings-7", "mean")):
-        means = f"--model runs/icons/{later} --earlier runs/icons/{earlier} --earlier-share {EARLIER_SHARE} "
-        assert means in started.stdout
-    assert "build_typical_icons.py --model runs/icons/named --output runs/icons/typical" in started.stdout
-    assert "--tokens runs/icons/tokens-typical --output runs/icons/typical-8" in started.stdout
+    assert "build_typical_icons.py --model runs/icons/model --output runs/icons/typical" in started.stdout
+    assert "--tokens runs/icons/tokens-typical --output runs/icons/model-typical" in started.stdout
     assert "--never-first tags --draw-temperature 0.3 --output model_cards/moma-icons" in started.stdout
 
 
