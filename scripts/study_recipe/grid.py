@@ -153,6 +153,8 @@ TOKEN_CHOICE = {"training_routing": "token_choice", "inference_routing": "token_
 # for all tokens or for each modality's, `upcycled` is the seed that a model grows from
 RECIPES: dict[str, dict[str, Any]] = {
     "dense": {"num_experts": 1},
+    # as many parameters as 4t4i with a shared expert has in all: three times dense's FLOPs a token without the head
+    "dense-wide": {"num_experts": 1, "routed": 5.0},
     "1t1i": {"num_experts": _groups(1, 1)},
     "8x": {"num_experts": 8},
     "4t4i": {"num_experts": _groups(4, 4)},
@@ -204,6 +206,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "routed": 0.5,
         "shared": 0.5,
         "upcycled": Seed("1t1i-token-choice-shared", 4, "4t4i"),
+    },
+    "4t4i-threshold-shared-upcycled": {
+        "num_experts": _groups(4, 4),
+        "training_routing": "threshold",
+        "routed": 0.5,
+        "shared": 0.5,
+        "upcycled": Seed("1t1i-shared", 4, "4t4i"),
     },
     "4t4i-shared-depth": {"num_experts": _groups(4, 4), "routed": 0.5, "shared": 0.5, "depth": 0.5},
     # half of the text skips the layer, as above, and no image does
@@ -273,6 +282,10 @@ TRIED = ("4t4i-token-choice-shared-upcycled", "4t4i-shared-upcycled", "4t4i-upcy
 CLAIMED = ("dense", "1t1i", "4t4i-shared-upcycled")
 FRESH_SEEDS = (3, 4, 5)
 LONGEST = ("dense", "4t4i-shared-upcycled")
+# two more seeds that chose nothing, to the most tokens, on codes that every machine has
+SHIPPED_SEEDS = (6, 7)
+# of more FLOPs a token than dense
+COSTLIER = ("dense-wide",)
 # larger sizes, of the two alone
 LARGER = ("1M", "2.5M")
 # one thing changed at a time, and the recipe that it is changed in
@@ -298,6 +311,10 @@ def _first_seed(recipe: str) -> Run:
     return Run(recipe, "0.5M", 1, (10, 20, 40) if recipe in LONGER else (10, 20))
 
 
+def _shipped(recipe: str, seed: int, budgets: tuple[int, ...], rate: float = 1.0) -> Run:
+    return Run(recipe, "0.5M", seed, budgets, rate, data="shipped")
+
+
 def _second_seed(recipe: str) -> Run:
     return Run(recipe, "0.5M", 2, (10, 20, 40, 100) if recipe in LONGEST else (10, 20))
 
@@ -315,6 +332,12 @@ PLAN: tuple[Run, ...] = (
     *(Run(recipe, "0.5M", 1, (10, 20), data="twelfth") for recipe in LONGEST),
     *(Run(recipe, "0.5M", 1, (10, 20), data="shipped") for recipe in (*CONTROLS, *LEVERS)),
     *(Run(recipe, "0.5M", 1, (10, 20), data="shipped-twelfth") for recipe in ("dense", "4t4i-shared")),
+    *(_shipped(recipe, seed, (10, 20, 40, 100)) for seed in SHIPPED_SEEDS for recipe in CLAIMED),
+    _shipped("dense", 6, (40, 100), rate=0.5),
+    _shipped("dense-wide", 6, (20, 40)),
+    _shipped("4t4i-shared-upcycled", 6, (40, 100), rate=0.5),
+    _shipped("dense-wide", 7, (20, 40)),
+    *(_shipped(f"4t4i-{routing}-shared-upcycled", 6, (40,)) for routing in ("threshold", "token-choice")),
 )
 # selections with a twelfth of the icons, and those that have all
 TWELFTHS = {"twelfth": "all", "shipped-twelfth": "shipped"}
