@@ -23,11 +23,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CONFIG_MAPPING, BatchFeature, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    BatchFeature,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import TextInput
-from transformers.utils import is_torchvision_available, logging
+from transformers.utils import is_torchvision_available, logging, resolve_revision
 
 # registers its classes: a saved processor of sounds is loaded with no module of its own
 from .audio_codecs_moma import AUDIO
@@ -65,6 +72,7 @@ logger = logging.get_logger(__name__)
 VQ_SUBFOLDER = "vq_model"
 LABEL_PAD_ID = -100
 _ANY_IMAGE = Image.new("L", (1, 1))
+PARTS = ("image_processor", "tokenizer", "vq_model", "chat_template", "codecs")
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 
 
@@ -351,27 +359,32 @@ class MomaProcessor(CodeConversionMixin):
                     "or pass paths of files or `{'array': ..., 'sampling_rate': ...}`, which are resampled."
                 )
 
-    def _resolve_audio_loading_params(self, processor_kwargs: dict) -> dict:
-        # a chat's files are read at the codec's rate; another one that the call asks for is refused there
-        wanted = getattr(self.codecs.get(AUDIO), "sampling_rate", None)
-        if wanted is not None and _rate_of_audio_kwargs(processor_kwargs) is None:
-            processor_kwargs = {"sampling_rate": wanted, **processor_kwargs}
-        return super()._resolve_audio_loading_params({"load_audio_backend": "soundfile", **processor_kwargs})
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs) -> Any:
+        """Turn conversations into texts or, with `tokenize=True`, into ids; sounds are read at their codec's rate.
 
-    def _multimodal_inputs_from_conversations(self, conversations: list, audio_loading_params: dict, *args, **kwargs):
-        wanted = getattr(self.codecs.get(AUDIO), "sampling_rate", None)
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`):
+                Messages of one conversation or of several.
+            chat_template (`str`, *optional*):
+                A template in place of the processor's own.
+            kwargs (`Any`):
+                Those of Transformers' `ProcessorMixin.apply_chat_template`.
+
+        Returns:
+            `str`, `list[str]` or `BatchFeature`: as Transformers has it.
+
+        Raises:
+            ValueError: a sound or an image cannot be read, or its sampling rate is not the codec's.
+        """
+        rate = getattr(self.codecs.get(AUDIO), "sampling_rate", None)
+        given = {**kwargs, **(kwargs.get("processor_kwargs") or {})}
+        given |= given.get("audio_kwargs") or {}
         # another backend that the call asks for reads them itself
-        if wanted is not None and audio_loading_params.get("backend") == "soundfile":
-            # as arrays they pass the base class, which reads texts alone
-            numbers = [f"[{index}]" if len(conversations) > 1 else "" for index in range(len(conversations))]
-            conversations = [
-                [
-                    _with_read_sounds(message, wanted, f"conversation{number}[{index}]")
-                    for index, message in enumerate(messages)
-                ]
-                for number, messages in zip(numbers, conversations)
-            ]
-        return super()._multimodal_inputs_from_conversations(conversations, audio_loading_params, *args, **kwargs)
+        if rate is not None and kwargs.get("tokenize") and given.get("load_audio_backend") in (None, "soundfile"):
+            conversation = _with_read_sounds(conversation, rate)
+            if given.get("sampling_rate") is None:
+                kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "sampling_rate": rate}
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def escape_special_tokens(self, text: str) -> str:
         """Mark the special tokens in untrusted text, such as `<eos>`, `<image>` or `<|image_7|>`.
@@ -554,49 +567,78 @@ class MomaProcessor(CodeConversionMixin):
         return files
 
     @classmethod
-    def _get_arguments_from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, processor_dict: dict | None = None, **kwargs
-    ) -> list:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "MomaProcessor":
+        """Load all parts from a folder or a repository.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                The folder, or the repository's name on the Hub.
+            kwargs (`Any`):
+                Parts that are loaded already, by their names (`image_processor`, `tokenizer`, `vq_model`, `codecs`,
+                `chat_template`); `backend` of the image processor (`"torchvision"` or `"pil"`); `subfolder`,
+                `revision`, `cache_dir` and further arguments of a download; settings of the image processor and of
+                the tokenizer.
+
+        Returns:
+            [`MomaProcessor`]: the processor.
+
+        Raises:
+            OSError: a part's files are missing.
+            ValueError: the parts do not fit together.
+        """
+        parts = {name: kwargs.pop(name, None) for name in PARTS}
+        # all parts come from one state of the repository
+        kwargs["revision"] = resolve_revision(
+            pretrained_model_name_or_path,
+            kwargs.pop("revision", None) or "main",
+            token=kwargs.get("token"),
+            local_files_only=kwargs.get("local_files_only", False),
+            cache_dir=kwargs.get("cache_dir"),
+        )
+        settings, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
         subfolder = kwargs.pop("subfolder", "")
         backend = kwargs.pop("backend", "torchvision" if is_torchvision_available() else "pil")
         # an auto class would need classes that are registered, which those of code from the Hub are not
         image_processor_class = MomaImageProcessorPil if backend == "pil" else MomaImageProcessor
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        vq_model = kwargs.pop("vq_model", None)
-        codecs = kwargs.pop("codecs", None)
-        if codecs is None:
-            types = (processor_dict or {}).get("codec_types") or {}
-            codecs = load_codecs(types, pretrained_model_name_or_path, subfolder, **hub_kwargs)
-        saved_type = ((processor_dict or {}).get("image_processor") or {}).get("image_processor_type")
-        if saved_type not in (None, MomaImageProcessor.__name__, MomaImageProcessorPil.__name__):
-            logger.warning(
-                "%s: its image processor was a %s, and is loaded as %s: codes may be others. Set `image_processor` of "
-                "the processor to one that you load yourself.",
-                pretrained_model_name_or_path,
-                saved_type,
-                image_processor_class.__name__,
+        if parts["image_processor"] is None:
+            saved_type = (settings.get("image_processor") or {}).get("image_processor_type")
+            if saved_type not in (None, MomaImageProcessor.__name__, MomaImageProcessorPil.__name__):
+                logger.warning(
+                    "%s: its image processor was a %s, and is loaded as %s: codes may be others. Pass "
+                    "`image_processor=` one that you load yourself.",
+                    pretrained_model_name_or_path,
+                    saved_type,
+                    image_processor_class.__name__,
+                )
+            # each part takes the settings that it has
+            parts["image_processor"] = image_processor_class.from_pretrained(
+                pretrained_model_name_or_path, subfolder=subfolder, **kwargs
             )
-        # each part takes the settings that it has, as in the base class
-        image_processor = image_processor_class.from_pretrained(
-            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
-        )
-        # a tokenizer would keep and save settings of the image processor
-        tokenizer_kwargs = {name: value for name, value in kwargs.items() if not hasattr(image_processor, name)}
-        if "moma" not in CONFIG_MAPPING:
-            # this package without the model's: Transformers would ask whether the code in the folder may tell its type
-            tokenizer_kwargs.setdefault("config", PreTrainedConfig())
-        tokenizer = cls._load_tokenizer_from_pretrained(
-            "tokenizer", pretrained_model_name_or_path, subfolder=subfolder, **tokenizer_kwargs
-        )
-        if vq_model is None:
-            vq_model = load_image_tokenizer(
+        if parts["tokenizer"] is None:
+            # a tokenizer would keep and save settings of the image processor
+            tokenizer_kwargs = {
+                name: value for name, value in kwargs.items() if not hasattr(parts["image_processor"], name)
+            }
+            if "moma" not in CONFIG_MAPPING:
+                # without the package of the model Transformers would ask whether the folder's code may tell its type
+                tokenizer_kwargs.setdefault("config", PreTrainedConfig())
+            parts["tokenizer"] = AutoTokenizer.from_pretrained(
+                pretrained_model_name_or_path, subfolder=subfolder, **tokenizer_kwargs
+            )
+        if parts["vq_model"] is None:
+            parts["vq_model"] = load_image_tokenizer(
                 pretrained_model_name_or_path,
                 subfolder=f"{subfolder}/{VQ_SUBFOLDER}" if subfolder else VQ_SUBFOLDER,
                 dtype=torch.float32,
                 **hub_kwargs,
             )
-        # the chat template is among the settings
-        return [image_processor, tokenizer, vq_model, None, codecs]
+        if parts["codecs"] is None:
+            types = settings.get("codec_types") or {}
+            parts["codecs"] = load_codecs(types, pretrained_model_name_or_path, subfolder, **hub_kwargs)
+        if parts["chat_template"] is None:
+            parts["chat_template"] = settings.get("chat_template")
+        return cls(**parts)
 
 
 def _rate_of_audio_kwargs(kwargs: dict) -> Any:
@@ -636,23 +678,26 @@ def _check_texts(texts: Any) -> None:
                 ) from None
 
 
-def _with_read_sounds(message: dict, sampling_rate: int, where: str) -> dict:
-    """Return a message whose parts of type `audio` hold samples, or nothing where they hold no sound."""
-    content = message.get("content")
-    if not isinstance(content, (list, tuple)):
-        return message
-    parts = []
-    for index, part in enumerate(content):
-        if isinstance(part, dict) and part.get("type") == AUDIO:
-            sound = next((part[name] for name in (AUDIO, "url", "path") if part.get(name) is not None), None)
-            part = {"type": AUDIO}
-            if sound is not None:
-                try:
-                    part = {**part, AUDIO: _read_part_sound(sound, sampling_rate)}
-                except SoundError as error:
-                    raise InputError(f"{where}['content'][{index}]: {error}") from error
-        parts.append(part)
-    return {**message, "content": parts}
+def _with_read_sounds(conversation: Any, sampling_rate: int, where: str = "conversation") -> Any:
+    """Return a conversation, or a list of them, whose parts of type `audio` hold samples."""
+    if isinstance(conversation, (list, tuple)):
+        return [
+            _with_read_sounds(entry, sampling_rate, f"{where}[{index}]") for index, entry in enumerate(conversation)
+        ]
+    if not isinstance(conversation, dict):
+        return conversation
+    if isinstance(conversation.get("content"), (list, tuple)):
+        parts = _with_read_sounds(conversation["content"], sampling_rate, f"{where}['content']")
+        return {**conversation, "content": parts}
+    if conversation.get("type") != AUDIO:
+        return conversation
+    sound = next((conversation[name] for name in (AUDIO, "url", "path") if conversation.get(name) is not None), None)
+    if sound is None:
+        return {"type": AUDIO}
+    try:
+        return {"type": AUDIO, AUDIO: _read_part_sound(sound, sampling_rate)}
+    except SoundError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _read_part_sound(sound: Any, sampling_rate: int) -> np.ndarray:
