@@ -46,18 +46,6 @@ def test_what_travels_imports_only_what_travels_and_what_is_installed():
             assert f"{sibling}.py" in flat, (name, sibling)
 
 
-def test_files_and_functions_of_the_packages_stay_short():
-    for path in (path for package in PACKAGES for path in package.rglob("*.py")):
-        source = path.read_text()
-        # A flat file is read from top to bottom, as a model file of Transformers is.
-        assert len(source.splitlines()) <= (1000 if path.parent in PACKAGES else 500), path
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
-                assert length <= 60, f"{path}: {node.name} has {length} lines"
-
-
 def test_bad_input_is_raised_as_an_input_error():
     # `moma` shows those in one line, and a plain `ValueError` with its traceback
     for path in (path for package in PACKAGES for path in package.rglob("*.py")):
