@@ -199,7 +199,6 @@ class AuxiliaryRouterTrainer(Trainer):
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the loss alone; `evaluation_loop` counts what the auxiliary routers take."""
-        inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 

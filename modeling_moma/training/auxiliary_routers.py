@@ -32,12 +32,13 @@ from ..evaluation.report import router_table
 from ..hub.loading import open_processor, require_plain_weights
 from ..modeling_moma import MomaForCausalLM
 from ..utils.atomic_files import check_new_folder
-from ..utils.hardware import on_one_gpu, trains_in_bf16
+from ..utils.hardware import trains_in_bf16
 from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .fingerprints import Facts, RunFingerprint, check_output, run_facts
 from .output_lock import sole_run
 from .stage_trainer import FollowArguments, ResumedTrainer
 from .stages import examples_a_step, feeding_fields, set_attention
+from .trainer_settings import OneGpuArguments
 
 
 REPORT_FILE = "auxiliary_routers.json"
@@ -59,7 +60,7 @@ class AuxiliaryTraining(ResumedTrainer, AuxiliaryRouterTrainer):
 def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     """Return the command line's settings of the Trainer."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    training_arguments = TrainingArguments(
+    return OneGpuArguments(
         output_dir=args.output,
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
@@ -83,7 +84,6 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         seed=args.seed,
         **feeding_fields(device),
     )
-    return on_one_gpu(training_arguments)
 
 
 def build_trainer(args: TrainingArguments, model: MomaForCausalLM, tokens: TokenFolder, facts: Facts) -> Trainer:

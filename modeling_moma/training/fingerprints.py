@@ -141,7 +141,7 @@ def _model_facts(config: MomaConfig, folder: str | None) -> dict[str, Any]:
     if folder is not None:
         files = sorted(path for kind in ("*.safetensors", "pytorch_model*.bin") for path in Path(folder).glob(kind))
         # a model named by its Hub id has no local files
-        weights = files_digest(files) if files else [folder, getattr(config, "_commit_hash", None)]
+        weights = files_digest(files) if files else folder
     return {**{name: getattr(config, name) for name in names}, "weights": weights}
 
 

@@ -21,7 +21,6 @@ from ..data.packing import IGNORED
 from ..errors_moma import InputError
 from ..loss_moma import causal_lm_loss, modality_weights
 from ..token_groups_moma import token_modalities
-from ..utils.messages import one_line
 from .checkpoints import DEEPSPEED, SHARDS, WHOLE, last_checkpoint, read_state
 from .code_noise import CodeNoise
 from .freezing import freeze_all_but
@@ -45,7 +44,7 @@ class StopAt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Stop and save at the step."""
         if state.global_step >= self.step:
-            control.should_save = control.should_training_stop = True
+            control.should_log = control.should_save = control.should_training_stop = True
         return control
 
 
@@ -74,6 +73,15 @@ class FollowArguments(TrainerCallback, ExportableState):
         if state.global_step <= self.first_step or before not in (None, self.chosen_by):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         state.stateful_callbacks[name] = self.state()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Log what is evaluated or saved, so that no checkpoint is written after a loss that is not finite."""
+        control.should_log |= control.should_save or control.should_evaluate
+        return control
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Log as at the end of a step."""
+        return self.on_step_end(args, state, control)
 
 
 class OwnRandomNumbers(TrainerCallback):
@@ -135,7 +143,8 @@ class ResumedTrainer(Trainer):
     has_trained = False
 
     def log(self, logs, start_time=None):
-        """Log, but no summary of a training without a step."""
+        """Log, but no summary of a training without a step, and no loss that is no number."""
+        self._check_finite(logs)
         if "train_loss" not in logs or self.has_trained:
             super().log(logs, start_time)
 
@@ -144,27 +153,23 @@ class ResumedTrainer(Trainer):
         self.has_trained = True
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
-        # the other steps do not wait for the device
-        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
-            self._check_finite(tr_loss, grad_norm)
-        try:
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-        except KeyError as error:
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Evaluate, and raise `ValueError` where what chooses the best model is not among the metrics."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        chosen_by = self.args.metric_for_best_model
+        # several data sets are evaluated one by one, under longer prefixes
+        if chosen_by and self.is_in_train and metric_key_prefix == "eval":
             # as of a modality that a source does not have
-            if "metric_for_best_model" in str(error):
-                raise InputError(one_line(error.args[0])) from error
-            raise
+            if not {chosen_by, f"eval_{chosen_by}"} & metrics.keys():
+                raise InputError(f"metric_for_best_model = {chosen_by!r}: it is none of {sorted(metrics)}.")
+        return metrics
 
-    def _check_finite(self, tr_loss: torch.Tensor, grad_norm: torch.Tensor | float | None) -> None:
-        """Raise, on all processes alike, where the loss since the last log or the gradients' norm is not finite."""
+    def _check_finite(self, logs: dict[str, Any]) -> None:
+        """Raise where the loss since the last log, a mean over all processes, or the gradients' norm is not finite."""
         # fp16 passes over the steps whose gradients overflow
-        norm = 0.0 if grad_norm is None or self.args.fp16 else float(grad_norm)
-        figures = self.accelerator.gather(torch.stack([tr_loss.detach().float(), tr_loss.new_tensor(norm).float()]))
-        losses, norms = figures.view(-1, 2).unbind(1)  # pyright: ignore[reportAttributeAccessIssue]
-        for what, values in (("loss", losses), ("norm of the gradients", norms)):
-            value = float(values.sum())
-            if not math.isfinite(value):
+        names = {"loss": "loss"} if self.args.fp16 else {"loss": "loss", "grad_norm": "norm of the gradients"}
+        for name, what in names.items():
+            if not math.isfinite(value := float(logs.get(name) or 0.0)):
                 kept = last_checkpoint(str(self.args.output_dir))
                 raise InputError(
                     f"The {what} is {value} by step {self.state.global_step}: a lower `--learning-rate` may help. "

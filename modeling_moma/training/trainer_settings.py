@@ -8,17 +8,38 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, get_scheduler
+from transformers.utils import logging
 
 from ..errors_moma import InputError
-from ..utils.hardware import check_precision, on_one_gpu, precision_fields
+from ..utils.hardware import check_precision, precision_fields
 from ..utils.messages import one_line
 from .muon import MUON
 from .stage_trainer import StageTrainer
 from .stages import feeding_fields
 
 
+logger = logging.get_logger(__name__)
+
 # the schedule of the learning rate where a recipe names none
 SCHEDULE = "cosine_with_min_lr"
+
+
+class OneGpuArguments(TrainingArguments):
+    """`TrainingArguments` of a process that trains on one GPU of those that it sees, and says so."""
+
+    def __post_init__(self):
+        """Check the settings."""
+        super().__post_init__()
+        if (number := super().n_gpu) > 1:
+            logger.warning(
+                f"{number} GPUs are visible, and this process trains on the first: `torchrun --nproc-per-node "
+                f"{number} -m modeling_moma` in place of `moma` trains on all. CUDA_VISIBLE_DEVICES chooses another."
+            )
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of the process."""
+        return min(super().n_gpu, 1)
 
 
 def uses_muon(args: argparse.Namespace) -> bool:
@@ -93,7 +114,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     if fields.setdefault("lr_scheduler_type", SCHEDULE) == SCHEDULE:
         fields.setdefault("lr_scheduler_kwargs", {"min_lr_rate": 0.02})
     try:
-        training_arguments = TrainingArguments(output_dir=args.output, use_cpu=device == "cpu", **fields)
+        training_arguments = OneGpuArguments(output_dir=args.output, use_cpu=device == "cpu", **fields)
         _try_schedule(training_arguments)
     except (TypeError, ValueError, ImportError, OSError) as error:
         # torch and Transformers say it in many lines
@@ -103,7 +124,7 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
         if (number := getattr(training_arguments, name)) < least:
             raise InputError(f"the recipe's section `trainer`: {name} = {number} must be at least {least}.")
     check_precision(training_arguments)
-    return on_one_gpu(training_arguments)
+    return training_arguments
 
 
 def _try_schedule(training_arguments: TrainingArguments) -> None:

@@ -91,27 +91,6 @@ def check_precision(training_arguments: "TrainingArguments") -> None:
         )
 
 
-def on_one_gpu(args: "TrainingArguments") -> "TrainingArguments":
-    """Let a training that was started as one process take one GPU of those that it sees, and say so.
-
-    Args:
-        args (`TrainingArguments`):
-            changed in place.
-
-    Returns:
-        `TrainingArguments`: the same.
-    """
-    if args.n_gpu > 1:
-        from transformers.utils import logging
-
-        logging.get_logger(__name__).warning(
-            f"{args.n_gpu} GPUs are visible, and this process trains on the first: `torchrun --nproc-per-node "
-            f"{args.n_gpu} -m modeling_moma` in place of `moma` trains on all. CUDA_VISIBLE_DEVICES chooses another."
-        )
-        args._n_gpu = 1
-    return args
-
-
 def refuse_data_parallel(args: "TrainingArguments"):
     """Raise `ValueError` where `Trainer` would take `DataParallel`, as it does for several GPUs of one process.
 
@@ -147,7 +126,6 @@ __all__ = [
     "check_precision",
     "gains_by_bf16",
     "keep_freed_memory",
-    "on_one_gpu",
     "precision_fields",
     "refuse_data_parallel",
     "trains_in_bf16",

@@ -10,9 +10,9 @@ import pytest
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from helpers.tiny import tiny_model
 from modeling_moma import MomaMetricsCallback, cpu_moma
-from modeling_moma.utils.hardware import keep_freed_memory, on_one_gpu, trains_in_bf16
+from modeling_moma.training.trainer_settings import OneGpuArguments
+from modeling_moma.utils.hardware import keep_freed_memory, trains_in_bf16
 
 
 # pages that 64 MiB ask for, again and again, and the last steps of a training, before and after freed memory is kept
@@ -111,28 +111,16 @@ def two_gpus(tmp_path):
 
 def test_one_process_trains_on_one_gpu_and_says_how_all_are_taken(two_gpus, monkeypatch):
     said = []
-    monkeypatch.setattr(
-        logging.get_logger("modeling_moma.utils.hardware"), "warning", lambda message: said.append(message)
-    )
-    assert on_one_gpu(two_gpus) is two_gpus
-    assert two_gpus.n_gpu == 1 and two_gpus.train_batch_size == 3
-    assert "`torchrun --nproc-per-node 2 -m modeling_moma`" in said[0]
-    assert on_one_gpu(two_gpus).n_gpu == 1 and len(said) == 1
+    monkeypatch.setattr(logging.get_logger("modeling_moma.training.trainer_settings"), "warning", said.append)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    own = OneGpuArguments(two_gpus.output_dir, report_to=[], use_cpu=True, per_device_train_batch_size=3)
+    assert own.n_gpu == 1 and own.train_batch_size == 3
+    assert len(said) == 1 and "`torchrun --nproc-per-node 2 -m modeling_moma`" in said[0]
 
 
 def test_several_gpus_of_one_process_are_refused(two_gpus):
     with pytest.raises(ValueError, match="n_gpu = 2.*torchrun"):
         MomaMetricsCallback().on_train_begin(two_gpus, None, None, model=None)
-
-
-def test_no_copies_of_routers_are_trained():
-    model = tiny_model()
-    replicas = [module for module in model.modules() if not any(module.children())]
-    with pytest.raises(ValueError, match="DataParallel.*torchrun"):
-        for module in replicas:
-            module._replicate_for_data_parallel()
-    model.eval()
-    assert all(module._replicate_for_data_parallel()._is_replica for module in model.modules())
 
 
 @pytest.mark.parametrize(
