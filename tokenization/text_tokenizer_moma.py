@@ -210,7 +210,8 @@ def name_image_token(tokenizer: PreTrainedTokenizerFast):
             A tokenizer with the image tokens; it is changed in place.
     """
     if getattr(tokenizer, "image_token", None) != IMAGE_TOKEN:
-        tokenizer._set_model_specific_special_tokens({"image_token": IMAGE_TOKEN})
+        tokenizer.SPECIAL_TOKENS_ATTRIBUTES = [*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, "image_token"]
+        tokenizer.image_token = IMAGE_TOKEN
 
 
 def escape_special_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> str:

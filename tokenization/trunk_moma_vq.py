@@ -15,10 +15,6 @@ TRUNK_STRIDE = 16
 TRUNK_WIDTH = STAGES[-1][3]
 
 
-# Convolution and activation in one pass over the memory: the oneDNN operation that torch's compiler uses on CPUs.
-_FUSED_CONVOLUTION = "_convolution_pointwise"
-
-
 class MomaVQSameConv(nn.Conv2d):
     """A convolution that pads as TensorFlow does, more on the right and the bottom; batch norm is folded in.
 
@@ -55,18 +51,13 @@ class MomaVQSameConv(nn.Conv2d):
         grid = -(-side // stride)
         padding = max((grid - 1) * stride + kernel - side, 0)
         # `conv2d` pads both sides alike: an odd padding becomes one more stride on the left, whose output is dropped
-        more, weight = padding % 2, self.weight
+        more = padding % 2
         padded = padding // 2 + more * stride
-        is_fused = clips and _can_fuse(hidden_states, weight)
-        if is_fused and more and self.groups > 1:
-            # a kernel with a row and a column of zeros costs a depthwise convolution less than outputs to drop
-            weight, padded, more = F.pad(weight, (1, 0, 1, 0)), padding // 2 + 1, 0
-        convolve = _convolve_and_clip if is_fused else F.conv2d
-        output = convolve(hidden_states, weight, self.bias, stride, padded, groups=self.groups)
+        output = F.conv2d(hidden_states, self.weight, self.bias, stride, padded, groups=self.groups)
         if more:
             output = output[..., more : more + grid, more : more + grid]
         # the trunk is frozen, so no backward needs the values
-        return F.relu6(output, inplace=True) if clips and not is_fused else output
+        return F.relu6(output, inplace=True) if clips else output
 
 
 class MomaVQTrunkBlock(nn.Module):
@@ -141,24 +132,6 @@ class MomaVQTrunk(nn.Module):
         for target, source in pairs:
             target.weight.copy_(source.weight)
             target.bias.copy_(source.bias)
-
-
-def _can_fuse(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Return whether the fused convolution may run: in fp32, without gradients, on a CPU with oneDNN."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
-        return False
-    is_plain = type(weight) is nn.Parameter and x.dtype == weight.dtype == torch.float32
-    if not is_plain or torch.is_autocast_enabled("cpu") or not x.shape[0]:
-        return False
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, _FUSED_CONVOLUTION)
-
-
-def _convolve_and_clip(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, padding: int, groups: int
-) -> torch.Tensor:
-    """Compute `F.relu6(F.conv2d(...))` in one pass."""
-    kernel = getattr(torch.ops.mkldnn, _FUSED_CONVOLUTION)
-    return kernel(x, weight, bias, [padding] * 2, [stride] * 2, [1, 1], groups, "hardtanh", [0.0, 6.0], "")
 
 
 __all__ = ["MomaVQTrunk"]

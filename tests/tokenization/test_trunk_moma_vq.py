@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenization import MomaVQConfig, MomaVQModel, trunk_moma_vq
+from tokenization import MomaVQConfig, MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 from tokenization.trunk_moma_vq import TRUNK_WIDTH, MomaVQSameConv, MomaVQTrunk
 
@@ -44,53 +44,6 @@ def test_convolutions_pad_as_tensorflow_does(side, kernel_size, stride):
     assert expected.shape[-1] == grid
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.testing.assert_close(convolution(x.contiguous(memory_format=layout)), expected)
-
-
-@pytest.fixture
-def fused(monkeypatch):
-    """Convolutions that clip in one pass."""
-    calls = []
-    run = trunk_moma_vq._convolve_and_clip
-
-    def spy(*args, **kwargs):
-        calls.append(0)
-        return run(*args, **kwargs)
-
-    monkeypatch.setattr(trunk_moma_vq, "_convolve_and_clip", spy)
-    return calls
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("num_images", [0, 1, 3])
-@pytest.mark.parametrize("groups", [1, 8])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kernel_size", [1, 3, 5])
-@pytest.mark.parametrize("side", [7, 8])
-def test_clipping_in_one_pass_is_clipping_after(side, kernel_size, stride, groups, num_images, layout, fused):
-    torch.manual_seed(0)
-    convolution = MomaVQSameConv(8, 8, kernel_size, stride, groups=groups)
-    x = 9 * torch.randn(num_images, 8, side, side).contiguous(memory_format=layout)
-    output, expected = convolution(x, clips=True), convolution(x).clamp(0, 6)
-    torch.testing.assert_close(output, expected)
-    if num_images:
-        assert (expected == 0).any() and (expected == 6).any()
-    if torch.backends.mkldnn.is_available():
-        assert len(fused) == bool(num_images)
-
-
-def test_what_the_one_pass_cannot_do_goes_the_plain_way(fused):
-    convolution, x = MomaVQSameConv(4, 4, 3), torch.randn(2, 4, 8, 8)
-    convolution(x, clips=True).sum().backward()
-    assert convolution.weight.grad.abs().sum() > 0
-    with torch.no_grad():
-        with torch.autocast("cpu", torch.bfloat16):
-            assert convolution(x, clips=True).dtype == torch.bfloat16
-        half = convolution.bfloat16()(x.bfloat16(), clips=True)
-        assert half.dtype == torch.bfloat16 and half.min() >= 0
-        compiled = torch.compile(convolution.float(), backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x, clips=True), convolution(x).clamp(0, 6))
-    assert not fused
 
 
 @pytest.mark.parametrize("side", [32, 64, 96])
