@@ -2,19 +2,16 @@
 """What Transformers lacks for this model: entries of its tables, steps of its loop, the card that it writes.
 
 Each names the version that needs it, so that a later one may drop it.
-
-Shape suffixes: B rows, T positions.
 """
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.candidate_generator import CandidateGenerator
-from transformers.generation.utils import GenerateBeamOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -41,19 +38,8 @@ OWN_OPTIONS = ("generation_mode", "caption_suppress_tokens", "image_sampling")
 
 
 if TYPE_CHECKING:
-    from transformers._typing import GenerativePreTrainedModel
-
-    # for type checkers: the stock mixin assumes this base class
-    class _StockGeneration(GenerativePreTrainedModel, GenerationMixin):
-        hf_quantizer: Any = None
-        encoder: Any = None
-        hf_device_map: dict[str, Any] = {}
-        generation_config: Any = None
-        _is_stateful: bool = False
-        _previous_max_cache_length: int = 0
-
-        def _supports_logits_to_keep(self) -> bool:
-            return True
+    # every model that has this mixin is a PreTrainedModel, which type checkers cannot know
+    class _StockGeneration(PreTrainedModel, GenerationMixin): ...
 else:
     _StockGeneration = GenerationMixin
 
@@ -64,7 +50,7 @@ class GenerationCompat(_StockGeneration):
     # 5.24: warns of a length beyond the positions, and then fails there
     def _prepare_generated_length(self, generation_config: GenerationConfig, **kwargs) -> GenerationConfig:
         """Return the stock lengths, but none that leads beyond the positions that the model has seen."""
-        generation_config = super()._prepare_generated_length(generation_config, **kwargs)
+        generation_config = super()._prepare_generated_length(generation_config, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         # scaled rotary embeddings are made to go beyond
         if self.config.rope_parameters["rope_type"] == "default":
             # rows of embeddings are not among the ids that are counted
@@ -74,35 +60,10 @@ class GenerationCompat(_StockGeneration):
             generation_config.max_length = min(generation_config.max_length, limit)
         return generation_config
 
-    # 5.24: pads beams with the token that it takes for none, where its id is 0
-    def _beam_search(
-        self,
-        input_ids: torch.LongTensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **kwargs,
-    ) -> GenerateBeamOutput | torch.Tensor:
-        """Run the stock search, and pad rows after their end: it takes a padding token of id 0 for none."""
-        output = super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
-        if generation_config._pad_token_tensor is None or generation_config._eos_token_tensor is None:
-            return output
-        stops = generation_config._eos_token_tensor
-        for criterion in stopping_criteria:
-            end_token_id = getattr(criterion, "end_token_id", None)
-            if end_token_id is not None:
-                stops = torch.cat([stops, stops.new_tensor([end_token_id])])
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        # edited in place, since `output` may be or hold `sequences`
-        new_BT = sequences[:, input_ids.shape[1] :]
-        is_stop_BT = torch.isin(new_BT, stops)
-        new_BT.masked_fill_(is_stop_BT.cumsum(1) > is_stop_BT.long(), generation_config._pad_token_tensor)
-        return output
-
     # 5.24: generators that draft without a model draft beyond `max_length`
     def _get_candidate_generator(self, generation_config: GenerationConfig, *args, **kwargs) -> CandidateGenerator:
         """Return the stock generator of drafts, which may draft beyond the longest row by itself."""
-        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)
+        generator = super()._get_candidate_generator(generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         draft, longest = generator.get_candidates, generation_config.max_length
 
         def draft_within(input_ids: torch.LongTensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -4,8 +4,8 @@
 Layers are exchanged by [`use_cpu_layers`], which every model calls when it is built: a layer gets a class of the same
 mathematics, whose forward falls back to that of the plain class wherever something is not as it wants it (another
 device, another type, gradients, a compiler), so that models may be moved, trained, wrapped and saved as before.
-[`run_sequentially`] is what the experts implementation `"moma"` does on a CPU, [`unobserved_inference_mode`] what
-`generate` runs in. What each gains stands in `benchmarks/reports/2026-11-27-what-was-tried-cpu.md`.
+[`run_sequentially`] is what the experts implementation `"moma"` does on a CPU. What each gains stands in
+`benchmarks/reports/2026-11-27-what-was-tried-cpu.md`.
 
 Shape suffixes:
     B rows, H heads, G key heads, S stored tokens or keys, T new tokens, d head size; N rows, I inputs, O outputs of a
@@ -16,20 +16,14 @@ Shape suffixes:
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .documents_moma import DOCUMENTS_OF_MASK, DocumentTiles, MaskedDocuments
 
@@ -156,10 +150,10 @@ class MomaCpuLinear(nn.Linear):
 
     def _plain_weight(self) -> torch.Tensor | None:
         """Return the weight `[O, I]` in bf16, neither quantised nor distributed, of a layer without a bias."""
-        # sharded and parametrised layers keep their weights elsewhere
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias", self)
+        # sharded and parametrised layers have none of their own
+        weight: Any = getattr(self, "weight", None)
         is_plain = type(weight) is nn.Parameter and weight.dtype == torch.bfloat16
-        return weight if is_plain and bias is None else None
+        return weight if is_plain and self.bias is None else None
 
 
 # elements of which a norm takes longer to start than to compute
@@ -475,7 +469,9 @@ class _ByDocument(torch.autograd.Function):
             tiles.scores(weights_flat), parts
         ):
             weights_grad_ZPP = torch.bmm(grad_ZPd, value_ZPd.mT)
-            scores_grad_ZPP = torch._softmax_backward_data(weights_grad_ZPP, weights_ZPP, -1, weights_ZPP.dtype)
+            # through the softmax
+            scores_grad_ZPP = weights_grad_ZPP.mul_(weights_ZPP)
+            scores_grad_ZPP -= weights_ZPP * scores_grad_ZPP.sum(-1, keepdim=True)
             torch.bmm(scores_grad_ZPP, key_ZPd, out=grads_ZPd[0])
             torch.bmm(scores_grad_ZPP.mT, query_ZPd, out=grads_ZPd[1])
             torch.bmm(weights_ZPP.mT, grad_ZPd, out=grads_ZPd[2])
@@ -828,129 +824,6 @@ def are_plain(*weights: torch.Tensor) -> bool:
     return all(type(weight) in (torch.Tensor, nn.Parameter) for weight in weights)
 
 
-# caches that a call of `generate` makes for itself and does not return
-_OWN_CACHES = (None, "dynamic")
-# arguments that bring a cache in, let others than the stock loops call the model, or crop caches between its calls
-_SHARED = ("cache", "past_key_values", "custom_generate", "assistant_model")
-# those of them that configurations may name
-_OPTIONS = ("return_dict_in_generate", "prompt_lookup_num_tokens", "assistant_early_exit")
-# arguments by which something of the caller's runs between two steps
-_BETWEEN = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer")
-# packages whose modules and functions keep no tensor of a step: torch, the library, and this one by the name that it
-# is loaded under
-_KNOWN = {"torch", "transformers", __name__.partition(".")[0]}
-_PLAIN = (torch.Tensor, nn.Parameter)
-
-
-def unobserved_inference_mode(
-    model: PreTrainedModel, option: Callable[[str], Any], arguments: dict[str, Any]
-) -> AbstractContextManager:
-    """Return inference mode for a `generate` on a CPU whose layers and steps have no observers, else nothing.
-
-    Tensors of inference mode know no versions and take no part in gradients, so that small operations start sooner.
-    Whoever gets hold of one can neither train on it nor write to it: it has to stay in the call.
-
-    Args:
-        model (`PreTrainedModel`):
-            whose `generate` it is.
-        option (`Callable`):
-            gives what the call's arguments, or else its configurations, say of a name.
-        arguments (`dict`):
-            the caller's.
-    """
-    is_shared = any(arguments.get(name) is not None for name in _SHARED) or any(map(option, _OPTIONS))
-    is_seen = (
-        is_shared
-        or model.device.type not in _CPU
-        or option("cache_implementation") not in _OWN_CACHES
-        or any(map(_runs_foreign_code, _between(arguments)))
-        # scaled rotary embeddings may keep what they compute in a forward
-        or model.config.rope_parameters["rope_type"] != "default"
-        or is_observed(model, arguments)
-    )
-    return nullcontext() if is_seen else torch.inference_mode()
-
-
-def _between(arguments: dict[str, Any]) -> list[Any]:
-    """Return what runs between two steps: processors, criteria, streamers, one by one."""
-    found = []
-    for name in _BETWEEN:
-        value = arguments.get(name)
-        found += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    return found
-
-
-def _runs_foreign_code(thing: Any) -> bool:
-    """Return whether a processor, criterion or streamer is the caller's, or keeps a function that is."""
-    kept = getattr(thing, "__dict__", {}).values()
-    return any(map(_is_foreign, (thing, *filter(callable, kept))))
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Return whether a call of a module does more than the forward of its class.
-
-    Args:
-        module (`nn.Module`):
-            any.
-    """
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook() or "forward" in vars(module)
-    )
-
-
-def is_observed(model: PreTrainedModel, arguments: dict[str, Any]) -> bool:
-    """Return whether code of the caller's sees what layers make, or weights are such as come into being in a forward.
-
-    Args:
-        model (`PreTrainedModel`):
-            whose layers.
-        arguments (`dict`):
-            what it is called with.
-    """
-    return (
-        getattr(model, "is_quantized", False)
-        # a method of the model was replaced on the instance
-        or any(callable(getattr(type(model), name, None)) for name in vars(model))
-        or any(isinstance(value, torch.Tensor) and type(value) not in _PLAIN for value in arguments.values())
-        or _is_traced()
-        or any(map(_is_foreign, _interfaces(model)))
-        or any(map(_is_observed_layer, model.modules()))
-    )
-
-
-def _is_traced() -> bool:
-    """Return whether a mode sees every operation; that of a default device minds only those that make tensors."""
-    modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
-    return bool(modes or _get_current_dispatch_mode_stack())
-
-
-def _interfaces(model: PreTrainedModel) -> list[Any]:
-    """Return the functions by which attention and experts run, where they are not those of the classes."""
-    attention, experts = model.config._attn_implementation, model.config._experts_implementation
-    found = [registry.get(attention) for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)]
-    return [function for function in (*found, ALL_EXPERTS_FUNCTIONS.get(experts)) if function is not None]
-
-
-def _is_foreign(thing: Any) -> bool:
-    """Return whether a class or a function is the caller's."""
-    return str(getattr(thing, "__module__", None)).partition(".")[0] not in _KNOWN
-
-
-def _is_observed_layer(module: nn.Module) -> bool:
-    """Return whether anything observes what one module makes, or its weights come into being in a forward."""
-    kind = type(module)
-    return (
-        is_hooked(module)
-        # the hook of Accelerate
-        or hasattr(module, "_hf_hook")
-        or _is_foreign(kind)
-        or _is_foreign(kind.forward)
-        or "parametrizations" in module._modules
-        or any(x is not None and type(x) not in _PLAIN for x in module._parameters.values())
-        or any(x is not None and type(x) not in _PLAIN for x in module._buffers.values())
-    )
-
-
 __all__ = [
     "CPU_ATTENTION",
     "CPU_LAYERS",
@@ -964,7 +837,6 @@ __all__ = [
     "cpu_form_of",
     "has_backward",
     "has_instructions",
-    "is_observed",
     "is_on_cpu",
     "is_transformed",
     "matmul_dtype",
@@ -972,7 +844,6 @@ __all__ = [
     "run_from_left",
     "run_sequentially",
     "run_with_gradients",
-    "unobserved_inference_mode",
     "use_cpu_layers",
     "use_growing_layer",
     "wants_weights_left",

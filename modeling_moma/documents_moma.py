@@ -220,20 +220,14 @@ def packed_lengths(position_ids: torch.Tensor) -> FlashAttentionKwargs:
     return _lengths_of(is_start_BT, *torch.stack(_number_and_longest(is_start_BT)).tolist())
 
 
-def check_whole_lengths(model: PreTrainedModel, given: Mapping[str, Any]) -> None:
-    """Raise at lengths of documents that `DataParallel` has cut.
-
-    Args:
-        model (`PreTrainedModel`):
-            which may be a replica.
-        given (`Mapping`):
-            the caller's further arguments.
-
-    Raises:
-        ValueError: rows would be lost.
-    """
-    # set by torch
-    if getattr(model, "_is_replica", False) and FLASH_LENGTHS[0] in given:
+def check_replica(model: PreTrainedModel, given: Mapping[str, Any]) -> None:
+    """Raise where a copy that `DataParallel` has made is trained, or gets lengths of documents that it has cut."""
+    # compiled forwards are no copies, and torch leaves copies without parameters
+    if torch.compiler.is_compiling() or next(model.parameters(), None) is not None:
+        return
+    if model.training:
+        raise InputError(f"`DataParallel` trains copies of routers, which lose what they learn: {EACH_DEVICE}")
+    if FLASH_LENGTHS[0] in given:
         raise InputError(
             f"`{FLASH_LENGTHS[0]}` counts through all rows, but `DataParallel` has cut it, and may have dropped rows: "
             f"{EACH_DEVICE}"
@@ -563,7 +557,7 @@ __all__ = [
     "FLASH_LENGTHS",
     "MaskedDocuments",
     "causal_mask_of",
-    "check_whole_lengths",
+    "check_replica",
     "document_begins",
     "packed_lengths",
     "uses_flash_attention_mask",

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from .compat_moma import GenerationCompat
 from .configuration_moma import MomaConfig
-from .cpu_moma import is_on_cpu, unobserved_inference_mode
+from .cpu_moma import is_on_cpu
 from .errors_moma import InputError
 from .frames_moma import IMAGE, INTERLEAVED, TEXT, ModalityFrame, in_ranges, open_frame_codes
 from .routing_moma import RULES
@@ -333,12 +333,10 @@ class MomaGenerationMixin(GenerationCompat):
                 f"meets more of them than in training. {advice}"
             )
         processors = LogitsProcessorList(logits_processor or [])
-        # arguments keep the caller's list: the grammar adds its own to `processors` alone
-        arguments = {**kwargs, "logits_processor": logits_processor}
         # an assistant model is called with the processors of the model that it drafts for, which may come from
         # another copy of this module
         if any(getattr(processor, "is_moma_grammar", False) for processor in processors):
-            return self._generate(inputs, generation_config, processors, kwargs, arguments)
+            return self._generate(inputs, generation_config, processors, kwargs)
         self._check_options(generation_config, kwargs)
         prompt = self._prompt_ids(inputs, kwargs)
         _check_prompt(prompt, self._option("pad_token_id", generation_config, kwargs), self.config, kwargs)
@@ -361,7 +359,7 @@ class MomaGenerationMixin(GenerationCompat):
             # the stock loop counts ids alone
             if context is not None and context < self._new_tokens(width, generation_config, kwargs):
                 generation_config = _with_new_tokens(max(context, 1), generation_config, kwargs)
-        return self._generate(inputs, generation_config, processors, kwargs, arguments)
+        return self._generate(inputs, generation_config, processors, kwargs)
 
     def _generate(
         self,
@@ -369,14 +367,21 @@ class MomaGenerationMixin(GenerationCompat):
         generation_config: GenerationConfig | None,
         processors: LogitsProcessorList,
         kwargs: dict,
-        arguments: dict,
     ) -> GenerateOutput | torch.Tensor:
-        """Run the stock method with what a mode needs, in inference mode as far as the caller's arguments allow."""
+        """Run the stock method, and pad beams after their end."""
+        output: Any = super().generate(inputs, generation_config, processors, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         option = partial(self._option, generation_config=generation_config, kwargs=kwargs)
-        with unobserved_inference_mode(self, option, {**arguments, "inputs": inputs}):  # pyright: ignore[reportArgumentType]
-            output = super().generate(inputs, generation_config, processors, **kwargs)
-        # a tensor of inference mode can be neither trained on nor written to
-        return output.clone() if isinstance(output, torch.Tensor) and output.is_inference() else output
+        pad_token_id, ends = option("pad_token_id"), option("eos_token_id")
+        ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+        ends += [each.end_token_id for each in kwargs.get("stopping_criteria") or () if hasattr(each, "end_token_id")]
+        # the stock search takes a padding token of id 0 for none
+        if (option("num_beams") or 1) > 1 and pad_token_id is not None and ends:
+            sequences_BT = output if isinstance(output, torch.Tensor) else output.sequences
+            ids = kwargs.get("input_ids") if inputs is None else inputs
+            new_BT = sequences_BT[:, 0 if ids is None else ids.shape[1] :]
+            is_end_BT = torch.isin(new_BT, new_BT.new_tensor(ends))
+            new_BT.masked_fill_(is_end_BT.cumsum(1) > is_end_BT.long(), int(pad_token_id))
+        return output
 
     def decode_image_tokens(self, image_tokens: torch.Tensor) -> torch.Tensor:
         """Take the images' codes out of token ids, as the VQ model and the processor want them.

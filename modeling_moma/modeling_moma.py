@@ -39,12 +39,8 @@ from transformers.integrations import use_kernel_forward_from_hub, use_kernelize
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput, MoeModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
-from transformers.models.llama.modeling_llama import (
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
@@ -56,7 +52,7 @@ from .configuration_moma import MomaConfig, check_rules
 from .cpu_moma import CpuAttention, CpuRMSNorm, MomaCpuLinear, cpu_form_of, use_cpu_layers
 from .depth_cache_moma import DepthCacheView, DepthPacking
 from .depth_moma import DepthLayer, MomaDepthRouter
-from .documents_moma import causal_mask_of, check_whole_lengths, uses_flash_attention_mask
+from .documents_moma import causal_mask_of, check_replica, uses_flash_attention_mask
 from .errors_moma import InputError
 from .experts_implementations_moma import DEFAULT_IMPLEMENTATION, form_of_pairs, takes_any_width, takes_hints
 from .frames_moma import TEXT
@@ -128,8 +124,65 @@ def query_key_norm(config: MomaConfig, num_heads: int) -> nn.Module:
     return nn.Identity()
 
 
-class MomaRotaryEmbedding(Fp32Buffers, LlamaRotaryEmbedding):
+class MomaRotaryEmbedding(Fp32Buffers):
     """Cosines and sines `[B, T, head_dim]` of positions; scaled types come from `config.rope_parameters`."""
+
+    def __init__(self, config: MomaConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        frequencies_of = {"default": self.compute_default_rope_parameters, **ROPE_INIT_FUNCTIONS}[self.rope_type]
+        inv_freq, self.attention_scaling = frequencies_of(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: MomaConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """Return frequencies of pairs of elements, `[head_dim / 2]`, and the scale of cosines and sines."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids.unsqueeze(-1).float() * self.inv_freq.float().to(x.device)
+        angles = torch.cat((angles, angles), dim=-1)
+        return tuple((wave * self.attention_scaling).to(x.dtype) for wave in (angles.cos(), angles.sin()))
+
+
+@use_kernel_forward_from_hub("rotary_pos_emb")
+def apply_rotary_pos_emb(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn queries and keys `[B, H, T, head_dim]` by the angles of their positions, `[B, T, head_dim]` (RoFormer)."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+
+    def turned(states: torch.Tensor) -> torch.Tensor:
+        first, second = states.chunk(2, dim=-1)
+        return states * cos + torch.cat((-second, first), dim=-1) * sin
+
+    return turned(query), turned(key)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend by queries `[B, H, T, d]` to `[B, G, S, d]`: return `[B, T, H, d]`, and weights `[B, H, T, S]`."""
+    groups: Any = module.num_key_value_groups
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.mT * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class MomaProjections(nn.Module):
@@ -805,7 +858,7 @@ class MomaModel(MomaPreTrainedModel):
             config.
         """
         check_inputs(input_ids, inputs_embeds, position_ids)
-        check_whole_lengths(self, kwargs)
+        check_replica(self, kwargs)
         # routing comes before the embedding, so that a bad token id raises the clearer error
         context = routing_of_batch(
             self.config,

@@ -30,8 +30,8 @@ def use_quantized_layers(model: nn.Module):
         module.needs_rows = True  # pyright: ignore[reportArgumentType]
         config: Any = getattr(module, "config", None)
         if config is not None and not takes_quantized(config):
-            # one config serves all layers, and the check of the public setter would find nothing here
-            config._experts_implementation_internal = "eager"
+            # one config serves all layers
+            config._experts_implementation = "eager"
 
 
 __all__ = ["use_quantized_layers"]

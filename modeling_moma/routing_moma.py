@@ -22,7 +22,7 @@ from torch import nn
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_moma import RULES, MomaConfig, RoutingRule, rule_of
-from .errors_moma import EACH_DEVICE, InputError
+from .errors_moma import InputError
 from .token_groups_moma import RouterState, RouterStatistics, RoutingContext, is_distributed
 
 
@@ -311,8 +311,8 @@ class Fp32Buffers(nn.Module):
 
         The values of that moment are rounded; what is added to them later is not lost.
         """
-        for buffer in self._buffers.values():
-            if buffer is not None and buffer.dtype != torch.float32:
+        for buffer in self.buffers(recurse=False):
+            if buffer.dtype != torch.float32:
                 buffer.data = buffer.float()
 
 
@@ -425,12 +425,6 @@ class MomaRouterBase(Fp32Buffers):
         memo[id(self)] = copied = type(self).__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
-
-    def _replicate_for_data_parallel(self):
-        # torch's: the copies of later devices are thrown away after each forward, and their thresholds with them
-        if self.training:
-            raise InputError(f"`DataParallel` trains copies of routers, which lose what they learn: {EACH_DEVICE}")
-        return super()._replicate_for_data_parallel()
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `[..., D]` to `[..., scores]`, in fp32 also under autocast."""

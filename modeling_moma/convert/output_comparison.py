@@ -89,7 +89,7 @@ def streamed_model(
     """
     # buffers that are not saved, as rotary frequencies, have to be real
     with init_empty_weights(include_buffers=False):
-        model = model_class._from_config(config, dtype=torch.float32)
+        model = model_class(config).float()
     attach_align_device_hook(
         model.eval(),
         execution_device=torch.device("cpu"),

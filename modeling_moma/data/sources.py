@@ -28,7 +28,6 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from datasets.inspect import SplitsNotFoundError
-from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.table import CastError
 from pydantic import Field
 
@@ -187,7 +186,8 @@ class Source:
         builder = self._call(load_dataset_builder, path, options)
         # by split, with when each file was changed
         files = {split: (list(found), found.origin_metadata) for split, found in builder.config.data_files.items()}
-        if isinstance(builder.config, CsvConfig):
+        # of tables alone
+        if hasattr(builder.config, "sep"):
             options = {**self._reading(".csv"), **options}
             tables = table_files([escape(file) for found, _ in files.values() for file in found])
             refuse_longer_rows(f"sources: {self.name!r}", tables, {**options, "sep": builder.config.sep})

@@ -8,13 +8,13 @@ from typing import Any
 
 from datasets import Dataset, Image
 from datasets.data_files import SPLIT_KEYWORDS
-from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from PIL.Image import registered_extensions
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
-METADATA = FolderBasedBuilder.METADATA_FILENAMES
+# as `imagefolder` reads them
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 def split_folders(folder: Path) -> dict[str, list[Path]]:
@@ -65,7 +65,7 @@ def warn_of_unnamed(name: str, rows: Dataset, files: Collection[str]) -> None:
         files (`Collection[str]`):
             of that split, links followed.
     """
-    images = sorted(file for file in files if Path(file).suffix.lower() in ImageFolder.EXTENSIONS)
+    images = sorted(file for file in files if Path(file).suffix.lower() in registered_extensions())
     column = next((name for name, entry in rows.features.items() if isinstance(entry, Image)), None)
     if column is None or not images:
         return

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from ..configuration_moma import MomaConfig
 from ..errors_moma import InputError
@@ -63,7 +64,7 @@ def add_layers(model: MomaForCausalLM, after: Sequence[int]) -> MomaForCausalLM:
         fields["depth_layers"] = [layer for layer, (source, _) in enumerate(layers) if source in config.depth_layers]
     deeper_config = MomaConfig.from_dict({**config.to_dict(), **fields})
     attention = config._attn_implementation
-    deeper = MomaForCausalLM._from_config(deeper_config, dtype=model.dtype, attn_implementation=attention)
+    deeper = AutoModelForCausalLM.from_config(deeper_config, dtype=model.dtype, attn_implementation=attention)
     deeper.to(model.device)
     state = model.state_dict()
     for name, tensor in deeper.state_dict().items():

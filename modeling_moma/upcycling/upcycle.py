@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from ..configuration_moma import RULES, MomaConfig, rule_names
 from ..errors_moma import InputError
@@ -255,7 +256,7 @@ def upcycle(
         **fields,
     )
     attention = model.config._attn_implementation
-    upcycled = MomaForCausalLM._from_config(config, dtype=model.dtype, attn_implementation=attention)
+    upcycled = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention)
     upcycled.to(model.device)
     seed_state, state = model.state_dict(), upcycled.state_dict()
     sources = tensor_sources(state, seed_state, kept_groups(model.config, config) if keep_seed else [])

@@ -263,15 +263,28 @@ def test_lengths_that_do_not_fit_are_refused(kernels):
     assert "`max_length_k` is missing" in refused(model, **batch, use_cache=False)
 
 
+def replica_of(model):
+    """A copy as `DataParallel` makes it: tensors in place of parameters."""
+    replica = copy.deepcopy(model)
+    for module in replica.modules():
+        tensors = {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
+        for name, tensor in tensors.items():
+            delattr(module, name)
+            setattr(module, name, tensor)
+    return replica
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
-def test_rows_that_data_parallel_would_lose_are_refused(kernels, attention):
+def test_what_data_parallel_would_lose_is_refused(kernels, attention):
     model = model_of()
     model.set_attn_implementation(attention)
     batch = PackedCollator(None)(packed_rows(ROWS["full rows"][:4]))
-    replica = copy.copy(model)
-    replica._modules = {**model._modules, "model": model.model._replicate_for_data_parallel()}
-    replica._modules["model"]._parameters = model.model._parameters
+    replica = replica_of(model)
     assert "`DataParallel` has cut it" in refused(replica, **batch, use_cache=False)
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert "`DataParallel` trains copies of routers" in refused(replica.train(), **batch, use_cache=False)
+    with torch.no_grad():
+        assert torch.equal(replica.eval()(**batch).logits, model.eval()(**batch).logits)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

