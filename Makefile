@@ -58,6 +58,7 @@ check: $(INSTALLED)
 	$(RUN) -m mlinter modeling_moma
 	$(RUN) -m mlinter tokenization
 	$(VENV)/bin/lint-imports --no-cache
+	$(RUN) scripts/private_names.py > /dev/null
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
