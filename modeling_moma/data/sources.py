@@ -37,7 +37,7 @@ from ..utils.fields import Float, read_field
 from ..utils.messages import one_line
 from .json_lines import has_broken_lines, is_json_lines, mended_copy
 from .kinds import SourceKind, read_kind
-from .split_folders import METADATA, data_files, rows_below, split_folders
+from .split_folders import METADATA, data_files, rows_below, saved_files, split_folders
 from .split_parts import refuse_shared_parts, split_parts
 from .tables import reading_options, refuse_longer_rows, table_files
 
@@ -266,6 +266,8 @@ class Source:
                 "data_files": escape(str(sounds)),
             }
         if path.is_dir():
+            if self._goes_by_folders() and (saved := saved_files(path)):
+                return READERS[".arrow"], {**self.load, "data_files": saved}
             files = data_files(path) if self._goes_by_folders() else {}
             if not files and _has_pattern_letters(str(path.absolute())):
                 raise InputError(

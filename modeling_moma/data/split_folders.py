@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of images with a `metadata.csv`: one above the folders of splits, and one that names some images alone."""
+"""Folders whose files say which of them are read: a `metadata.csv` of images, and what `save_to_disk` writes."""
 
 from collections.abc import Collection, Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Image
+from datasets import Dataset, Image, config
 from datasets.data_files import SPLIT_KEYWORDS
 from PIL.Image import registered_extensions
 from transformers.utils import logging
+
+from ..utils.records import read_record
 
 
 logger = logging.get_logger(__name__)
@@ -33,6 +35,19 @@ def data_files(folder: Path) -> dict[str, list[str]]:
     return {
         split: [*(f"{escape(str(path))}/**" for path in paths), *metadata]
         for split, paths in split_folders(folder).items()
+    }
+
+
+def saved_files(folder: Path) -> dict[str, list[str]]:
+    """Return the files of each split that `save_to_disk` of `datasets` has written into a folder; else nothing."""
+    saved = folder / config.DATASETDICT_JSON_FILENAME
+    folders = {name: folder / name for name in read_record(saved)["splits"]} if saved.is_file() else {"train": folder}
+    states = {split: path / config.DATASET_STATE_JSON_FILENAME for split, path in folders.items()}
+    # others beside them are caches of what was done with the rows
+    return {
+        split: [escape(str(path.with_name(file["filename"]))) for file in read_record(path)["_data_files"]]
+        for split, path in states.items()
+        if path.is_file()
     }
 
 
@@ -78,4 +93,4 @@ def warn_of_unnamed(name: str, rows: Dataset, files: Collection[str]) -> None:
         )
 
 
-__all__ = ["data_files", "rows_below", "split_folders", "warn_of_unnamed"]
+__all__ = ["data_files", "rows_below", "saved_files", "split_folders", "warn_of_unnamed"]

@@ -12,7 +12,7 @@ from itertools import permutations
 import pyarrow as pa
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, List, Value, config
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value, config, load_from_disk
 from pyarrow import parquet
 
 from helpers.tiny import noise_images, tiny_documents, tiny_processor
@@ -411,6 +411,27 @@ def test_classes_are_read_by_their_names(tmp_path, load):
     for text, expected in (("text", ["red, blue", "blue"]), ("one", ["blue"])):
         (source,) = read_sources({"mine": {"data": str(tmp_path / "d.parquet"), "text": text, **load}})
         assert list(source_texts([source], 10)) == expected
+
+
+@pytest.mark.parametrize("load", [{}, {"load": {"streaming": True}}])
+def test_what_save_to_disk_writes_is_read(run, tmp_path, load):
+    features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
+    rows = Dataset.from_dict({"image": noise_images(6), "label": [0, 1] * 3}, features=features)
+    # a letter of patterns in the name, and several files
+    folder = tmp_path / "saved [1]"
+    DatasetDict(train=rows.select(range(4)), dev=rows.select([5])).save_to_disk(
+        folder, num_shards={"train": 2, "dev": 1}
+    )
+    # a cache that lies beside the rows
+    load_from_disk(folder)["train"].map(lambda row: {"label": 1 - row["label"]})
+    assert list(folder.glob("train/cache-*.arrow"))
+    fields = {"data": str(folder), "image": "image", "text": "a {label}", "splits": {"validation": "dev"}, **load}
+    _, documents, _ = run(**fields)
+    assert [documents["train"].caption(row) for row in range(4)] == ["a cat", "a dog"] * 2
+    assert [documents["validation"].caption(row) for row in range(len(documents["validation"]))] == ["a dog"]
+    # one of its splits is a data set of its own
+    (source,) = read_sources({"one": {"data": str(folder / "train"), "image": "image", "text": "label", **load}})
+    assert source.split_names() == {"train": "train"} and len(list(source_texts([source], 10))) == 4
 
 
 def test_a_text_tokenizer_learns_from_no_row_that_is_held_out(tmp_path):
