@@ -55,7 +55,7 @@ class FlagParser(argparse.ArgumentParser):
     """
 
     def __init__(self, kind: type, required: Iterable[str] = (), **options: Any):
-        super().__init__(argument_default=argparse.SUPPRESS, **options)
+        super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **options)
         self.kind = kind
         holders: dict[str, Any] = {}
         for entry in dataclasses.fields(kind):

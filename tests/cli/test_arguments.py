@@ -71,6 +71,7 @@ def test_only_what_is_given_is_read():
         ([*NEEDED, "--batch-size", "x"], "--batch-size = 'x' must be an integer: rows at once."),
         ([*NEEDED, "--mode", "sound"], "argument --mode: invalid choice: 'sound'"),
         ([*NEEDED, "--repo-id", "a/b"], "argument --repo-id: not allowed with argument --folder"),
+        ([*NEEDED, "--resum"], "unrecognized arguments: --resum"),
         (["recipe.yaml", "--output", "out"], "one of the arguments --repo-id --folder is required"),
         (["--output", "out", "--folder", "here"], "the following arguments are required: RECIPE"),
     ],
