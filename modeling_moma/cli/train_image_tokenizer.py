@@ -3,7 +3,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ..training.tokenizer_settings import TokenizerSettings
@@ -72,7 +71,6 @@ def run(args: Run, on_step: Callable[[int, dict[str, float]], None] | None = Non
 
     refuse_output_in_data(args.output, args.sources)
     check_writable(args.output)
-    Path(args.output).mkdir(parents=True, exist_ok=True)
     with sole_run(args.output):
         return TokenizerTraining(args, args.sources, args.output, args.resume, args.strict).run(on_step)
 

@@ -152,10 +152,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("line", BAD)
-def test_what_is_wrong_is_one_line(run, line):
+def test_what_is_wrong_is_one_line(run, place, line):
     said, expected = run(line), BAD[line]
     for part in expected.split(".*"):
         assert part in said
+    assert not (place / "out").exists() and not (place / "images-out").exists()
 
 
 @pytest.mark.parametrize(
