@@ -252,6 +252,12 @@ def test_codes_that_cannot_be_raise(processor, codec, monkeypatch):
         processor.decode_parts([audio.begin, audio.end])
     with pytest.raises(ValueError, match="outside a frame of 'audio'"):
         processor.decode_parts([5, audio.offset, audio.end])
+    for made, told in (([1, 1.5], "1.5"), (np.float32([2]), "2.0"), ("12", "'1'"), ([[1, 2]], r"\[1, 2\]")):
+        monkeypatch.setattr(codec, "encode", lambda items, made=made: [made])
+        with pytest.raises(ValueError, match=f"codes: those of one audio are whole numbers, got {told}"):
+            processor.encode_items("audio", [tone(50, 4)])
+    monkeypatch.setattr(codec, "encode", lambda items: [np.uint8([7]), [torch.tensor(8)]])
+    assert processor.encode_items("audio", [tone(50, 4)] * 2) == [[7], [8]]
     monkeypatch.setattr(codec, "encode", lambda items: [])
     with pytest.raises(ValueError, match="codes of 0 items for 1"):
         processor.encode_items("audio", [tone(50, 4)])
@@ -264,8 +270,9 @@ def test_parts_that_are_no_codecs_raise():
         MomaProcessor(*parts, codecs={"audio": MuLawCodec()})
     with pytest.raises(TypeError, match="Linear is no codec, it lacks num_codes"):
         MomaProcessor(*parts, codecs={"audio": torch.nn.Linear(1, 1)})
-    with pytest.raises(ValueError, match="'image' is not free"):
-        MomaProcessor(*parts, codecs={"image": MuLawCodec()})
+    for name in ("image", "padding", "return_tensors", "chat_template", "sampling_rate"):
+        with pytest.raises(ValueError, match=f"'{name}' is not free"):
+            MomaProcessor(*parts, codecs={name: MuLawCodec()})
     for name in ("text", "a b", "../audio", ""):
         with pytest.raises(ValueError, match="must be a plain name"):
             MomaProcessor(*parts, codecs={name: MuLawCodec()})

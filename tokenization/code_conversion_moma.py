@@ -171,12 +171,12 @@ class CodeConversionMixin(ProcessorMixin):
         self._frame(modality)
         if modality == IMAGE:
             return self.encode_images(items)
-        codes = [[int(code) for code in item_codes] for item_codes in self.codecs[modality].encode(items)]
+        codes = [as_list(item_codes) for item_codes in self.codecs[modality].encode(items)]
         if len(codes) != len(items):
             raise InputError(f"{modality}: its codec gave codes of {len(codes)} items for {len(items)}.")
         for item_codes in codes:
             self.frames[modality].check_codes(item_codes)
-        return codes
+        return [[int(code) for code in item_codes] for item_codes in codes]
 
     def decode_items(self, modality: str, codes: torch.Tensor | list) -> list:
         """Turn codes of a modality into items.

@@ -6,6 +6,13 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from huggingface_hub import snapshot_download
+from transformers.processing_utils import (
+    AudioKwargs,
+    ImagesKwargs,
+    ProcessingKwargs,
+    ProcessorChatTemplateKwargs,
+    TextKwargs,
+)
 
 from .processor_errors_moma import InputError
 from .text_tokenizer_moma import check_modality
@@ -17,7 +24,10 @@ CODECS: dict[str, type] = {}
 _REQUIRED_MEMBERS = ("num_codes", "length", "encode", "decode", "save_pretrained", "from_pretrained")
 _DOWNLOAD_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # Names that the processor's call uses for arguments of its own.
-_RESERVED_NAMES = ("image", "images", "videos")
+_ARGUMENTS = (AudioKwargs, ImagesKwargs, ProcessingKwargs, ProcessorChatTemplateKwargs, TextKwargs)
+_RESERVED_NAMES = {"image", "images", "videos", "chat_template", "return_labels"}.union(
+    *(kind.__optional_keys__ for kind in _ARGUMENTS)
+)
 _Codec = TypeVar("_Codec", bound=type)
 
 
@@ -116,7 +126,9 @@ def check_codec(modality: str, codec: Any):
     """
     check_modality(modality)
     if modality in _RESERVED_NAMES:
-        raise InputError(f"codecs: {modality!r} is not free, images go through the VQ model; choose another name.")
+        raise InputError(
+            f"codecs: {modality!r} is not free, the processor takes something else by it; choose another."
+        )
     missing = [name for name in _REQUIRED_MEMBERS if not hasattr(codec, name)]
     if missing:
         raise TypeError(f"codecs[{modality!r}]: {type(codec).__name__} is no codec, it lacks {', '.join(missing)}.")

@@ -110,8 +110,8 @@ class TokenFrame:
         if len(codes) != self.length if self.length is not None else not codes:
             expected = "one code at least" if self.length is None else f"{self.length} codes"
             raise InputError(f"codes: one {self.modality} has {expected}, got {len(codes)}.")
-        if any(isinstance(code, float) for code in codes):
-            raise InputError(f"codes: expected whole numbers, got {next(c for c in codes if isinstance(c, float))}.")
+        if wrong := [code for code in codes if not hasattr(code, "__index__")]:
+            raise InputError(f"codes: those of one {self.modality} are whole numbers, got {wrong[0]!r}.")
         if min(codes) < 0 or max(codes) >= self.num_codes:
             raise InputError(
                 f"codes: values from {min(codes)} to {max(codes)} lie outside [0, {self.num_codes}); "

@@ -340,7 +340,7 @@ def test_what_are_no_ids_or_codes_is_refused_by_name(processor, images):
         processor.decode_parts([5, -100])
     codes = processor.encode_images(images[:1])
     for made in (processor.decode_images, lambda values: processor.image_ids(values[0])):
-        with pytest.raises(ValueError, match="codes: expected whole numbers"):
+        with pytest.raises(ValueError, match="codes: .* whole numbers, got"):
             made(torch.tensor(codes) + 0.9)
     assert processor.post_process_multimodal_output([], generation_mode="interleaved") == []
 
