@@ -245,6 +245,11 @@ def _plan_source(
             file_size = rows.info.download_size
         else:
             entry |= {"rows": None, "pictures": None, "rows_per_shard": None, "shards": rows.num_shards}
+            if name == TRAIN and VALIDATION not in names and source.held_out and rows.num_shards > 1:
+                logger.warning(
+                    f"sources: {source.name!r}: of a stream of {rows.num_shards} files other rows are held out than "
+                    "without `streaming`: train and evaluate on tokens of one reading alone."
+                )
         plan[name] = entry
     if VALIDATION in names and VALIDATION not in plan:
         plan[TRAIN]["has_validation"] = True

@@ -358,18 +358,15 @@ def placed_rows(rows: Dataset | IterableDataset) -> Iterator[tuple[str, dict[str
     Raises:
         ValueError: a file cannot be read any further.
     """
-    if isinstance(rows, IterableDataset):
-        num_shards = rows.num_shards
-        parts = [(shard, rows.shard(num_shards=num_shards, index=shard)) for shard in range(num_shards)]
-    else:
-        parts = [(None, rows)]
-    for shard, part in parts:
+    shards = rows.num_shards if isinstance(rows, IterableDataset) else 1
+    for shard in range(shards):
+        part = rows if shards == 1 else rows.shard(num_shards=shards, index=shard)
         for number, row in enumerate(undecoded_rows(part)):
-            yield row_place(number, shard), row
+            yield row_place(number, None if shards == 1 else shard), row
 
 
 def row_place(number: int, shard: int | None) -> str:
-    """Return where a row stands: its number, and in a stream, whose files are read apart, before it its shard's."""
+    """Return where a row stands: its number, and in a stream of several files, which are read apart, its file's."""
     return str(number) if shard is None else f"{shard}/{number}"
 
 

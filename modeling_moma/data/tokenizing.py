@@ -196,8 +196,9 @@ class SourceShard(Shard):
             part = undecoded_rows(rows.select(range(self.start, end)))
         else:
             part = undecoded_rows(rows.shard(num_shards=self.task.shards, index=self.task.shard))
+        file = self.task.shard if self.plan["rows"] is None and self.task.shards > 1 else None
         for index, row in enumerate(part):
-            place = row_place(self.start + index, None if isinstance(rows, Dataset) else self.task.shard)
+            place = row_place(self.start + index, file)
             split = VALIDATION if self.holds_out and self.source.is_held_out(place) else self.task.split
             self.report.rows += 1
             if row.get(BROKEN_LINE):
