@@ -47,9 +47,13 @@ class Template:
         """The columns, each once."""
         return list(dict.fromkeys(name for _, name in self.parts if name is not None))
 
+    def empty_columns(self, row: Mapping[str, Any]) -> list[str]:
+        """Return the columns that hold nothing in a row."""
+        return [name for name in self.columns if not is_something(row[name])]
+
     def is_full(self, row: Mapping[str, Any]) -> bool:
         """Return whether every column holds something in a row."""
-        return all(is_something(row[name]) for name in self.columns)
+        return not self.empty_columns(row)
 
     def texts(self, row: Mapping[str, Any]) -> Iterator[str]:
         """Yield the text of a row, unless a column holds nothing, or what is no text."""

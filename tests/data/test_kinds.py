@@ -269,7 +269,9 @@ def test_a_chat_whose_template_leaves_a_turn_out_or_repeats_it_is_left_out(tmp_p
 def test_row_without_segments_or_messages_has_no_texts(missing):
     for column in ("segments", "messages"):
         assert list(read_kind("mine", {column: "column"}).row_texts({"column": missing})) == []
-    assert read_messages(read_kind("mine", {"messages": "column"}), {"column": missing}, tiny_processor()) == ("", [])
+    turns = [{"role": "user", "content": " "}, {"role": "assistant", "content": [{"type": "text", "text": ""}]}]
+    for chat in (missing, turns, [{"role": "user", "content": missing}]):
+        assert read_messages(read_kind("mine", {"messages": "column"}), {"column": chat}, tiny_processor()) == ("", [])
 
 
 def test_column_of_something_else_than_a_caption_is_named():

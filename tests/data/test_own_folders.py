@@ -297,6 +297,16 @@ def test_texts_are_read_from_all_but_bytes_and_mappings(run, tmp_path, kind, val
     assert entry["read"]["train"]["left_out"] == {reason: count for reason, count in reasons.items() if count}
 
 
+@pytest.mark.parametrize("fields", [{}, {"image": "image"}])
+def test_the_column_that_holds_nothing_is_named(run, tmp_path, fields):
+    noise_images(1)[0].save(tmp_path / "0.png")
+    rows = [{"maker": "noto", "label": label, "image": "0.png"} for label in (None, "apple")]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    entry, _, _ = run(data=str(tmp_path / "d.jsonl"), text="{maker}: {label}", **fields)
+    (left_out,) = entry["read"]["train"]["named"]
+    assert (left_out["row"], left_out["detail"]) == (0, "nothing in ['label']")
+
+
 @pytest.fixture
 def tagged(run, tmp_path):
     """A source with lists that are just as long as a sequence, and the fields of it."""

@@ -68,8 +68,8 @@ class AudioKind(SourceKind):
         template = Template(self.text)
         for index, split, row in shard.rows():
             try:
-                if not template.is_full(row):
-                    raise LeftOut("text empty", f"nothing in {template.columns}")
+                if empty := template.empty_columns(row):
+                    raise LeftOut("text empty", f"nothing in {empty}")
                 columns = {name: shard.stored_text(name, row[name]) for name in self.stored_columns()}
                 num_text = len(shard.encoder.text_ids(template.render(columns)))
                 codes = shard.sound_codes(row[self.audio])

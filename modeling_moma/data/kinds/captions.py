@@ -163,8 +163,8 @@ class _CaptionWriter:
         """Return the columns of a row's captions, and the text tokens of the first one with what stands around it."""
         shard, first = self.shard, Template(self.kind.text)
         columns = {name: shard.stored_text(name, row[name]) for name in self.kind.stored_columns()}
-        if not first.is_full(columns):
-            raise LeftOut("caption empty", f"nothing in {first.columns}")
+        if empty := first.empty_columns(columns):
+            raise LeftOut("caption empty", f"nothing in {empty}")
         lengths = self.kind.caption_lengths(columns, shard.encoder)
         if (longest := max(lengths)) > shard.sequence_length:
             raise LeftOut("caption too long", f"{longest} tokens with its image, over {shard.sequence_length}")

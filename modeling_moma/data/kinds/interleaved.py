@@ -184,7 +184,7 @@ class _InterleavedWriter:
         processor = self.shard.processor
         text, segments = read_messages(self.kind, row, processor)
         if not text:
-            raise LeftOut("document empty", "no message")
+            raise LeftOut("document empty", "no text, image or sound in its messages")
         ids = processor.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
         # of one token it is a number
         placeholder_id: Any = processor.tokenizer.convert_tokens_to_ids
@@ -300,7 +300,8 @@ def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaPro
             if part["type"] == "text":
                 part["text"] = processor.escape_special_tokens(part["text"])
         messages.append({"role": processor.escape_special_tokens(message["role"]), "content": plain})
-    if not messages:
+    # a template may write turns of nothing
+    if not any(part["type"] != "text" or part["text"].strip() for message in messages for part in message["content"]):
         return "", []
     try:
         text = processor.apply_chat_template(messages, tokenize=False)

@@ -36,9 +36,9 @@ class TextKind(SourceKind):
         template = Template(self.text)
         for index, split, row in shard.rows():
             try:
-                text = template.render(row) if template.is_full(row) else ""
-                if not text.strip():
-                    raise LeftOut("text empty", f"nothing in {template.columns}")
+                if empty := template.empty_columns(row):
+                    raise LeftOut("text empty", f"nothing in {empty}")
+                text = template.render(row)
             except LeftOut as error:
                 shard.leave_out(index, error)
                 continue
