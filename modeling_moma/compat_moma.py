@@ -5,6 +5,8 @@ Each names the version that needs it, so that a later one may drop it.
 """
 
 import json
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
 # 5.24: saving writes only the saved class's own entry; these let every auto class load the folder by its code
@@ -115,13 +117,18 @@ def complete_model_card(path: str | Path):
     card.save(path)
 
 
-def remove_older_weights(folder: str | Path) -> None:
-    """Remove what an earlier save has left of another number of files: Transformers would load that first.
+def finish_saving(folder: str | Path) -> None:
+    """Let who may read the configuration read the weights, and remove those of an earlier save of other files.
 
     Args:
         folder (`str | Path`):
             into which weights have just been saved, in one file or in several with an index.
     """
+    # safetensors 0.8 writes for the owner alone; a file system without permissions refuses, and has none to give
+    with suppress(OSError):
+        for path in Path(folder).glob("*.safetensors"):
+            shutil.copymode(Path(folder) / CONFIG_NAME, path)
+    # Transformers would load what is left of another number of files first
     whole, index = Path(folder) / SAFE_WEIGHTS_NAME, Path(folder) / SAFE_WEIGHTS_INDEX_NAME
     if whole.is_file() and index.is_file():
         # shards of an earlier save are gone by now
@@ -130,4 +137,4 @@ def remove_older_weights(folder: str | Path) -> None:
         older.unlink(missing_ok=True)
 
 
-__all__ = ["AUTO_MAP", "GenerationCompat", "complete_model_card", "prepare_saving", "remove_older_weights"]
+__all__ = ["AUTO_MAP", "GenerationCompat", "complete_model_card", "finish_saving", "prepare_saving"]

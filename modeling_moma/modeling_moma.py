@@ -47,7 +47,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .compat_moma import complete_model_card, prepare_saving, remove_older_weights
+from .compat_moma import complete_model_card, finish_saving, prepare_saving
 from .configuration_moma import MomaConfig, check_rules
 from .cpu_moma import CpuAttention, CpuRMSNorm, MomaCpuLinear, cpu_form_of, use_cpu_layers
 from .depth_cache_moma import DepthCacheView, DepthPacking
@@ -759,7 +759,7 @@ class MomaPreTrainedModel(PreTrainedModel):
         prepare_saving(self)
         super().save_pretrained(*args, **kwargs)
         if kwargs.get("is_main_process", args[1] if len(args) > 1 else True):
-            remove_older_weights(args[0] if args else kwargs["save_directory"])
+            finish_saving(args[0] if args else kwargs["save_directory"])
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
         """See `PreTrainedModel.resize_token_embeddings`; warns where an id that the model knows has no row left."""

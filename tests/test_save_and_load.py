@@ -211,6 +211,8 @@ def test_what_was_saved_last_is_loaded_whatever_the_number_of_files(model, tmp_p
     changed.save_pretrained(tmp_path, max_shard_size=sizes[1])
     assert torch.equal(MomaForCausalLM.from_pretrained(tmp_path).lm_head.weight, changed.lm_head.weight)
     assert (tmp_path / "model.safetensors").is_file() != (tmp_path / "model.safetensors.index.json").is_file()
+    # who may read the settings may read the weights
+    assert len({path.stat().st_mode for path in tmp_path.iterdir() if path.is_file()}) == 1
 
 
 def test_embeddings_below_the_ids_of_the_grammar_are_told_at_once(model, tmp_path, caplog):

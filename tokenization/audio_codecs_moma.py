@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.audio_utils import mel_filter_bank
 from transformers.utils.generic import maybe_autocast
@@ -223,7 +223,8 @@ class MelCodec:
                 The folder, which exists.
         """
         Path(folder, CONFIG_FILE).write_text(json.dumps({"codec_type": self.codec_type, **self.settings()}, indent=2))
-        save_file({"codebook": self.codebook}, Path(folder, WEIGHTS_FILE))
+        # `save_file` would let the owner alone read it
+        Path(folder, WEIGHTS_FILE).write_bytes(save({"codebook": self.codebook}))
 
     @classmethod
     def from_pretrained(cls, folder: "str | os.PathLike") -> "MelCodec":

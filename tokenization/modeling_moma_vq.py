@@ -14,9 +14,12 @@
 """The MoMa image tokenizer: a VQ-GAN encoder, codebook and decoder, and the losses that train them."""
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -24,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput, auto_docstring
+from transformers.utils import CONFIG_NAME, ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .blocks_moma_vq import MomaVQBranchEnd, MomaVQDecoder, MomaVQEncoder
@@ -161,6 +164,14 @@ class MomaVQModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
         return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """See `PreTrainedModel.save_pretrained`; who may read the configuration may read the weights."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        # safetensors 0.8 writes for the owner alone; a file system without permissions refuses, and has none to give
+        with suppress(OSError):
+            for path in Path(save_directory).glob("*.safetensors"):
+                shutil.copymode(Path(save_directory, CONFIG_NAME), path)
 
     def _freeze(self) -> None:
         # data parallel training waits for a gradient of every parameter that requires one

@@ -16,7 +16,9 @@
 import base64
 import copy
 import os
+import shutil
 from collections.abc import Mapping, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -561,6 +563,10 @@ class MomaProcessor(CodeConversionMixin):
         self.__dict__.pop("auto_map", None)
         self.vq_model.save_pretrained(os.path.join(save_directory, VQ_SUBFOLDER))
         save_codecs(self.codecs, save_directory)
+        # as [`MomaVQModel`] does, for classes of Transformers
+        with suppress(OSError):
+            for path in Path(save_directory).glob("*/*.safetensors"):
+                shutil.copymode(files[0], path)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, **kwargs)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.nn import functional as F
 from transformers.utils import cached_file
 
@@ -317,10 +317,9 @@ class ImageMemory:
         # one entry, since several are written in any order
         metadata = {"processor": self.processor}
         check_place(path)
-        return write_aside(
-            path,
-            lambda aside: save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata),
-        )
+        # `save_file` would let the owner alone read it
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+        return write_aside(path, lambda aside: aside.write_bytes(data))
 
     @classmethod
     def load(cls, path: str | Path, option: str = "memory") -> "ImageMemory":

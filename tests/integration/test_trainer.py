@@ -206,6 +206,8 @@ def test_best_model_comes_back_and_weights_alone_are_saved(processor, tmp_path):
     trainer.train()
     assert losses(trainer, "eval_loss")[1] < losses(trainer, "eval_loss")[0]
     assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
+    # who may read the settings may read the weights
+    assert len({path.stat().st_mode for path in (tmp_path / "checkpoint-2").iterdir() if path.is_file()}) == 1
     best, last = (AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{step}") for step in (2, 4))
     assert not changed(best.state_dict(), trainer.model.state_dict())
     moved = changed(last.state_dict(), trainer.model.state_dict())

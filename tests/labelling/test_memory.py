@@ -153,6 +153,8 @@ def test_a_memory_of_texts_that_zlib_packed_is_read(tmp_path):
     torch.manual_seed(0)
     memory = some_memory(torch.randn(3, 8), ["a", "b", "a"], [["x"], [], ["y"]])
     file = memory.save(tmp_path / "images.safetensors")
+    (tmp_path / "another").touch()
+    assert file.stat().st_mode == (tmp_path / "another").stat().st_mode
     tensors = load_file(file)
     packed = zlib.compress(json.dumps({"names": memory.names, "tags": memory.tags}).encode())
     tensors["texts"] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)

@@ -183,6 +183,8 @@ def test_saved_processor_is_loaded_with_the_package_and_without(name, images, tm
     model = tiny_model(processor)
     for part in (model, processor):
         part.save_pretrained(tmp_path / "saved")
+    # who may read the settings may read the weights
+    assert len({path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}) == 1
     (tmp_path / "saved" / "README.md").write_text(CARD)
     saved = json.loads((tmp_path / "saved" / "vq_model" / "config.json").read_text())
     assert saved["architectures"] == [type(library_model(name)).__name__]

@@ -312,6 +312,8 @@ def test_saving_and_loading_keep_codes_and_averages(model, images, tmp_path):
     output = model(images)
     model.update_codebook(output.latents, output.image_tokens)
     model.save_pretrained(tmp_path)
+    # who may read the settings may read the weights
+    assert len({path.stat().st_mode for path in tmp_path.iterdir() if path.is_file()}) == 1
     loaded = MomaVQModel.from_pretrained(tmp_path).eval()
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(loaded.get_image_tokens(images), model.get_image_tokens(images))
