@@ -35,7 +35,7 @@ class Alternative:
         text (`str`):
             a column, or a template such as `"{style} tags: {keywords}"`. Lists are joined by `", "` in random order.
         share (`float`):
-            of the rows in which all of its columns hold something.
+            of the rows in which all of its columns hold something and none before it was drawn.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
