@@ -69,7 +69,7 @@ def build_memory(
     """Keep the named images of a data set's training rows.
 
     Of each name and group one image is kept, the first, and of every name the tags of all its rows, whether or not any
-    image of it is. Images that cannot be read are told on the standard error, and the others are kept.
+    image of it is. Images that cannot be read, and how many rows have no name, are told on the standard error.
 
     Args:
         source ([`Source`]):
@@ -147,14 +147,18 @@ def chosen_rows(rows: Iterator[dict[str, Any]], kind: NamedImages, least_groups:
     """
     groups: dict[str, set[str | int]] = defaultdict(set)
     kept: dict[str, list[int]] = defaultdict(list)
+    nameless = 0
     for number, row in enumerate(rows):
         if not (name := kind.row_name(row)):
+            nameless += 1
             continue
         # without groups every image is one
         group = number if kind.group is None else _words(kind.group, row[kind.group])
         if group not in groups[name]:
             groups[name].add(group)
             kept[name].append(number)
+    if nameless:
+        print(f"left out: {nameless} of {number + 1} rows, which have no name in {kind.label!r}", file=sys.stderr)
     return sorted(
         number for name, found in kept.items() if len(groups[name]) >= least_groups for number in found[:most]
     )

@@ -286,7 +286,8 @@ def test_one_image_of_a_name_and_group_is_kept_and_what_is_no_image_told(data, l
         "pear": ["fruit"],
     }
     assert memory.num_image_names == 2
-    assert "row 2: left out: image damaged" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "row 2: left out: image damaged" in said and "left out: 1 of 7 rows, which have no name in 'name'" in said
     every = build_memory(Source("data", str(data), NamedImages("image")), labeler, most=2)
     assert [every.names[number] for number in every.name_of] == ["house", "house", "red apple", "pear"]
     by_name = build_memory(Source("data", str(data), NamedImages("image", tags="name")), labeler)
