@@ -8,6 +8,7 @@ moma generate --model DIR --audio sound.wav --mode text
 
 import argparse
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -92,6 +93,9 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
     if mode == "text" and args.output is not None:
         raise InputError(f"--output {args.output!r}: the mode 'text' writes no file; texts are printed.")
     output = args.output or ("sound.wav" if mode == "audio" else "image.png")
+    # what is wrong with it is told before the model is loaded, which takes a while
+    if mode != "text":
+        (sound_format if mode == "audio" else image_format)(Path(output))
     return dataclasses.replace(args, mode=mode, output=output)
 
 
@@ -338,6 +342,8 @@ def write_rows(
     counts: Counter = Counter()
     totals = Counter(isinstance(part, Image.Image) for row in rows for part in row if not isinstance(part, str))
     failed: list[str] = []
+    if image_format is not None and not totals[True]:
+        print(f"--output: no image came, and {str(output)!r} is not written", file=sys.stderr)
 
     def write(path: Path, save: Callable[[Path], Any]) -> None:
         try:

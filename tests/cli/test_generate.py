@@ -5,7 +5,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from helpers.tiny import tiny_model, tiny_processor
-from modeling_moma.cli.generate import write_rows
+from modeling_moma.cli.generate import parse_arguments, write_rows
 from modeling_moma.cli.main import main as moma
 from modeling_moma.errors_moma import InputError
 from modeling_moma.modeling_moma import MomaForCausalLM
@@ -101,9 +101,20 @@ def test_images_are_captioned_one_line_each(model_folder, image_file, capsys):
     assert first == second and rest == [""]
 
 
-def test_interleaved_output_is_written(model_folder, image_file, tmp_path):
+def test_interleaved_output_is_written_or_said_to_be_missing(model_folder, image_file, tmp_path, capsys):
     call = ["--model", str(model_folder), "--image", str(image_file), "--mode", "interleaved"]
     assert main([*call, "--output", str(tmp_path / "out.png")]) == 0
+    capsys.readouterr()
+    # no room for one
+    assert main([*call, "--output", str(tmp_path / "none.png"), "--max-new-tokens", "2"]) == 0
+    assert f"no image came, and '{tmp_path}/none.png' is not written" in capsys.readouterr().err
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize("mode, output", [("image", "x.mpg"), ("interleaved", "x"), ("audio", "x.png")])
+def test_an_output_of_a_wrong_ending_is_told_before_anything_is_loaded(mode, output):
+    with pytest.raises(InputError, match="^--output: "):
+        parse_arguments(["--model", "m", "--prompt", "a", "--mode", mode, "--output", output])
 
 
 @pytest.mark.parametrize("part, file", [("model", "model.safetensors"), ("tokenizer", "vq_model/model.safetensors")])
