@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor, ContinuousBatchingConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoProcessor
 
 import modeling_moma  # noqa: F401, registers the Auto classes
 from benchmarks.serving_requests import address_of, png
@@ -16,7 +16,6 @@ from helpers.absent import WITHOUT_PACKAGES
 from helpers.openai_client import client_of_server
 from helpers.recorders import recorder
 from helpers.released import released_repository, skip_without_released_model
-from helpers.tiny import tiny_model, tiny_processor
 
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -177,33 +176,3 @@ def test_the_model_is_served_by_its_own_code_where_the_package_is_absent(model, 
         answer = client.completions.create(model=folder, prompt="noto: red apple", max_tokens=8, temperature=0)
     _, expected = greedy(model, processor, processor(text=["noto: red apple"], return_tensors="pt"), 8)
     assert answer.choices[0].text == expected
-
-
-@pytest.mark.parametrize("fields", [{}, {"untied_attention": True}], ids=["plain", "untied"])
-def test_continuous_batching_equals_generate_for_a_model_without_depth(fields):
-    processor = tiny_processor()
-    model = tiny_model(processor, num_key_value_heads=2, **fields)
-    image = [processor.begin_image_token_id, *processor.image_token_ids[:16], processor.end_image_token_id]
-    prompts = [processor.tokenizer(text)["input_ids"] for text in ("noto: red", "castle", "fluent 3d: ca")]
-    prompts[1] = prompts[1] + image
-    # no grammar of images applies here
-    not_words = [processor.begin_image_token_id, processor.end_image_token_id, *processor.image_token_ids]
-    settings = GenerationConfig(
-        max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=0, suppress_tokens=not_words
-    )
-    expected = [
-        model.generate(torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :].tolist()
-        for prompt in prompts
-    ]
-    # a cache of all the memory there is would take its time
-    small = ContinuousBatchingConfig(page_size=32, num_blocks=16, max_batch_tokens=64)
-    outputs = model.generate_batch(prompts, generation_config=settings, continuous_batching_config=small)
-    assert [output.error for output in outputs.values()] == [None] * 3
-    assert [outputs[name].generated_tokens for name in sorted(outputs)] == expected
-
-
-def test_continuous_batching_refuses_depth_layers_by_name():
-    processor = tiny_processor()
-    model = tiny_model(processor, depth_layers=[0], depth_capacity=0.5)
-    with pytest.raises(ValueError, match="Invalid layer type"):
-        model.generate_batch([processor.tokenizer("castle")["input_ids"]])
