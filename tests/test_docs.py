@@ -253,8 +253,7 @@ def test_commands_of_the_page_exist(page):
             continue
         assert script in SUBCOMMANDS or (ROOT / script).is_file(), words
         used = {word.split("=")[0] for word in arguments if re.match(r"--?[a-zA-Z]", word)}
-        # the server's own options are those of Transformers
-        if used and (script.endswith(".py") or script in SUBCOMMANDS) and script != "serve":
+        if used and (script.endswith(".py") or script in SUBCOMMANDS):
             first = next(place for place, word in enumerate(arguments) if word.startswith("-"))
             known = options_of(script, tuple(arguments[:first]))
             assert used <= known, f"{script} knows no {sorted(used - known)}"

@@ -1,45 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve a model over HTTP: `transformers serve`, with its arguments and checks of requests.
+"""Serve a model over HTTP in OpenAI's form: words and images in, words and images out.
 
-The server looks models up by name among those of Transformers. Importing this package registers its classes first.
+moma serve model_cards/moma-icons
 """
 
-from typing import Any
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from ..utils.errors import MissingExtraError
+from pydantic import Field
+
+from ..errors_moma import InputError
+from ..utils.errors import needs_extra
+from ..utils.fields import Count, Float, Int
 from ..utils.messages import without_import_notices
+from .arguments import Flag, parse_fields
 
 
-def parse_arguments(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Return the arguments of `serve`, as Typer reads them from the signature of Transformers' command."""
-    with without_import_notices():
-        from transformers.utils.import_utils import is_serve_available
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Flags of `moma serve`.
 
-        if not is_serve_available():
-            raise MissingExtraError('the server needs FastAPI and others: pip install "modeling-moma[serve]"')
-        # comes with Transformers
-        import typer
+    Args:
+        model (`str`):
+            folder or Hub name of a model with its processor.
+        host (`str`, *optional*, defaults to `"127.0.0.1"`):
+            0.0.0.0 lets other machines in; by default this one alone.
+        port (`int`, *optional*, defaults to `8000`):
+            0 for any free one.
+        api_key (`str`, *optional*):
+            that all routes but /health ask for. Others on this machine see arguments: the variable MOMA_API_KEY is
+            safer.
+        max_waiting (`int`, *optional*, defaults to `32`):
+            requests that may wait while one is answered; more get status 429.
+        max_new_tokens (`int`, *optional*, defaults to `4096`):
+            tokens of an answer in words that may be asked for.
+        max_seconds (`float`, *optional*, defaults to `120.0`):
+            after which an answer ends.
+        device (`str`, *optional*):
+            such as cpu or cuda:1; by default a GPU where there is one.
+        dtype (`Literal["auto", "float32", "bfloat16", "float16"]`, *optional*):
+            by default float32 on a CPU, else as the model was saved.
+    """
 
-        from ..serving.http.command import command
+    model: Annotated[str, Flag(metavar="MODEL", is_positional=True)]
+    host: str = "127.0.0.1"
+    port: Annotated[Int, Field(ge=0, le=65535)] = 8000
+    api_key: str | None = None
+    max_waiting: Annotated[Int, Field(ge=0)] = 32
+    max_new_tokens: Count = 4096
+    max_seconds: Annotated[Float, Field(gt=0)] = 120.0
+    device: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
 
-    given: dict[str, Any] = {}
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(help="Serve a model over HTTP in OpenAI's form, as `transformers serve` does.")(command(given.update))
+
+def parse_arguments(arguments: list[str] | None = None) -> Arguments:
+    return parse_fields(Arguments, __doc__, arguments, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run(args: Arguments) -> None:
+    with needs_extra("the server needs FastAPI and uvicorn", "serve"), without_import_notices():
+        import torch
+
+        from ..hub.loading import open_model, open_processor
+        from ..serving.http.generation import Engine
+        from ..serving.http.guard import is_loopback
+        from ..serving.http.server import serve
+
+    api_key = os.environ.get("MOMA_API_KEY") if args.api_key is None else args.api_key
+    if api_key is not None and not api_key.strip():
+        raise InputError("--api-key: it is empty; leave it out to let everybody in who reaches the server.")
+    if api_key is None and not is_loopback(args.host):
+        print(f"warning: everybody who reaches {args.host} is let in (--api-key)", file=sys.stderr)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        app(arguments, prog_name="moma serve")
-    except SystemExit:
-        # Typer ends the program after its command, as it does after help and errors
-        if not given:
-            raise
-    return given
+        torch.empty(0, device=device)
+    # torch raises whatever its build has for a device that is not there
+    except Exception as error:
+        raise InputError(f"--device: {device!r} cannot be used ({error}).") from error
+    dtype = args.dtype or ("float32" if device == "cpu" else "auto")
+    model: Any = open_model(args.model, "MODEL", dtype=dtype).to(device).eval()
+    processor = open_processor(args.model, "MODEL").to(device)
+    engine = Engine(model, processor, args.model, args.max_waiting, args.max_new_tokens, args.max_seconds)
+    serve(engine, args.host, args.port, api_key)
 
 
-def run(arguments: dict[str, Any]) -> int:
-    from ..serving.http.command import serve
-
-    serve(**arguments)
-    return 0
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return run(parse_arguments(arguments))
+def main(arguments: list[str] | None = None) -> None:
+    run(parse_arguments(arguments))

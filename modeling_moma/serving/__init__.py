@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two ways to serve a model: `http` checks requests for `transformers serve`, `vllm` is a plugin of vLLM."""
+"""Two ways to serve a model: `http` is the server of `moma serve`, `vllm` a plugin of vLLM."""

@@ -185,19 +185,14 @@ def test_the_other_processes_say_nothing_of_a_processor_that_cannot_be_read(plac
 
 
 SERVE = {
-    "serve ./nope": "`FORCE_MODEL` './nope': there is no folder './nope'",
-    "serve mdoel": f"`FORCE_MODEL` 'mdoel': .*{UNREACHED}",
-    "serve empty": "`FORCE_MODEL` 'empty' has no config.json: the folder is empty",
+    "serve ./nope": "`MODEL` './nope': there is no folder './nope'",
+    "serve mdoel": f"`MODEL` 'mdoel': .*{UNREACHED}",
+    "serve empty": "`MODEL` 'empty' has no config.json: the folder is empty",
     "serve unfinished": "its training is not finished",
-    "serve model": "`FORCE_MODEL` 'model' has no tokenizer.json: the folder holds a model alone",
-    "serve cut-pair --device cpu": "`FORCE_MODEL` 'cut-pair': the model in it cannot be read",
-    "serve nan-pair --device cpu": "nan-pair: the tensor 'lm_head.weight' holds NaN or infinite values",
-    "serve pair:weights.gguf": "`FORCE_MODEL` 'pair:weights.gguf': there is no file weights.gguf in the folder",
-    "serve pair --chat-template-kwargs {": "--chat-template-kwargs: '{' is no JSON",
-    "serve pair --chat-template-kwargs []": "--chat-template-kwargs: '[]' must be a JSON object",
-    """serve pair --chat-template-kwargs '{"tokenize": 0}'""": "'tokenize' is set by the server, for each request",
-    "serve pair --port 99999": "--port: 99999 must be from 0 to 65535.",
-    "serve pair --log-level foo": "--log-level: 'foo' must be one of detail, debug,",
+    "serve model": "`MODEL` 'model' has no processor_config.json: the folder holds a model alone",
+    "serve cut-pair": "`MODEL` 'cut-pair': the model in it cannot be read",
+    "serve nan-pair": "`MODEL` 'nan-pair': the tensor 'lm_head.weight' holds NaN or infinite values",
+    "serve pair --device tpu:9": "--device: 'tpu:9' cannot be used",
 }
 
 
@@ -216,7 +211,7 @@ def pairs(place):
 
 @pytest.mark.parametrize("line", SERVE)
 def test_what_is_wrong_with_a_server_is_one_line(run, pairs, line):
-    pytest.importorskip("uvicorn", reason="`pip install transformers[serving]` is missing")
+    pytest.importorskip("uvicorn", reason="the extra `serve` is missing")
     said, expected = run(line), SERVE[line]
     for part in expected.split(".*"):
         assert part in said

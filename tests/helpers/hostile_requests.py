@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.serving_requests import CHAT, COMPLETIONS, address_of, disc, huge_png, image_part, message, png
+from helpers.chat_requests import CHAT, DRAW, address_of, disc, huge_png, image_part, message, png
 from helpers.scans import repeated_scan
 
 
@@ -19,7 +19,6 @@ METADATA = "http://169.254.169.254/latest/meta-data/"
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 # forbids the end of an answer, which then goes on to the last position
 LONG = {"logit_bias": {"2": -100}, "max_tokens": 400}
-RESPONSES = "/v1/responses"
 THOUGHT = {"role": "user", "type": "reasoning", "content": "abc"}
 HEADERS = {"content-type": "application/json"}
 
@@ -56,18 +55,19 @@ def hostile_requests(model: str, local_port: int, held: ExitStack) -> list[Hosti
         held: closes connections that stay open while others ask.
     """
     good = {"model": model, "messages": message("noto: flag"), "max_tokens": 4, "temperature": 0}
-    bare = {"model": model, "prompt": "noto: flag", "max_tokens": 4, "temperature": 0}
+    drawn = {"model": model, "prompt": "noto: flag"}
 
     def chat(name: str, change: dict, names: str, status: int | None = None) -> Hostile:
         return Hostile(name, post(CHAT, {**good, **change}), names, status)
 
-    def settings(name: str, given: str, names: str) -> Hostile:
-        return chat(name, {"generation_config": given}, names)
+    def drawing(name: str, change: dict, names: str, status: int | None = None) -> Hostile:
+        return Hostile(name, post(DRAW, {**drawn, **change}), names, status)
 
     def image(name: str, address: str, names: str = "image_url.url") -> Hostile:
         return chat(name, {"messages": message(image_part(address))}, names)
 
     text, whole = message("a")[0], address_of(png(disc("red")))
+    nested = json.dumps(good).removesuffix("}") + ', "top_p": ' + "[" * 900 + "]" * 900 + "}"
     found = [
         # addresses that nobody outside may have asked
         image("the metadata of a cloud", METADATA),
@@ -85,13 +85,12 @@ def hostile_requests(model: str, local_port: int, held: ExitStack) -> list[Hosti
         chat("many likeliest tokens", {"logprobs": True, "top_logprobs": 1_000_000}, "logprobs"),
         chat("an answer without an end", {"max_tokens": 10**9}, "max_tokens"),
         chat("the same by its other name", {"max_completion_tokens": 10**9}, "max_completion_tokens"),
-        settings("the same within settings", '{"max_new_tokens": 1000000000}', "max_new_tokens"),
-        settings("no cache", '{"use_cache": false}', "use_cache"),
-        settings("many rows", '{"do_sample": true, "num_return_sequences": 500}', "num_return_sequences"),
+        chat("settings of one's own", {"generation_config": '{"use_cache": false}'}, "generation_config", 422),
+        drawing("1,000,000 drawings", {"n": 1_000_000}, "n", 400),
+        drawing("a large drawing", {"size": "100000x100000"}, "size", 400),
         chat("many biases", {"logit_bias": {str(n): 1 for n in range(4000)}}, "logit_bias"),
         chat("a bias that is no number", {"logit_bias": {"5": float("nan")}}, "logit_bias"),
         chat("a temperature of almost 0", {"temperature": 1e-310}, "temperature", 400),
-        settings("the same within settings", '{"do_sample": true, "temperature": 1e-38}', "config.temperature"),
         chat("an infinite temperature", {"temperature": float("inf")}, "temperature"),
         chat("an infinite penalty", {"frequency_penalty": float("inf")}, "frequency_penalty"),
         chat("a penalty that nobody reads", {"presence_penalty": 1e308}, "presence_penalty"),
@@ -99,16 +98,18 @@ def hostile_requests(model: str, local_port: int, held: ExitStack) -> list[Hosti
         chat("many images", {"messages": message(*[image_part(whole)] * 60)}, "messages"),
         chat("an image of 900 million pixels", {"messages": message(image_part(address_of(huge_png(30_000))))}, "url"),
         image("a JPEG of many scans", address_of(repeated_scan(600))),
-        Hostile("many prompts", post(COMPLETIONS, {**bare, "prompt": ["a"] * 1000}), "prompt"),
-        Hostile("the best of many", post(COMPLETIONS, {**bare, "best_of": 1000}), "best_of"),
-        Hostile("a prompt of 20 MB", post(COMPLETIONS, {**bare, "prompt": "a flag " * 3_000_000}), "prompt"),
+        drawing("many prompts", {"prompt": ["a"] * 1000}, "prompt"),
+        chat("the best of many", {"best_of": 1000}, "best_of"),
+        drawing("a prompt of 20 MB", {"prompt": "a flag " * 3_000_000}, "prompt"),
+        chat("a message of 20 MB", {"messages": message("a flag " * 3_000_000)}, "messages", 413),
         # texts that are none
         chat("half a letter", {"messages": message("\ud800")}, "messages"),
-        Hostile("half a letter as a prompt", post(COMPLETIONS, {**bare, "prompt": "a\udfff"}), "prompt"),
+        drawing("half a letter as a prompt", {"prompt": "a\udfff"}, "prompt"),
         chat("the role root", {"messages": [{"role": "root", "content": "a"}]}, "role"),
-        Hostile("a thought that is a message", post(RESPONSES, {"input": [THOUGHT]}), "input[0].type", 400),
+        chat("a thought that is a message", {"messages": [THOUGHT]}, "messages[0].type"),
         Hostile("a sound", transcription, "audio"),
         Hostile("nested lists", post_text(CHAT, "[" * 200_000), "body"),
+        Hostile("nested lists in a field", post_text(CHAT, nested), "top_p"),
         *(Hostile(f"the body {text}", post_text(CHAT, text), "body") for text in ("NaN", "[NaN]", r'"\ud800"', "{")),
         Hostile("millions of values", post_text(CHAT, '{"messages": [' + "[]," * 4_000_000 + "[]]}"), "body", 413),
         Hostile("33 MB", post(CHAT, {**good, "user": "a" * (33 << 20)}), "body", 413),
@@ -120,7 +121,7 @@ def hostile_requests(model: str, local_port: int, held: ExitStack) -> list[Hosti
         Hostile("a name that a page of the web gave this machine", other_host(good), "Host"),
         Hostile("a page of the web", from_page(good), "Origin"),
         # templates
-        chat("a name within a template", {"chat_template_kwargs": {"enable_thinking": True}}, "enable_thinking"),
+        chat("a name within a template", {"chat_template_kwargs": {"enable_thinking": True}}, "kwargs"),
         chat("a template beside the messages", {"chat_template": LOOPS}, "chat_template"),
         chat("a template within a message", {"messages": [{**text, "chat_template": LOOPS}]}, "chat_template", 422),
         # what holds others up
@@ -129,7 +130,7 @@ def hostile_requests(model: str, local_port: int, held: ExitStack) -> list[Hosti
         Hostile("clients who write slowly", writing_slowly(held, 40)),
         Hostile("more clients than there is room for", crowd({**good, **LONG}, 60), "ask again later", 429),
         image("an image that trickles", f"http://127.0.0.1:{local_port}/trickle"),
-        settings("20,000 beams", '{"num_beams": 20000}', "num_beams"),
+        chat("20,000 beams", {"num_beams": 20000}, "num_beams"),
         chat("100,000 stop strings", {"stop": [f"word {n}" for n in range(100_000)]}, "stop"),
         chat("a long stop string", {"stop": "a" * 150_000}, "stop"),
         chat("a template of one's own", {"chat_template_kwargs": {"chat_template": LOOPS}}, "chat_template"),

@@ -12,9 +12,9 @@ from server_process import running
 @contextmanager
 def client_of_server(words, folder, cwd):
     """A client of the server that `python` with these words starts; `folder` keeps its log and its home."""
-    for package in ("fastapi", "uvicorn", "pydantic"):
-        pytest.importorskip(package, reason="`pip install transformers[serving]` is missing")
-    openai = pytest.importorskip("openai", reason="`pip install transformers[serving]` is missing")
+    for package in ("fastapi", "uvicorn"):
+        pytest.importorskip(package, reason="the extra `serve` is missing")
+    openai = pytest.importorskip("openai")
     command = [sys.executable, *words, "--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1"]
     # nothing of this machine's settings and cached models
     variables = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}

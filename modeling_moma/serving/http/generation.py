@@ -1,206 +1,179 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many requests are inside at once, and generation that ends once its client has gone."""
+"""The model and the one thread in which it reads and answers requests, one after the other."""
 
 import asyncio
-import contextlib
+import base64
+import io
+import secrets
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
-from transformers.cli.serving.utils import GenerateManager
+from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
 
-from .errors import RequestError
-from .limits import MAX_LARGE_BODIES
-
-
-class ClientDisconnected(Exception):
-    """The client hung up before its generation began."""
+from ...utils.messages import one_line
+from .requests import ChatRequest, ImageRequest, RequestError
 
 
-class Admission:
-    """Counts requests.
+MAX_LETTERS = 200_000
+# tokens before new ones that decide how these are written, such as whether a blank stands between words
+CONTEXT = 8
+# words of messages are words: `<eos>` ends none
+READ: Any = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "sanitize_control_tokens": True}
 
-    Args:
-        max_requests (`int`):
-            at once.
-        max_waiting (`int`):
-            beside them.
-    """
 
-    def __init__(self, max_requests: int, max_waiting: int):
-        self.most = max_requests + max_waiting
-        self.inside, self.large = 0, 0
-        self.turns = asyncio.Semaphore(max_requests)
+class Engine:
+    """A model with its processor, served under a name."""
 
-    @contextlib.contextmanager
-    def room_for_body(self) -> Iterator[None]:
-        """Hold a large body, or raise a [`RequestError`] (status 429) where too many are held already."""
-        if self.large >= MAX_LARGE_BODIES:
-            raise RequestError("body", f"{self.large} large requests are being answered: ask again later.", 429)
-        self.large += 1
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        name: str,
+        max_waiting: int = 32,
+        max_new_tokens: int = 4096,
+        max_seconds: float = 120.0,
+    ):
+        self.model, self.processor, self.name = model, processor, name
+        self.max_waiting, self.max_new_tokens, self.max_seconds = max_waiting, max_new_tokens, max_seconds
+        self.max_letters = MAX_LETTERS
+        # no text of more letters fits, however it is cut into tokens; scaled embeddings go beyond the positions
+        if model.config.rope_parameters["rope_type"] == "default":
+            longest = max(map(len, processor.tokenizer.get_vocab()))
+            self.max_letters = min(MAX_LETTERS, longest * model.config.max_position_embeddings)
+        ends = model.generation_config.eos_token_id
+        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
+        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+        self.inside: set[Job] = set()
+
+    def chat(self, request: ChatRequest, leaving: ExitStack) -> AsyncIterator[Any]:
+        """Give the pieces of an answer in words, then why it ended and its usage, both in OpenAI's form."""
+        self._check(request.model, "messages", request.letters)
+        field = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
+        most = getattr(request, field) or self.max_new_tokens
+        if most > self.max_new_tokens:
+            raise RequestError(field, f"it must be at most {self.max_new_tokens} (`--max-new-tokens`).")
+        unknown = [token for token in request.logit_bias if int(token) >= self.model.config.vocab_size]
+        if unknown:
+            raise RequestError("logit_bias", f"{unknown[0]} is no token of the model.")
+        return self._run(partial(self._answer, request, most), leaving)
+
+    def draw(self, request: ImageRequest, leaving: ExitStack) -> AsyncIterator[Any]:
+        """Give a list of images, as PNG in base64: those of `generate` for a batch that repeats the prompt."""
+        self._check(request.model, "prompt", len(request.prompt))
+        height, width = self.processor.image_size
+        if not self.processor.has_image_decoder:
+            raise RequestError("model", "its image tokenizer has no decoder, so that it draws nothing.")
+        if request.size not in (None, f"{width}x{height}"):
+            raise RequestError("size", f"{request.size[:20]!r} must be '{width}x{height}', as the model draws.")
+        return self._run(partial(self._draw, request), leaving)
+
+    def check_name(self, name: str):
+        """Raise a [`RequestError`] for another model."""
+        if name != self.name:
+            raise RequestError("model", f"{name[:80]!r} is not served here, only {self.name!r}.", 404)
+
+    def _check(self, name: str | None, field: str, letters: int):
+        self.check_name(self.name if name is None else name)
+        if letters > self.max_letters:
+            reason = f"{letters:,} letters are more than the {self.max_letters:,} that are read here."
+            raise RequestError(field, reason, 413)
+
+    async def _run(self, work: Callable[["Job"], Any], leaving: ExitStack) -> AsyncIterator[Any]:
+        """Give the texts that work emits in the thread of the model, and what it returns."""
+        if len(self.inside) > self.max_waiting:
+            raise RequestError("requests", f"{len(self.inside)} are answered or wait: ask again later.", 429)
+        job = Job(work, self.inside.discard)
+        self.inside.add(job)
+        leaving.callback(self.inside.discard, job)
+        leaving.callback(job.gone.set)
+        self.worker.submit(job.run)
+        while isinstance(event := await job.events.get(), str):
+            yield event
+        if isinstance(event, BaseException):
+            raise event
+        yield event
+
+    def _answer(self, request: ChatRequest, most: int, job: "Job") -> tuple[str, dict[str, int]]:
+        chat = request.read(self.processor)
         try:
-            yield
-        finally:
-            self.large -= 1
+            self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        # a template may raise anything over what it is given
+        except Exception as error:
+            raise RequestError("messages", f"the chat template refuses them: {one_line(error, 300)}.") from error
+        inputs = self.processor.apply_chat_template(chat, add_generation_prompt=True, **READ)
+        ids, tokenizer = inputs["input_ids"][0].tolist(), self.processor.tokenizer
+        # what stands around every prompt says nothing
+        if {*ids} <= {tokenizer.bos_token_id, tokenizer.pad_token_id, *self.ends}:
+            raise RequestError("messages", "they give an empty prompt.")
+        answer = Answer(tokenizer, request.stop, job.emit)
+        options = {"generation_mode": "text", "num_beams": 1, "max_new_tokens": most, "streamer": answer}
+        ends = Ends(job.gone, self.max_seconds, answer.text)
+        self._generate(inputs, request.seed, ends, **options, **request.sampling())
+        answer.finish()
+        is_whole = answer.text.has_ended or answer.ids[-1] in self.ends
+        total = len(ids) + len(answer.ids)
+        usage = {"prompt_tokens": len(ids), "completion_tokens": len(answer.ids), "total_tokens": total}
+        return "stop" if is_whole else "length", usage
 
-    def enter(self) -> "ActiveRequest":
-        """Raise a [`RequestError`] (status 429) where too many wait already."""
-        if self.inside >= self.most:
-            raise RequestError("requests", f"{self.inside} are being answered or wait: ask again later.", 429)
-        return ActiveRequest(self)
+    def _draw(self, request: ImageRequest, job: "Job") -> list[str]:
+        text = self.processor.escape_special_tokens(request.prompt)
+        inputs = self.processor(text=[text] * request.n, sanitize_control_tokens=True, return_tensors="pt")
+        ends = Ends(job.gone, self.max_seconds)
+        ids = self._generate(inputs, request.seed, ends, generation_mode="image")
+        if ends.is_cut:
+            reason = f"so many drawings take more than {self.max_seconds:g} s (`--max-seconds`)."
+            raise RequestError("n", reason)
+        files = []
+        for image in self.processor.decode_images(self.model.decode_image_tokens(ids)):
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            files.append(base64.b64encode(file.getvalue()).decode())
+        return files
 
-
-class ActiveRequest:
-    """One request, from its body until its generation has ended or its client has gone.
-
-    Used in the thread of the event loop, but for [`running`].
-
-    Args:
-        admission (`Admission`):
-            counts requests.
-    """
-
-    def __init__(self, admission: Admission):
-        self.admission, self.loop = admission, asyncio.get_running_loop()
-        self.disconnected = threading.Event()
-        self.seed: int | None = None
-        # when its generation began
-        self.began = time.monotonic()
-        self._has_turn, self._is_inside = False, True
-        admission.inside += 1
-
-    async def take_turn(self):
-        """Wait until few enough others are being read or generated for."""
-        await self.admission.turns.acquire()
-        self._has_turn = True
-
-    def finish(self):
-        """Free the slot for others; what is left is to send the answer."""
-        if self._has_turn:
-            self.admission.turns.release()
-        if self._is_inside:
-            self.admission.inside -= 1
-        self._has_turn = self._is_inside = False
-
-    def close(self):
-        """End the request, whatever came of it."""
-        self.disconnected.set()
-        self.finish()
-
-    def running(self, generate: Callable) -> Callable:
-        """Run `generate` in its thread: it is not begun for a client that has gone, and its end frees a slot."""
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            try:
-                if self.disconnected.is_set():
-                    raise ClientDisconnected
-                if self.seed is not None:
-                    # in this thread nothing else samples until the generation has ended
-                    torch.manual_seed(self.seed)
-                self.began = time.monotonic()
-                return generate(*args, **kwargs)
-            finally:
-                # the event loop is closed already when the server ends
-                with contextlib.suppress(RuntimeError):
-                    self.loop.call_soon_threadsafe(self.finish)
-
-        return run
+    def _generate(self, inputs: Any, seed: int | None, ends: "Ends", **options: Any) -> Any:
+        # nothing else samples before this generation has ended, and an answer without a seed is not to follow one's
+        torch.manual_seed(secrets.randbits(63) if seed is None else seed)
+        stopping = StoppingCriteriaList([ends])
+        return self.model.generate(**inputs.to(self.model.device), stopping_criteria=stopping, **options)
 
 
-# the request that the running task answers
-current_request: ContextVar[ActiveRequest] = ContextVar("current_request")
+class Job:
+    """Work for one request in the thread of the model, which ends once its client has gone."""
 
+    def __init__(self, work: Callable[["Job"], Any], on_end: Callable[["Job"], Any]):
+        self.work, self.on_end = work, on_end
+        self.loop, self.events, self.gone = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
 
-class StopOnDisconnect(StoppingCriteria):
-    """Ends a generation once its client has gone."""
+    def run(self):
+        """Work, unless the client has gone while others were before it."""
+        try:
+            result = None if self.gone.is_set() else self.work(self)
+        except BaseException as error:
+            result = error
+        self.emit(result)
+        self._call(self.on_end, self)
 
-    def __init__(self, disconnected: threading.Event):
-        self.disconnected = disconnected
+    def emit(self, event: Any):
+        """Hand an event to the request."""
+        self._call(self.events.put_nowait, event)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> Any:
-        """Return True for all rows once the client has gone, `[B]`."""
-        return torch.full((input_ids.shape[0],), self.disconnected.is_set(), device=input_ids.device, dtype=torch.bool)
-
-
-class StopInTime(StoppingCriteria):
-    """Ends a generation in place of `max_time`, and has the server say that it was cut.
-
-    Args:
-        request ([`ActiveRequest`]):
-            knows when its generation began.
-        gen_config (`GenerationConfig`):
-            of the generation; its `max_time` is taken out.
-    """
-
-    def __init__(self, request: ActiveRequest, gen_config: Any):
-        self.request, self.gen_config = request, gen_config
-        self.seconds, gen_config.max_time = gen_config.max_time, None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> Any:
-        """Return True for all rows once the time is over, `[B]`."""
-        is_over = self.seconds is not None and time.monotonic() - self.request.began > self.seconds
-        if is_over:
-            # the server calls an answer cut that has as many tokens as this; `generate` has a copy of its own
-            self.gen_config.max_new_tokens = 0
-        return torch.full((input_ids.shape[0],), is_over, device=input_ids.device, dtype=torch.bool)
-
-
-class StopByItself(StoppingCriteria):
-    """Ends a generation in place of `stop_strings`, and has the server not call cut what ended by itself.
-
-    Args:
-        model (`Any`):
-            whose ends of a text count where the request names none.
-        tokenizer (`Any`):
-            whose tokens are looked through for stop strings.
-        gen_config (`GenerationConfig`):
-            of the generation; its `stop_strings` are taken out.
-        prompt_length (`int`):
-            positions of the prompt, in which no stop string begins.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, gen_config: Any, prompt_length: int):
-        self.tokenizer, self.gen_config, self.prompt_length = tokenizer, gen_config, prompt_length
-        ends = gen_config.eos_token_id
-        ends = model.generation_config.eos_token_id if ends is None else ends
-        self.ends = set(ends if isinstance(ends, list) else [ends])
-        self.stops, gen_config.stop_strings = _stops(gen_config), None
-        self._search: StopStringCriteria | None = None
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> Any:
-        """Return True for rows whose last token completes a stop string of the answer, `[B]`."""
-        has_stop_B = torch.zeros(input_ids.shape[0], device=input_ids.device, dtype=torch.bool)
-        if self.stops:
-            # made here, in the thread of generation: it walks over the whole vocabulary
-            self._search = self._search or StopStringCriteria(self.tokenizer, self.stops)
-            answer: Any = input_ids[:, self.prompt_length :]
-            has_stop_B = self._search(answer, None)
-        # which of several beams is the answer is known at their end
-        if len(input_ids) == 1 and (has_stop_B.any() or int(input_ids[0, -1]) in self.ends):
-            self.say_it_is_whole()
-        return has_stop_B
-
-    def say_it_is_whole(self) -> None:
-        """Have the server say so: it calls an answer cut that has as many tokens as it may have."""
-        self.gen_config.max_new_tokens = None
+    def _call(self, function: Callable, argument: Any):
+        # the event loop is closed already when the server ends
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(function, argument)
 
 
 class StoppedText:
-    """The text of an answer piece by piece, without the first stop string and what follows it.
-
-    Args:
-        stops (`Sequence[str]`):
-            none of them empty.
-    """
+    """A text piece by piece, without the first stop string and what follows it."""
 
     def __init__(self, stops: Sequence[str]):
-        self.stops = stops
-        self._held, self.has_ended = "", False
+        self.stops, self.has_ended, self._held = stops, False, ""
 
     def add(self, text: str) -> str:
         """Return what may be shown of the text so far; what may begin a stop string is held back."""
@@ -208,107 +181,64 @@ class StoppedText:
             return ""
         text = self._held + text
         found = [place for stop in self.stops if (place := text.find(stop)) >= 0]
-        if found:
-            self._held, self.has_ended = "", True
-            return text[: min(found)]
-        held = max((_overlap(text, stop) for stop in self.stops), default=0)
-        shown = len(text) - held
-        self._held = text[shown:]
-        return text[:shown]
+        self.has_ended = bool(found)
+        held = 0 if found else max((_overlap(text, stop) for stop in self.stops), default=0)
+        self._held = text[len(text) - held :]
+        return text[: min(found, default=len(text) - held)]
 
     def end(self) -> str:
         """Return what was held back."""
-        text, self._held = self._held, ""
-        return text
-
-
-class StoppedQueue:
-    """The queue of a stream, whose texts end at the first stop string.
-
-    Args:
-        queue (`asyncio.Queue`):
-            of texts, and `None` at the end; other entries are passed on.
-        stops (`Sequence[str]`):
-            none of them empty.
-    """
-
-    def __init__(self, queue: asyncio.Queue, stops: Sequence[str]):
-        self._queue, self._text = queue, StoppedText(stops)
-        self._ready: deque[Any] = deque()
-
-    async def get(self) -> Any:
-        """Return the next entry, and wait for it."""
-        while not self._ready:
-            self._take(await self._queue.get())
-        return self._ready.popleft()
-
-    def get_nowait(self) -> Any:
-        """Return the next entry, or raise `asyncio.QueueEmpty`."""
-        while not self._ready:
-            self._take(self._queue.get_nowait())
-        return self._ready.popleft()
-
-    def _take(self, entry: Any) -> None:
-        # reasoning is a kind of text with a place of its own
-        is_text = type(entry) is str
-        text = self._text.add(entry) if is_text else self._text.end()
-        self._ready += [text] if text else []
-        self._ready += [] if is_text else [entry]
-
-
-class CheckedManager(GenerateManager):
-    """Generates until an answer is complete, its time is over or its client has gone.
-
-    The server hands `generate` the processor as its tokenizer, which has no vocabulary to look for stop strings in,
-    and `generate` looks for them in the prompt, too.
-    """
-
-    def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
-        """Stream an answer, without the stop string at which it ends."""
-        tokenizer = getattr(processor, "tokenizer", processor)
-        inputs, by_itself = _ending(model, tokenizer, inputs, gen_config)
-        queue, streamer = super().generate_streaming(model, tokenizer, inputs, gen_config, request_id, response_parser)
-        stops = by_itself.stops
-        return (StoppedQueue(queue, stops) if stops else queue), streamer  # pyright: ignore[reportReturnType]
-
-    async def generate_non_streaming(self, model, processor, inputs, gen_config, request_id):
-        """Make an answer, without the stop string at which it ends."""
-        tokenizer = getattr(processor, "tokenizer", processor)
-        inputs, by_itself = _ending(model, tokenizer, inputs, gen_config)
-        text, length, ids = await super().generate_non_streaming(model, tokenizer, inputs, gen_config, request_id)
-        stopped = StoppedText(by_itself.stops)
-        text = stopped.add(text) + stopped.end()
-        if stopped.has_ended or len(ids) and int(ids[-1]) in by_itself.ends:
-            by_itself.say_it_is_whole()
-        return text, length, ids
-
-    def submit(self, fn, *args, **kwargs):
-        """Run a function in the thread of generation, for the current request."""
-        return super().submit(current_request.get().running(fn), *args, **kwargs)
-
-    def async_submit(self, fn, *args, **kwargs):
-        """Run a function in the thread of generation, for the current request, and return an awaitable."""
-        answer = super().async_submit(current_request.get().running(fn), *args, **kwargs)
-        # reading the error keeps asyncio from logging it as never retrieved when the client has gone
-        answer.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return asyncio.shield(answer)
-
-
-def _ending(model: Any, tokenizer: Any, inputs: Any, gen_config: Any) -> tuple[dict[str, Any], StopByItself]:
-    """Return the arguments of `generate`, which stops in time, and what ends an answer that is not cut."""
-    request = current_request.get()
-    by_itself = StopByItself(model, tokenizer, gen_config, inputs["input_ids"].shape[-1])
-    # the last one has the last word where an answer ends as its time does
-    criteria = [StopOnDisconnect(request.disconnected), StopInTime(request, gen_config), by_itself]
-    return {**inputs, "stopping_criteria": StoppingCriteriaList(criteria)}, by_itself
-
-
-def _stops(gen_config: Any) -> list[str]:
-    stops = gen_config.stop_strings or []
-    return [stops] if isinstance(stops, str) else list(stops)
+        return self._held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return how many characters at the end of a text may be the beginning of a stop string."""
+    """Return how many letters at the end of a text may be the beginning of a stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class Ends(StoppingCriteria):
+    """Ends a generation whose client has gone, whose time is over, or whose stop string is written."""
+
+    def __init__(self, gone: threading.Event, seconds: float, text: StoppedText | None = None):
+        self.gone, self.end, self.text, self.is_cut = gone, time.monotonic() + seconds, text, False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> Any:
+        """Return the same for all rows, `[B]`."""
+        self.is_cut = self.gone.is_set() or time.monotonic() > self.end
+        has_ended = self.is_cut or self.text is not None and self.text.has_ended
+        return torch.full((input_ids.shape[0],), has_ended, device=input_ids.device, dtype=torch.bool)
+
+
+class Answer(BaseStreamer):
+    """The words of a generation, handed on token by token."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], emit: Callable[[str], Any]):
+        self.tokenizer, self.text, self.emit = tokenizer, StoppedText(stops), emit
+        self.ids: list[int] = []
+        self._is_prompt, self._written = True, 0
+
+    def put(self, value: torch.Tensor):
+        """Take the prompt, then one token at a time."""
+        if not self._is_prompt:
+            self.ids.append(int(value))
+            self.emit(self.text.add(self._new_text()))
+        self._is_prompt = False
+
+    def end(self):
+        """Nothing is left to do for `generate`."""
+
+    def finish(self):
+        """Emit what is left."""
+        self.emit(self.text.add(self._new_text(is_last=True)))
+        self.emit(self.text.end())
+
+    def _new_text(self, is_last: bool = False) -> str:
+        start, decode = max(0, self._written - CONTEXT), self.tokenizer.decode
+        before = decode(self.ids[start : self._written], skip_special_tokens=True)
+        text = decode(self.ids[start:], skip_special_tokens=True)
+        # a letter may be of several tokens
+        if text.endswith("\ufffd") and not is_last:
+            return ""
+        self._written = len(self.ids)
+        return text[len(before) :]

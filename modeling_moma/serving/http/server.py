@@ -1,182 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`transformers serve` with checked requests."""
+"""The app: routes and answers in OpenAI's form."""
 
-import sys
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
 
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from PIL import Image
-from starlette.exceptions import HTTPException
-from transformers.cli.serve import Serve
+from fastapi.responses import JSONResponse, StreamingResponse
 
-from ...errors_moma import InputError
-from ...hub.loading import (
-    MODEL,
-    PROCESSOR,
-    TEXT_TOKENIZER,
-    Saved,
-    check_saved,
-    model_type_of,
-    open_checked,
-    refuse_non_finite,
-)
-from .answering import (
-    CHAT,
-    COMPLETION,
-    RESPONSE,
-    Answering,
-    answer_http_error,
-    answer_input_error,
-    answer_invalid_body,
-)
-from .downloads import Downloads, ImageHosts
-from .generation import Admission, CheckedManager
+from ...utils.errors import is_input_error
+from .generation import Engine
 from .guard import Guard, is_loopback
-from .limits import MAX_CONNECTIONS, READERS, Limits
+from .requests import ChatRequest, ImageRequest, RequestError, refusal_of
 
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
+logger = logging.getLogger("uvicorn.error")
+# connections count whether they ask something or not
+MAX_CONNECTIONS = 256
+WHY = "the server failed; its log says why."
+FAILED = {"error": {"message": WHY, "type": "server_error", "param": None, "code": None}}
 
 
-# what the command's help calls the model
-OPTION = "FORCE_MODEL"
+def build_app(engine: Engine, api_key: str | None = None, is_local: bool = True) -> Guard:
+    """Return the app behind its guard."""
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    card = {"id": engine.name, "object": "model", "created": int(time.time()), "owned_by": "modeling-moma"}
+
+    @app.get("/health")
+    async def health():
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    async def models():
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str):
+        engine.check_name(name)
+        return card
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request):
+        events = engine.chat(body, request.state.leaving)
+        # what is wrong with the request shows before its first token
+        first = await anext(events)
+        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": engine.name}
+        if body.stream:
+            lines = _stream(first, events, head, body.stream_options.include_usage)
+            return StreamingResponse(lines, media_type="text/event-stream")
+        *pieces, (reason, usage) = [first, *[event async for event in events]]
+        message = {"role": "assistant", "content": "".join(pieces)}
+        choice = {"index": 0, "message": message, "finish_reason": reason}
+        return {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
+
+    @app.post("/v1/images/generations")
+    async def draw(body: ImageRequest, request: Request):
+        files = await anext(engine.draw(body, request.state.leaving))
+        return {"created": int(time.time()), "data": [{"b64_json": file} for file in files]}
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_field(_request: Request, errors: RequestValidationError):
+        return refusal_of(errors).response()
+
+    # by status: what the router raises is no HTTPException of FastAPI's own
+    @app.exception_handler(400)
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    async def refuse_route(request: Request, error: HTTPException):
+        field = "body" if error.status_code == 400 else request.scope["path"]
+        return RequestError(field, f"{error.detail}.", error.status_code).response(**(error.headers or {}))
+
+    @app.exception_handler(ValueError)
+    async def refuse_input(_request: Request, error: ValueError):
+        if isinstance(error, RequestError):
+            return error.response()
+        if is_input_error(error):
+            return RequestError("messages or prompt", str(error)).response()
+        raise error
+
+    @app.exception_handler(Exception)
+    async def fail(_request: Request, _error: Exception):
+        return JSONResponse(FAILED, 500)
+
+    return Guard(app, api_key, is_local)
 
 
-class CheckedServe(Serve):
-    """`transformers serve` whose bad requests are answered by 4xx, before anything is generated.
+async def _stream(first: str, events: AsyncIterator[Any], head: dict[str, Any], has_usage: bool) -> AsyncIterator[str]:
+    def line(choices: list[dict], usage: dict | None = None) -> str:
+        chunk = {**head, "object": "chat.completion.chunk", "choices": choices}
+        return f"data: {json.dumps({**chunk, 'usage': usage} if has_usage else chunk)}\n\n"
 
-    With `non_blocking` the command calls `start_server` when all is built, where this class puts its checks in front.
-    [`run`] serves until it is told to end.
+    def choice(delta: dict, reason: str | None = None) -> list[dict]:
+        return [{"index": 0, "delta": delta, "finish_reason": reason}]
 
-    Args:
-        limits (`Limits`):
-            of requests.
-        image_hosts (`ImageHosts`):
-            that images may be fetched from.
-        api_key (`str`, *optional*):
-            which all routes but `/health` ask for.
-        enable_cors (`bool`, *optional*, defaults to `False`):
-            whether pages of other sites may ask.
-        options (`Any`):
-            further arguments of the command.
-
-    Raises:
-        ValueError: an empty key, a server of any model that others could reach or that runs the models' own code, or
-            a model that is missing, damaged or has diverged.
-    """
-
-    def __init__(
-        self,
-        limits: Limits,
-        image_hosts: ImageHosts,
-        api_key: str | None = None,
-        enable_cors: bool = False,
-        **options,
-    ):
-        host, pinned = options["host"], options.get("force_model")
-        if api_key is not None and not api_key.strip():
-            raise InputError("--api-key: it is empty; leave it out to let everybody in who reaches the server.")
-        if pinned is None and not is_loopback(host):
-            raise InputError(
-                f"--host: {host!r} lets others in, who could have any model and folder loaded: name the model."
-            )
-        if pinned is None and options.get("trust_remote_code"):
-            raise InputError("--trust-remote-code: requests could have any code run: name the model.")
-        if api_key is None and not is_loopback(host):
-            print(f"warning: everybody who reaches {host} is let in (--api-key)", file=sys.stderr)
-        self.limits, self.image_hosts = limits, image_hosts
-        self.api_key, self.has_cors, self.is_local = api_key, enable_cors, is_loopback(host)
-        build = partial(super().__init__, enable_cors=enable_cors, non_blocking=True, **options)
-        if pinned is None:
-            build()
-            return
-        open_checked(_check_served(pinned), OPTION, pinned, build)
-        for served in self._model_manager.loaded_models.values():
-            model, processor = cast(Any, served.model), cast(Any, served.processor)
-            # others may lie where their numbers cannot be read from here
-            if model.config.model_type in MODEL.model_types and not any(part.is_meta for part in model.parameters()):
-                refuse_non_finite(model, pinned)
-                if hasattr(processor, "vq_model"):
-                    refuse_non_finite(processor.vq_model, f"{pinned}, image tokenizer")
-
-    def start_server(self):
-        """Add the checks."""
-        # requests are bounded by `MAX_PIXELS`, below where Pillow warns
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        app, limits = cast("FastAPI", self.server.config.app), self.limits
-        readers = ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="reader")
-        downloads = Downloads(self.image_hosts)
-        for handler, route in (
-            (self._chat_handler, CHAT),
-            (self._completion_handler, COMPLETION),
-            (self._response_handler, RESPONSE),
-        ):
-            handler.handle_request = Answering(handler, route, limits, readers, downloads)
-        # Transformers makes a manager at a model's first request; ours is put there before
-        managers = self._generation_state._generate_managers
-        get_manager = self._generation_state.get_manager
-
-        def get_checked_manager(model_id: str, use_cb: bool = False):
-            if not use_cb and model_id not in managers:
-                managers[model_id] = CheckedManager()
-            return get_manager(model_id, use_cb=use_cb)
-
-        self._generation_state.get_manager = get_checked_manager
-        app.add_exception_handler(ValueError, answer_input_error)
-        app.add_exception_handler(RequestValidationError, answer_invalid_body)
-        app.add_exception_handler(HTTPException, answer_http_error)
-        app.add_middleware(
-            Guard,
-            admission=Admission(limits.max_requests, limits.max_waiting),
-            api_key=self.api_key,
-            pinned=limits.pinned,
-            has_cors=self.has_cors,
-            is_local=self.is_local,
-        )
-        config = self.server.config
-        config.limit_concurrency, config.server_header, config.timeout_graceful_shutdown = MAX_CONNECTIONS, False, 5
-
-    def run(self):
-        """Serve until it is told to end."""
-        self.server.run()
+    yield line(choice({"role": "assistant", "content": first}))
+    try:
+        async for event in events:
+            if isinstance(event, str):
+                if event:
+                    yield line(choice({"content": event}))
+                continue
+            reason, usage = event
+            yield line(choice({}, reason))
+            if has_usage:
+                yield line([], usage)
+    # the status has been sent
+    except Exception:
+        logger.exception("A generation failed in the middle of its stream")
+        yield f"data: {json.dumps(FAILED)}\n\n"
+    yield "data: [DONE]\n\n"
 
 
-def _check_served(name: str) -> Saved:
-    """Check by its files alone that a model can be served, and return what it has to be.
-
-    Args:
-        name (`str`):
-            of a folder or on the Hub, there with `@revision` or without; `:FILE.gguf` names weights in it.
-
-    Raises:
-        ValueError: there is no such folder, repository or file, or files are missing.
-    """
-    place, colon, gguf_file = name.rpartition(":")
-    has_gguf = bool(colon) and gguf_file.endswith(".gguf")
-    place = place if has_gguf else name
-    if not Path(place).exists():
-        place = place.partition("@")[0]
-    folder = Path(place)
-    if has_gguf and folder.is_dir():
-        if not (folder / gguf_file).is_file():
-            raise InputError(f"`{OPTION}` {name!r}: there is no file {gguf_file} in the folder.")
-        return MODEL
-    # the command serves models of Transformers, too
-    is_other = folder.is_dir() and model_type_of(folder) not in (None, *MODEL.model_types)
-    saved = replace(MODEL, model_types=()) if is_other else MODEL
-    check_saved(saved, OPTION, place)
-    if folder.is_dir() and not is_other:
-        if not any((folder / part).exists() for part in ("processor_config.json", "vq_model")):
-            check_saved(TEXT_TOKENIZER, OPTION, place)
-            raise InputError(
-                f"`{OPTION}` {name!r}: the folder has a tokenizer and no processor, and it is the processor of a MoMa "
-                "that the server of Transformers opens: serve a model of text alone with vLLM (docs/how-to/vllm.md)."
-            )
-        check_saved(PROCESSOR, OPTION, place)
-    return saved
+def serve(engine: Engine, host: str, port: int, api_key: str | None):
+    """Serve until it is told to end."""
+    uvicorn.run(
+        build_app(engine, api_key, is_loopback(host)),  # pyright: ignore[reportArgumentType]
+        host=host,
+        port=port,
+        # the parser whose bounds of headers the checks rely on
+        http="h11",
+        ws="none",
+        lifespan="off",
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=5,
+    )

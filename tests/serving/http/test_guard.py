@@ -8,20 +8,18 @@ import pytest
 
 
 for package in ("fastapi", "httpx"):
-    pytest.importorskip(package, reason="`pip install transformers[serving]` is missing")
+    pytest.importorskip(package, reason="the extra `serve` is missing")
 
+from fastapi.responses import PlainTextResponse  # noqa: E402
 from fastapi.testclient import TestClient  # noqa: E402
-from starlette.responses import PlainTextResponse  # noqa: E402
 
 from modeling_moma.serving.http import guard as guards  # noqa: E402
-from modeling_moma.serving.http.errors import RequestError  # noqa: E402
-from modeling_moma.serving.http.generation import Admission  # noqa: E402
-from modeling_moma.serving.http.guard import Guard  # noqa: E402
-from modeling_moma.serving.http.limits import LARGE_BODY_BYTES, MAX_LARGE_BODIES  # noqa: E402
+from modeling_moma.serving.http.guard import LARGE_BODY_BYTES, MAX_LARGE_BODIES, Guard  # noqa: E402
+from modeling_moma.serving.http.requests import RequestError  # noqa: E402
 
 
 def status(configured: str, sent: bytes) -> int:
-    guard = Guard(PlainTextResponse("in"), Admission(1, 1), api_key=configured)
+    guard = Guard(PlainTextResponse("in"), api_key=configured)
     client = TestClient(guard, base_url="http://127.0.0.1")
     return client.get("/v1/models", headers={b"authorization": b"Bearer " + sent}).status_code
 
@@ -39,20 +37,6 @@ def test_key_beyond_ascii_is_compared_byte_by_byte(key):
     assert status(key, key.encode()[:-1]) == 401
 
 
-@pytest.mark.parametrize("has_cors", [False, True])
-def test_a_page_of_another_site_reads_why_it_is_refused_where_it_may_ask(has_cors):
-    guard = Guard(PlainTextResponse("in"), Admission(1, 1), api_key="a key", has_cors=has_cors)
-    client = TestClient(guard, base_url="http://127.0.0.1")
-    answer = client.get("/v1/models", headers={"Origin": "https://a.site"})
-    allowed = {name for name in answer.headers if name.startswith("access-control")}
-    if has_cors:
-        assert answer.status_code == 401 and answer.headers["access-control-allow-origin"] == "https://a.site"
-        assert allowed == {"access-control-allow-origin", "access-control-allow-credentials"}
-    else:
-        assert answer.status_code == 403 and not allowed
-    assert "access-control-allow-origin" not in client.get("/v1/models").headers
-
-
 def test_a_connection_that_reads_on_only_when_asked_tells_that_its_client_has_gone(monkeypatch):
     """As uvicorn's does once bytes of a next request follow."""
     monkeypatch.setattr(guards, "LISTEN_SECONDS", 0.01)
@@ -64,12 +48,12 @@ def test_a_connection_that_reads_on_only_when_asked_tells_that_its_client_has_go
             await asyncio.get_running_loop().create_future()
         return {"type": "http.disconnect"}
 
-    asyncio.run(asyncio.wait_for(guards._wait_for_disconnect(receive), 5))
+    asyncio.run(asyncio.wait_for(guards._until_gone(receive), 5))
     assert asked == [0, 1, 2]
 
 
 def test_what_is_announced_takes_no_room_and_what_has_arrived_does():
-    admission, piece = Admission(1, 1), LARGE_BODY_BYTES // 2 + 1
+    guard, piece = Guard(PlainTextResponse("in")), LARGE_BODY_BYTES // 2 + 1
 
     async def clients():
         released = asyncio.Event()
@@ -84,22 +68,52 @@ def test_what_is_announced_takes_no_room_and_what_has_arrived_does():
             return receive
 
         async def body(pieces):
-            with ExitStack() as held:
-                return await guards._read(client(pieces), lambda: held.enter_context(admission.room_for_body()))
+            with ExitStack() as leaving:
+                return await guard._read(client(pieces), leaving, None)
 
         silent = [asyncio.ensure_future(body([])) for _ in range(2 * MAX_LARGE_BODIES)]
         large = [asyncio.ensure_future(body([b"a" * piece] * 2)) for _ in range(MAX_LARGE_BODIES)]
         await asyncio.sleep(0)
-        assert admission.large == MAX_LARGE_BODIES
-        with pytest.raises(RequestError, match="4 large requests are being answered") as refusal:
-            await body([b"a" * piece] * 3)
-        assert refusal.value.status == 429
+        assert guard.large == MAX_LARGE_BODIES
+        refused = asyncio.ensure_future(body([b"a" * piece] * 3))
+        await asyncio.sleep(0)
         released.set()
+        with pytest.raises(RequestError, match="ask again later") as refusal:
+            await refused
+        assert refusal.value.status == 429
         assert [len(found) for found in await asyncio.gather(*silent)] == [0] * len(silent)
         assert [len(found) for found in await asyncio.gather(*large)] == [2 * piece] * len(large)
-        assert admission.large == 0
+        assert guard.large == 0
 
     asyncio.run(clients())
+
+
+@pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "slow"])
+def test_work_ends_for_a_client_that_has_gone_or_takes_nothing(monkeypatch, is_gone):
+    monkeypatch.setattr(guards, "SEND_SECONDS", 0.01)
+    ended = []
+
+    async def app(scope, receive, send):
+        scope["state"]["leaving"].callback(ended.append, True)
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.get_running_loop().create_future()
+
+    async def receive():
+        if not asked:
+            asked.append("body")
+            return {"type": "http.request", "body": b""}
+        if not is_gone:
+            await asyncio.get_running_loop().create_future()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        await asyncio.get_running_loop().create_future()
+
+    asked, headers = [], [(b"host", b"localhost")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+    asyncio.run(asyncio.wait_for(Guard(app)(scope, receive, send), 5))
+    assert ended == [True]
 
 
 def test_a_body_of_too_many_values_is_answered_as_soon_as_it_is_read():
@@ -116,7 +130,7 @@ def test_a_body_of_too_many_values_is_answered_as_soon_as_it_is_read():
         asked.append(message.get("status"))
 
     headers = [(b"host", b"localhost"), (b"content-length", str(LARGE_BODY_BYTES + 1).encode())]
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
-    guard = Guard(PlainTextResponse("in"), Admission(1, 1))
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+    guard = Guard(PlainTextResponse("in"))
     asyncio.run(asyncio.wait_for(guard(scope, receive, send), 5))
     assert asked == ["body", 413, None]
