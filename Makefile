@@ -17,6 +17,8 @@ BARE := env -u PIP_CONSTRAINT -u PIP_FIND_LINKS PIP_CONFIG_FILE=/dev/null
 # three test files at a time, each on one thread: on two cores one of them waits for something now and then
 PYTEST_FLAGS ?= -n 3 --dist loadfile
 RUN := $(VENV)/bin/python
+# setuptools warns of every editable installation in ten lines
+QUIET := env PYTHONWARNINGS=ignore
 INSTALLED := $(VENV)/.installed
 
 .PHONY: FORCE quickstart browser test test-newest test-lowest test-cuda count-cuda test-vllm check docs dist bench reproduce reproduce-icons data data-manual data-gloss data-spoken clean
@@ -99,12 +101,12 @@ reproduce-icons: $(INSTALLED)
 $(VENV)/.installed-train: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --editable ".[train]"
+	$(QUIET) $(RUN) -m pip install --quiet --editable ".[train]"
 	touch $@
 
 # modules are compiled when they are first imported, which most never are
 $(INSTALLED): $(VENV)/.installed-train tests/helpers/fetch.py
-	$(RUN) -m pip install --quiet --no-compile --editable ".[dev]"
+	$(QUIET) $(RUN) -m pip install --quiet --no-compile --editable ".[dev]"
 	-$(RUN) tests/helpers/fetch.py
 	touch $@
 

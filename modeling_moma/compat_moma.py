@@ -32,8 +32,6 @@ AUTO_MAP = {
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["moma"] = "MomaForCausalLM"  # pyright: ignore[reportArgumentType]
 # 5.24: under FSDP2 torch gives the model's class another name
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["moma_fsdp"] = "FSDPMomaForCausalLM"  # pyright: ignore[reportArgumentType]
-# 5.24: `transformers serve` looks here by name for what a message may hold, and registered classes are not entered
-modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["moma"] = "MomaForCausalLM"  # pyright: ignore[reportArgumentType]
 
 # options of generation that Transformers does not know
 OWN_OPTIONS = ("generation_mode", "caption_suppress_tokens", "image_sampling")

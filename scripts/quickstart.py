@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""See a MoMa at work: name, find and draw held-out images, fine-tune, save, reload, and the same again."""
+"""See a MoMa at work: name, find and draw held-out images, fine-tune, save, reload, and see what it learnt."""
 
 import argparse
 import dataclasses
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments, set_seed
+from transformers.utils import logging
 
 from emoji_recipe.routing_image import draw_routing, route_example
 from emoji_recipe.sheet import SheetEntry, draw_contact_sheet
 from modeling_moma import MomaMetricsCallback
-from modeling_moma.cli.arguments import add_renamed
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.examples import HeldOutExamples
 from modeling_moma.data.kinds.captions import CaptionDocuments
@@ -50,7 +50,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser.add_argument("--model", default=RELEASED, help="folder of a model and its processor")
     add_data_flags(parser)
     parser.add_argument("--output", default="quickstart", help="folder for the images and the fine-tuned model")
-    add_renamed(parser, "--images", "--pictures", type=int, default=12, help="held-out images to name and to draw")
+    parser.add_argument("--images", type=int, default=12, help="held-out images to name and to draw")
     parser.add_argument("--query", default="arrow", help="words to look for among held-out images")
     parser.add_argument("--name-prompt", default="", help="what the model's captions have before a name")
     parser.add_argument("--tag-prompt", default="tags:", help="what they have before tags")
@@ -197,20 +197,23 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]):
         print("  " + " | ".join(f"{entry:<{width}}" for entry, width in zip(row, widths, strict=True)).rstrip())
 
 
-def show_captions(model, processor, rows: Dataset, source: Source) -> tuple[list[Image.Image], list[str], list[str]]:
-    """Prints the model's captions of the rows' images; returns the images, their captions and the model's."""
-    images = [image.convert("RGB") for image in rows[source.kind.image]]
-    captions = captions_of(source, rows)
+def open_images(rows: Dataset, source: Source) -> list[Image.Image]:
+    """The images of rows."""
+    return [image.convert("RGB") for image in rows[source.kind.image]]
+
+
+def show_both_ways(
+    model, processor, rows: Dataset, args: argparse.Namespace, sheet_path: Path, before: Sequence[str] | None = None
+) -> list[str]:
+    """Captions the rows' images, beside captions of before, draws what they show, and saves all on one sheet."""
+    images, captions = open_images(rows, args.source), captions_of(args.source, rows)
     start = time.time()
     model_captions = caption_images(model, processor, images)
     print(f"{len(images)} held-out images captioned in {time.time() - start:.1f} s:")
-    print_table(("true caption", "model's caption"), list(zip(captions, model_captions, strict=True)))
-    return images, captions, model_captions
-
-
-def show_both_ways(model, processor, rows: Dataset, args: argparse.Namespace, sheet_path: Path) -> list[str]:
-    """Captions the rows' images, draws what they show, and saves all on one sheet."""
-    images, captions, model_captions = show_captions(model, processor, rows, args.source)
+    if before is None:
+        print_table(("true caption", "model's caption"), list(zip(captions, model_captions, strict=True)))
+    else:
+        print_table(("true caption", "before", "after"), list(zip(captions, before, model_captions, strict=True)))
     prompts = rendered(args.drawing, rows)
     start = time.time()
     drawn = draw(model, processor, prompts, args)
@@ -223,18 +226,22 @@ def show_both_ways(model, processor, rows: Dataset, args: argparse.Namespace, sh
     return captions
 
 
+def as_share(probability: float) -> str:
+    """A probability of two digits, or that it is smaller."""
+    return f"{probability:.2f}" if probability >= 0.01 else "<0.01"
+
+
 def show_names(labeler: ImageLabeler, rows: Dataset, source: Source):
     """Prints the likeliest names of the rows' images with their probabilities, and tags."""
     start = time.time()
     codes = labeler.encode(rows[source.kind.image][:])
     named, tagged = labeler.names(codes, NAMES), labeler.tags(codes, TAGS)
-    # that of a released model knows nothing of the states of one that was trained further
     whose = "the model alone" if labeler.memory is None else "the model and its memory of named images"
     print(f"the likeliest names and tags of them, by {whose}, in {time.time() - start:.1f} s:")
     lines = [
         (
             caption,
-            ", ".join(f"{guess.text} {guess.probability:.2f}" for guess in names),
+            ", ".join(f"{guess.text} {as_share(guess.probability)}" for guess in names),
             ", ".join(guess.text for guess in tags),
         )
         for caption, names, tags in zip(captions_of(source, rows), named, tagged, strict=True)
@@ -302,6 +309,7 @@ def fine_tune(model, processor, args, learnt: Dataset, held_out: Dataset, folder
         eval_on_start=True,
         prediction_loss_only=True,
         logging_steps=10,
+        disable_tqdm=True,
         save_strategy="no",
         report_to=[],
         seed=args.seed,
@@ -316,15 +324,19 @@ def fine_tune(model, processor, args, learnt: Dataset, held_out: Dataset, folder
         processing_class=processor.tokenizer,
     )
     trainer.train()
+    first, last = ([log for log in trainer.state.log_history if "eval_loss" in log][place] for place in (0, -1))
+    for modality in model.config.modalities:
+        name = f"eval_{modality}_loss"
+        print(f"held out, a token of modality {modality} costs {last[name]:.2f} nats, before {first[name]:.2f}")
     # Trainer moves the model to the accelerator, if there is one
     return trainer.model.to("cpu").eval()
 
 
-def show(folder: str | Path, model, processor, rows: Dataset, args: argparse.Namespace, sheet_path: Path) -> list[str]:
+def show(model, processor, rows: Dataset, args: argparse.Namespace, sheet_path: Path) -> list[str]:
     """Captions, draws, names and finds held-out images; returns the captions of the rows."""
     captions = show_both_ways(model, processor, rows, args, sheet_path)
     labeler = ImageLabeler(model, processor, CaptionForm(name_prompt=args.name_prompt, tag_prompt=args.tag_prompt))
-    labeler.take_memory(memory_of(str(folder)), "--model")
+    labeler.take_memory(memory_of(args.model), "--model")
     show_names(labeler, rows, args.source)
     show_search(labeler, pick_rows(args.source, "test", SEARCHED_IMAGES, args.seed), args.source, args.query)
     return captions
@@ -332,6 +344,9 @@ def show(folder: str | Path, model, processor, rows: Dataset, args: argparse.Nam
 
 def main(arguments=None):
     args = parse_arguments(arguments)
+    # most last a moment
+    logging.disable_progress_bar()
+    disable_progress_bars()
     output, fine_tuned = Path(args.output), Path(args.output) / "fine-tuned"
     output.mkdir(parents=True, exist_ok=True)
     start = time.time()
@@ -343,7 +358,7 @@ def main(arguments=None):
 
     print("\n2. Images to words and words to images, on drawings that no training image shows")
     rows = pick_rows(args.source, "test", args.images, args.seed)
-    captions = show(args.model, model, processor, rows, args, output / "contact_sheet.png")
+    captions = show(model, processor, rows, args, output / "contact_sheet.png")
     routed = [
         route_example(model, processor, image, caption)
         for image, caption in zip(rows[:ROUTED_IMAGES][args.source.kind.image], captions, strict=False)
@@ -355,18 +370,24 @@ def main(arguments=None):
     learnt, held_out = fine_tuning_rows(args)
     what = "images of makers that are new to it" if args.learns_new else "images that it knows, to show how"
     print(f"\n3. Fine-tune for {args.fine_tune_steps} steps with Trainer on {len(learnt)} {what}")
-    if args.learns_new:
-        rows = held_out.take(min(args.images, len(held_out)))
-        show_captions(model, processor, rows, args.source)
+    if weights := model.config.modality_loss_weights:
+        weighed = ", ".join(f"{modality} {weight:g} times" for modality, weight in weights.items())
+        print(f"the training's loss counts {weighed}, and so lies above its parts; eval_loss counts all tokens once")
+    print(
+        "peak_load: tokens of the busiest expert over the experts' mean; uncovered, covered_twice: shares of tokens "
+        "that no expert, and that several took"
+    )
+    rows = held_out.take(min(args.images, len(held_out)))
+    before = caption_images(model, processor, open_images(rows, args.source))
     model = fine_tune(model, processor, args, learnt, held_out, fine_tuned)
 
-    print("\n4. Save, reload, and the same once more" + ", of those makers' images" * args.learns_new)
+    print("\n4. Save, reload, and caption others of these images, before and after")
     model.save_pretrained(fine_tuned)
     processor.save_pretrained(fine_tuned)
     del model, processor
     print(f"wrote {fine_tuned}")
     model, processor = load(fine_tuned)
-    show(fine_tuned, model, processor, rows, args, output / "contact_sheet_fine_tuned.png")
+    show_both_ways(model, processor, rows, args, output / "contact_sheet_fine_tuned.png", before)
 
     print(f"\nDone in {time.time() - start:.0f} s. Look at:")
     print(f"  {output / 'contact_sheet.png'}: real | reconstructed | drawn, with both captions")
