@@ -21,11 +21,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.speed.cases import CASES, FORMER_NAMES
+from benchmarks.speed.cases import CASES
 from benchmarks.speed.clock import BusyMachineError
 from benchmarks.speed.comparison import Outcome, run_case
 from benchmarks.speed.results import dated_file, environment, report
-from modeling_moma.utils.fields import warn_of_former_name
 from modeling_moma.utils.hardware import keep_freed_memory
 
 
@@ -43,9 +42,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--report", type=Path, help="folder for a dated report, which replaces none")
     parser.add_argument("--strict", action="store_true", help="status 1 also where a figure is above what is wanted")
     args = parser.parse_args(arguments)
-    for name in FORMER_NAMES.keys() & args.cases:
-        warn_of_former_name(f"case {name!r}", repr(FORMER_NAMES[name]))
-    args.cases = [FORMER_NAMES.get(name, name) for name in args.cases]
     unknown = [name for name in args.cases if name not in CASES]
     if unknown:
         parser.error(f"there is no case {unknown[0]!r}; --list names those that there are")

@@ -33,7 +33,6 @@ import torch
 from datasets import Dataset, Features, Image, Value, load_dataset
 
 from modeling_moma import MomaForCausalLM
-from modeling_moma.cli.arguments import add_renamed
 from modeling_moma.data.examples import open_documents
 from modeling_moma.data.jobs import plan_job, read_job, write_job
 from modeling_moma.data.packing import PackedExamples
@@ -58,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipe", default="recipes/mixture.yaml", help="of `stream`")
     parser.add_argument("--processor", help="folder of a MomaProcessor")
     parser.add_argument("--tokens", help="of `stream`: folder that `moma tokenize` wrote with it")
-    add_renamed(parser, "--images", "--pictures", type=int, default=2048, help="of all but `stream`")
+    parser.add_argument("--images", type=int, default=2048, help="of all but `stream`")
     runs = ["processes:1", "processes:2", "ray:1", "ray:2"]
     parser.add_argument("--runs", nargs="+", default=runs, help="of `engines`: ENGINE:PROCESSES, in turn")
     parser.add_argument(
@@ -300,7 +299,7 @@ class EngineRun:
         if done == self.shards():
             # too few for that
             began, done = 0.0, 0
-        images = sum(json.loads(path.read_text())["pictures"] for path in self.reports())
+        images = sum(json.loads(path.read_text())["images"] for path in self.reports())
         return {"images_per_second": (1 - done / self.shards()) * images / (seconds - began)}
 
     def quarters(self, samples: list[tuple], column: int) -> list[int]:

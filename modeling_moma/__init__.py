@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from .cli.starting import starts_command
 from .utils.messages import without_import_notices
-from .utils.moved_modules import find_moved_modules
 
 
 if TYPE_CHECKING:
@@ -116,7 +115,6 @@ def register_auto_classes() -> None:
     MomaImageProcessor.register_for_auto_class()
 
 
-find_moved_modules()
 if not starts_command():
     register_auto_classes()
 

@@ -5,7 +5,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from modeling_moma.cli.arguments import add_renamed
 from quickstart import (
     add_data_flags,
     add_drawing_flags,
@@ -23,7 +22,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--model", required=True, help="folder of a MomaForCausalLM and its MomaProcessor")
     add_data_flags(parser)
     parser.add_argument("--split", default="test")
-    add_renamed(parser, "--images", "--pictures", type=int, default=12)
+    parser.add_argument("--images", type=int, default=12)
     add_drawing_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images, and of the drawings")
     parser.add_argument("--output", type=Path, required=True, help="PNG file")

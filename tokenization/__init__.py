@@ -15,12 +15,8 @@ from .image_processing_pil_moma import MomaImageProcessorPil
 from .modeling_moma_vq import MomaVQModel, MomaVQOutput
 from .perceptual_moma_vq import MomaVQPerceptualNetwork
 from .processing_moma import MomaProcessor
-from .renamed_moma import renamed
 from .text_tokenizer_moma import add_image_tokens, add_modality_tokens, train_text_tokenizer
 
-
-add_picture_tokens = renamed("add_picture_tokens", add_image_tokens)
-augment_pictures = renamed("augment_pictures", augment_images)
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",

@@ -17,7 +17,6 @@ from .image_input_moma import MomaImageInputMixin, iter_image_sources
 from .image_tokenizers_moma import LibraryImageTokenizer
 from .modeling_moma_vq import MomaVQModel
 from .processor_errors_moma import InputError
-from .renamed_moma import renamed
 from .text_tokenizer_moma import IMAGE
 from .token_frames_moma import TokenFrame, split_frames
 
@@ -347,10 +346,6 @@ class CodeConversionMixin(ProcessorMixin):
             if modality is not None or part != "":
                 parts.append(part)
         return parts
-
-    encode_pictures = renamed("encode_pictures", encode_images)
-    decode_pictures = renamed("decode_pictures", decode_images)
-    picture_ids = renamed("picture_ids", image_ids)
 
     def _decode_text(self, ids: list[int], skip_special_tokens: bool, kwargs: dict) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)

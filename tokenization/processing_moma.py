@@ -229,7 +229,7 @@ class MomaProcessor(CodeConversionMixin):
         self.begin_image_token_id = image.begin
         self.end_image_token_id = image.end
         self._vocab_size = max(vocab.values()) + 1
-        # tokenizers of earlier versions were saved without `image_token`
+        # pipelines look for it there
         name_image_token(tokenizer)
 
     @property

@@ -132,5 +132,3 @@ def _cases() -> list[Case]:
 
 
 CASES = {case.name: case for case in _cases()}
-# what cases were called in the release before, by which reports of that time name them
-FORMER_NAMES = {"train-4t4i-pictures": "train-4t4i-images"}

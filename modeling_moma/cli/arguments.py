@@ -3,13 +3,12 @@
 
 import argparse
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_origin
 
 from ..errors_moma import InputError
-from ..utils.fields import annotations, choices, descriptions, former_names, read_field, warn_of_former_name
+from ..utils.fields import annotations, choices, descriptions, read_field
 
 
 T = TypeVar("T")
@@ -69,11 +68,7 @@ class FlagParser(argparse.ArgumentParser):
                 )
                 holders[flag.one_of] = holder
             names, how = argument_of(kind, entry)
-            former = former_names(kind).get(entry.name)
-            if former is None:
-                holder.add_argument(*names, **how)
-            else:
-                add_renamed(holder, names[0], f"--{former.replace('_', '-')}", **how)
+            holder.add_argument(*names, **how)
 
     def read(self, arguments: list[str] | None = None) -> dict[str, Any]:
         """Return the values that a command line gives, by field; end the program where one is not what it may be.
@@ -92,38 +87,6 @@ class FlagParser(argparse.ArgumentParser):
             }
         except InputError as error:
             self.error(str(error))
-
-
-class FormerFlag(argparse.Action):
-    """The old name of a flag, which warns; see [`add_renamed`]."""
-
-    def __init__(self, *args: Any, new: str, **options: Any):
-        super().__init__(*args, **options)
-        self.new = new
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None):
-        warn_of_former_name(str(option_string), self.new)
-        setattr(namespace, self.dest, values)
-
-
-def add_renamed(holder: Any, new: str, old: str, **options: Any):
-    """Add a flag that takes a value, and its old name for one release: it is in no help, and warns.
-
-    Args:
-        holder (`Any`):
-            a parser, or a group of one.
-        new (`str`):
-            the flag.
-        old (`str`):
-            what it was called in the release before.
-        options (`Any`):
-            of `add_argument`.
-    """
-    dest = holder.add_argument(new, **options).dest
-    action = functools.partial(FormerFlag, new=new)
-    holder.add_argument(
-        old, **{**options, "dest": dest, "action": action, "help": argparse.SUPPRESS, "required": False}
-    )
 
 
 def parse_fields(kind: type[T], description: str | None, arguments: list[str] | None = None, **options: Any) -> T:
@@ -187,4 +150,4 @@ def is_list(annotation: Any) -> bool:
     return get_origin(annotation) in (list, tuple) or any(is_list(part) for part in get_args(annotation))
 
 
-__all__ = ["Flag", "FlagParser", "add_renamed", "parse_fields"]
+__all__ = ["Flag", "FlagParser", "parse_fields"]

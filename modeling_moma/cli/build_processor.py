@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors_moma import InputError
-from ..utils.fields import Count, FormerName
+from ..utils.fields import Count
 from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 
@@ -43,7 +43,7 @@ class Arguments:
     """
 
     recipe: Annotated[str, Flag(metavar="RECIPE", is_positional=True)]
-    image_tokenizer: Annotated[str, FormerName("tokenizer")]
+    image_tokenizer: str
     image_size: str | None = None
     audio_tokenizer: str | None = None
     audio_codebooks: Count | None = None

@@ -110,7 +110,7 @@ def summary(manifest: dict) -> str:
         for split, read in entry["read"].items():
             for title, counts in (
                 ("left out", read["left_out"]),
-                ("images left out", read["pictures_left_out"]),
+                ("images left out", read["images_left_out"]),
                 ("changed", read["changed"]),
             ):
                 if counts:

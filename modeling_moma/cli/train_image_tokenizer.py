@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from ..training.tokenizer_settings import TokenizerSettings
 from ..utils.atomic_files import check_writable
-from ..utils.fields import read_fields, with_new_names
+from ..utils.fields import read_fields
 from ..utils.messages import without_import_notices
 from .arguments import Flag, FlagParser
 
@@ -57,7 +57,6 @@ def parse_arguments(arguments: list[str] | None = None) -> Run:
         from ..training.image_sources import read_image_sources
 
     sources, fields = read_image_sources(given["recipe"])
-    fields = with_new_names(TokenizerSettings, fields, "image_tokenizer")
     settings = vars(read_fields(TokenizerSettings, fields, "image_tokenizer", "this section"))
     of_recipe = {name: settings[name] for name in fields}
     return Run(**{**of_recipe, **given}, sources=sources)

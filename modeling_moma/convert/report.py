@@ -5,8 +5,6 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..utils.fields import warn_of_former_name
-
 
 RECEIPT_FILE = "conversion.json"
 
@@ -54,12 +52,6 @@ class Receipt:
     relative_difference: float | None = None
     new_token_probability: float | None = None
     image_loss: float | None = None
-
-    @property
-    def picture_loss(self) -> float | None:
-        """The old name of `image_loss`, for one release."""
-        warn_of_former_name("`picture_loss`", "`image_loss`")
-        return self.image_loss
 
     def table(self) -> str:
         """Return the report as lines of `name  value`."""

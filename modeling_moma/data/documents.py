@@ -45,7 +45,7 @@ class TokenFolder:
     def sources(self) -> list[Source]:
         """Return the sources, as the recipe had them when they were tokenized."""
         fields = {name: entry["fields"] for name, entry in self.manifest["sources"].items()}
-        return read_sources(fields, is_stored=True)
+        return read_sources(fields)
 
     def split_names(self, source: str) -> list[str]:
         """Return the splits of a source that hold documents."""

@@ -207,14 +207,12 @@ def processor_fingerprint(processor: MomaProcessor) -> str:
     settings = processor.image_processor.to_dict()
     kept = {name: settings.get(name) for name in PIXEL_SETTINGS}
     if settings.get("do_pad"):
-        # without padding it stays what it was
         kept["do_pad"] = True
     digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
     for name, values in sorted(processor.vq_model.state_dict().items()):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(values.float().cpu().numpy()).tobytes())
     if processor.codecs:
-        # without codecs it stays what it was
         with TemporaryDirectory() as folder:
             save_codecs(processor.codecs, folder)
             for path in sorted(Path(folder).rglob("*")):

@@ -12,7 +12,6 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tokenization.image_input_moma import clean_pil_image, open_image
 from tokenization.large_images_moma import refuse_costly_files
-from tokenization.renamed_moma import renamed
 
 from ..errors_moma import InputError
 
@@ -167,7 +166,5 @@ def _is_bomb(error: BaseException | None) -> bool:
         error = error.__cause__ or error.__context__
     return error is not None
 
-
-read_picture = renamed("read_picture", read_image)
 
 __all__ = ["LeftOut", "image_file", "read_image"]

@@ -19,10 +19,8 @@ from tokenization.audio_codecs_moma import AUDIO
 from ..errors_moma import InputError
 from ..utils.atomic_files import check_new_folder, check_writable, write_aside
 from ..utils.digests import files_digest
-from ..utils.fields import former_names
 from ..utils.records import read_record
 from .encoding import has_caption_template, loaded_encoder, template_digest
-from .kinds import KINDS
 from .shared_rows import warn_of_shared_rows
 from .sources import HELD_OUT_RULE, READERS, TRAIN, VALIDATION, Source, read_sources, undecoded_rows
 from .split_folders import warn_of_unnamed
@@ -32,7 +30,7 @@ JOB_FILE = "job.json"
 # what to do about a damaged one
 DAMAGED = "Give a new folder, or delete this one."
 MANIFEST_FILE = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 # rows of a shard grow with the data, so that the number of files stays in bounds
 SHARD_ROWS = (1024, 16384)
 TYPICAL_SHARDS = 64
@@ -46,8 +44,6 @@ ROW_FILES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 OTHER_FILES = ("", ".md")
 # blocks that are read of all files of rows together, to tell whether they have changed
 BLOCKS = 4096
-# what jobs of earlier versions do not say
-_LATER = ("file_sizes", "files", "chat_template")
 # fields of a source on which no token depends
 _OF_TRAINING = ("weight", "image_first", "audio_first", "without_caption")
 # rows, spread over a split, that say what the others hold
@@ -104,15 +100,15 @@ class Job:
             the recipe's section.
         splits (`dict[str, dict[str, dict]]`):
             of each source and split: `split` (the data set's name), `rows` (`None` where streamed), `shards`,
-            `pictures` (an estimate), `rows_per_shard`, `list_columns`.
-        held_out_rule (`str`, *optional*):
-            how rows are drawn that become `validation`; `None` in jobs of earlier versions, which drew others.
-        files (`dict[str, str | None]`, *optional*):
-            a hash of each source's files, see [`source_digest`]; `None` in jobs of earlier versions.
-        file_sizes (`dict[str, int | None]`, *optional*):
-            bytes of each source's files together, `None` where streamed; `None` in jobs of earlier versions.
+            `images` (an estimate), `rows_per_shard`, `list_columns`.
+        held_out_rule (`str`):
+            how rows are drawn that become `validation`.
+        files (`dict[str, str | None]`):
+            a hash of each source's files, see [`source_digest`].
+        file_sizes (`dict[str, int | None]`):
+            bytes of each source's files together, `None` where streamed.
         chat_template (`str`, *optional*):
-            a hash of the processor's, where a source has chats; `None` in jobs of earlier versions.
+            a hash of the processor's, where a source has chats.
     """
 
     processor: str
@@ -122,14 +118,14 @@ class Job:
     seed: int
     sources: dict[str, dict]
     splits: dict[str, dict[str, dict]]
-    held_out_rule: str | None = None
-    files: dict[str, str | None] | None = None
-    file_sizes: dict[str, int | None] | None = None
+    held_out_rule: str
+    files: dict[str, str | None]
+    file_sizes: dict[str, int | None]
     chat_template: str | None = None
 
     def source(self, name: str) -> Source:
         """Return the source of that name."""
-        return read_sources({name: self.sources[name]}, is_stored=True)[0]
+        return read_sources({name: self.sources[name]})[0]
 
     def tasks(self) -> list[Task]:
         """Return all shards, in the order of sources and splits."""
@@ -240,11 +236,11 @@ def _plan_source(
             images, weight = _row_means(source, rows)
             size = rows_per_shard or _shard_rows(len(rows), weight)
             size = -(-size // source.kind.rows_multiple) * source.kind.rows_multiple
-            entry |= {"rows": len(rows), "pictures": round(len(rows) * images), "rows_per_shard": size}
+            entry |= {"rows": len(rows), "images": round(len(rows) * images), "rows_per_shard": size}
             entry["shards"] = -(-len(rows) // size)
             file_size = rows.info.download_size
         else:
-            entry |= {"rows": None, "pictures": None, "rows_per_shard": None, "shards": rows.num_shards}
+            entry |= {"rows": None, "images": None, "rows_per_shard": None, "shards": rows.num_shards}
             if name == TRAIN and VALIDATION not in names and source.held_out and rows.num_shards > 1:
                 logger.warning(
                     f"sources: {source.name!r}: of a stream of {rows.num_shards} files other rows are held out than "
@@ -370,8 +366,6 @@ def write_job(folder: str | Path, job: Job) -> Path:
             moved = json.dumps({**then, "processor": job.processor}, indent=2) + "\n"
             write_aside(path, lambda aside: aside.write_text(moved, encoding="utf-8"))
             os.utime(path, times)
-        for task in job.tasks():
-            check_held_out(folder, then.get("held_out_rule"), job, task)
         check_writable(folder)
         return path
     check_new_folder(folder)
@@ -380,12 +374,8 @@ def write_job(folder: str | Path, job: Job) -> Path:
 
 def _compare(folder: str | Path, then: dict, now: dict) -> None:
     now = json.loads(json.dumps(now))
-    if then.get("files"):
-        # earlier versions found no files that `load` names
-        then = {**then, "files": {**now["files"], **{name: one for name, one in then["files"].items() if one}}}
-    # by its fingerprint a processor is the same wherever it lies, and the draw matters to few shards
-    alike = ["processor", "held_out_rule", *(name for name in _LATER if then.get(name) is None)]
-    different = [name for name in now if name not in alike and then.get(name) != now[name]]
+    # by its fingerprint a processor is the same wherever it lies
+    different = [name for name in now if name != "processor" and then.get(name) != now[name]]
     if different:
         name, before, after = _first_difference(different[0], then.get(different[0]), now[different[0]])
         if name.startswith("files: "):
@@ -394,10 +384,6 @@ def _compare(folder: str | Path, then: dict, now: dict) -> None:
                 "since: what is done would not be done again. Give a new folder, or delete this one."
             )
         ways, (where, _, field) = "Give a new folder, or delete this one.", name.rpartition(": ")
-        # files have a field under its former name
-        new_names = {old: new for kind in KINDS.values() for new, old in former_names(kind).items()}
-        field = new_names.get(field, field)
-        name = f"{where}: {field}" if where else field
         if where.startswith("sources: ") and field in _OF_TRAINING:
             ways = "`moma pretrain` reads it from its recipe, whatever these tokens were made with: they can stay."
         raise InputError(
@@ -447,30 +433,6 @@ def done_report(folder: str | Path, task: Task) -> dict[str, Any] | None:
     return report if all((Path(folder) / task.file_name(split)).is_file() for split in written) else None
 
 
-def check_held_out(folder: str | Path, rule: str | None, job: Job, task: Task) -> None:
-    """Raise where a shard is yet to be written whose held-out rows would be drawn otherwise than those that are there.
-
-    Args:
-        folder (`str | Path`):
-            of all tokens.
-        rule (`str | None`):
-            `held_out_rule` of the job that the folder was begun with.
-        job (`Job`):
-            what to do.
-        task (`Task`):
-            the shard.
-
-    Raises:
-        ValueError: names the source.
-    """
-    if rule != HELD_OUT_RULE and job.holds_out(task) and done_report(folder, task) is None:
-        raise InputError(
-            f"--output {str(folder)!r} holds tokens that were begun by another version, which drew the held-out rows "
-            f"of {task.source!r} otherwise: its missing shards would train on some of them. Give a new folder, or "
-            "delete this one."
-        )
-
-
 def read_job(folder: str | Path) -> Job:
     """Return the job that a folder of tokens was begun with."""
     path = Path(folder) / JOB_FILE
@@ -492,7 +454,6 @@ __all__ = [
     "MANIFEST_FILE",
     "Job",
     "Task",
-    "check_held_out",
     "done_report",
     "plan_job",
     "read_job",

@@ -16,7 +16,7 @@ from .sources import TRAIN
 
 # rows of a manifest that are named; the shards' own reports name all
 NAMED = 20
-COUNTERS = ("left_out", "pictures_left_out", "changed")
+COUNTERS = ("left_out", "images_left_out", "changed")
 
 
 def write_report(path: Path, report: ShardReport) -> None:

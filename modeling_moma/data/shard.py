@@ -30,7 +30,7 @@ class ShardReport:
     Attributes:
         rows (`int`):
             rows read.
-        pictures (`int`):
+        images (`int`):
             images coded.
         written (`Counter`):
             documents by split.
@@ -39,7 +39,7 @@ class ShardReport:
             there are any, of further modalities, of one reading of every document, captions by their first template.
         left_out (`Counter`):
             rows by reason.
-        pictures_left_out (`Counter`):
+        images_left_out (`Counter`):
             images of interleaved documents, whose rest is written, by reason.
         changed (`Counter`):
             images that were brought into another form, by what they were.
@@ -48,17 +48,17 @@ class ShardReport:
     """
 
     rows: int = 0
-    pictures: int = 0
+    images: int = 0
     written: Counter = field(default_factory=Counter)
     tokens: dict[str, Counter] = field(default_factory=dict)
     left_out: Counter = field(default_factory=Counter)
-    pictures_left_out: Counter = field(default_factory=Counter)
+    images_left_out: Counter = field(default_factory=Counter)
     changed: Counter = field(default_factory=Counter)
     named: list[dict] = field(default_factory=list)
 
     def leave_out(self, row: int, error: LeftOut, is_whole: bool = True) -> None:
         """Count and name a row, or an image of it."""
-        (self.left_out if is_whole else self.pictures_left_out)[error.reason] += 1
+        (self.left_out if is_whole else self.images_left_out)[error.reason] += 1
         self.named.append({"row": row, "reason": error.reason, "detail": error.detail[:300]})
 
     def write_document(self, split: str, text: int, image: int = 0, **others: int) -> None:
@@ -192,7 +192,7 @@ class Shard(ABC):
 
     def count_images(self, number: int) -> None:
         """Count images that have been coded."""
-        self.report.pictures += number
+        self.report.images += number
         if self.on_work is not None:
             self.on_work(number)
 

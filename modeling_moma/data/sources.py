@@ -423,14 +423,12 @@ def _undecoded(feature: Any) -> Any:
     return feature
 
 
-def read_sources(section: Any, is_stored: bool = False) -> list[Source]:
+def read_sources(section: Any) -> list[Source]:
     """Return the sources of a recipe.
 
     Args:
         section (`Any`):
             its mapping `sources`, of a name to the fields of [`Source`] and of its kind.
-        is_stored (`bool`, *optional*, defaults to `False`):
-            whether it is of a file that a command wrote, which may have old names of fields without a warning.
 
     Raises:
         ValueError: it is no such mapping, or a field is unknown, missing or out of range.
@@ -443,7 +441,7 @@ def read_sources(section: Any, is_stored: bool = False) -> list[Source]:
             raise InputError(f"sources: {name!r} needs `data`, a folder, file or name on the Hub; it is {fields!r}.")
         if not str(name).replace("-", "_").isidentifier():
             raise InputError(f"sources: {name!r} becomes the name of a folder: letters, digits, '-' and '_' only.")
-        if not is_stored and len(section) > 1 and name in _NAMES_OF_A_LOG:
+        if len(section) > 1 and name in _NAMES_OF_A_LOG:
             raise InputError(f"sources: {name!r} is a modality, too: a log could not tell whose losses are whose.")
         where = f"sources: {name!r}"
         common = {
@@ -453,7 +451,7 @@ def read_sources(section: Any, is_stored: bool = False) -> list[Source]:
         }
         _refuse_dates(where, common.get("load", {}))
         own = {key: value for key, value in fields.items() if key not in COMMON_FIELDS}
-        kind = read_kind(name, own, COMMON_FIELDS, is_stored)
+        kind = read_kind(name, own, COMMON_FIELDS)
         sources.append(Source(name=str(name), kind=kind, **common))
     return sources
 

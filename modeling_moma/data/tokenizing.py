@@ -16,7 +16,7 @@ from ..errors_moma import InputError
 from ..utils.atomic_files import path_aside
 from .encoding import DocumentEncoder, loaded_encoder
 from .images import LeftOut
-from .jobs import Job, Task, check_held_out, done_report
+from .jobs import Job, Task, done_report
 from .json_lines import BROKEN_LINE
 from .reports import write_report
 from .shard import BATCH, Shard
@@ -57,7 +57,7 @@ def open_rows(name: str, fields: str, split: str) -> Dataset | IterableDataset:
         split (`str`):
             the data set's name of it.
     """
-    return read_sources({name: json.loads(fields)}, is_stored=True)[0].open(split)
+    return read_sources({name: json.loads(fields)})[0].open(split)
 
 
 def tokenize_shard(
@@ -87,7 +87,6 @@ def tokenize_shard(
     folder = Path(folder)
     if done_report(folder, task) is not None:
         return False
-    check_held_out(folder, job.held_out_rule, job, task)
     shard = SourceShard(job, task, load_encoder(job.processor, job.fingerprint), strict, on_work)
     kind = shard.source.kind
     with ShardFiles(folder, task, job.output_splits(task), kind.features(shard)) as files:

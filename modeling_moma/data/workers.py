@@ -176,8 +176,8 @@ class Progress:
         self.coded: Any = None
         plans = [plan for splits in job.splits.values() for plan in splits.values()]
         has_images = any(job.source(name).kind.has_images for name in job.sources)
-        is_known = has_images and all(plan["pictures"] is not None for plan in plans)
-        self.total = sum(plan["pictures"] for plan in plans) if is_known else len(job.tasks())
+        is_known = has_images and all(plan["images"] is not None for plan in plans)
+        self.total = sum(plan["images"] for plan in plans) if is_known else len(job.tasks())
         self.counts_images = is_known
         self.done = self._done()
 
@@ -209,7 +209,7 @@ class Progress:
             # asked again and again
             return sum((self.folder / task.report_name()).is_file() for task in self.job.tasks())
         found = [report for task in self.job.tasks() if (report := done_report(self.folder, task)) is not None]
-        return sum(report["pictures"] for report in found)
+        return sum(report["images"] for report in found)
 
 
 def _begin_worker(threads: int, processor: str, coded: Any) -> None:

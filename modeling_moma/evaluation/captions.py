@@ -84,7 +84,7 @@ def measure_captions(model, processor, rows: CaptionedImages, batch_size: int, s
             of the floor.
 
     Returns:
-        `dict`: `pictures`, their number; `generated`, the scores; `floor`, those of the same texts against the
+        `dict`: `images`, their number; `generated`, the scores; `floor`, those of the same texts against the
         captions of other images, `None` for a single image; `samples`, the first captions and what was generated.
     """
     references = rows.captions
@@ -99,7 +99,7 @@ def measure_captions(model, processor, rows: CaptionedImages, batch_size: int, s
         {"reference": reference, "generated": text} for reference, text in list(zip(references, texts))[:NUM_SAMPLES]
     ]
     return {
-        "pictures": len(texts),
+        "images": len(texts),
         "generated": caption_scores(texts, references),
         "floor": floor,
         "samples": samples,

@@ -71,7 +71,7 @@ def measure_drawings(
             of the sampling and of the halves.
 
     Returns:
-        `dict`: `pictures`, their number; `sampling`; `real`, `"pictures"` or `"reconstructions"`, whichever stands for
+        `dict`: `images`, their number; `sampling`; `real`, `"images"` or `"reconstructions"`, whichever stands for
         them; and `comparisons` of [`compare_features`] by name. `drawn` and `reconstructed` are against all real
         images. `real, halves` is of one half of the real images against the other, what the best of models would
         reach; `drawn, halves` is of the drawings for one half's captions against the other half, on as many images.
@@ -97,9 +97,9 @@ def measure_drawings(
     comparisons["drawn, halves"] = compare_features(real[other], drawn[one])
     comparisons["real, halves"] = compare_features(real[other], real[one])
     return {
-        "pictures": len(rows),
+        "images": len(rows),
         "sampling": sampling,
-        "real": "reconstructions" if rows.images is None else "pictures",
+        "real": "reconstructions" if rows.images is None else "images",
         "comparisons": comparisons,
     }
 
@@ -113,9 +113,9 @@ def check_drawings(processor, num_images: int):
 
 
 def compare_features(real: torch.Tensor, others: torch.Tensor) -> dict[str, float]:
-    """Compare features `[N, D]` with real ones: `pictures` on either side, Frechet distance, precision, recall."""
+    """Compare features `[N, D]` with real ones: `images` on either side, Frechet distance, precision, recall."""
     return {
-        "pictures": len(others),
+        "images": len(others),
         "frechet_distance": frechet_distance(real, others),
         **precision_recall(real, others, NEIGHBOURS),
     }

@@ -78,7 +78,7 @@ def measure_sources(model, processor, sources: Mapping[str, HeldOutSource], sett
             what to measure, and how.
 
     Returns:
-        `dict`: for each source `documents` and `pictures`, its numbers; an entry for each measure, as
+        `dict`: for each source `documents` and `images`, its numbers; an entry for each measure, as
         [`source_losses`], [`measure_captions`], [`measure_information`], [`measure_retrieval`] and
         [`measure_drawings`] give it; and `seconds` by measure. A source without captions has the losses alone.
 
@@ -101,7 +101,7 @@ def measure_sources(model, processor, sources: Mapping[str, HeldOutSource], sett
     report = {}
     for name, source in sources.items():
         num_images = 0 if source.captioned is None else len(source.captioned)
-        figures: dict[str, Any] = {"documents": len(source.documents), "pictures": num_images}
+        figures: dict[str, Any] = {"documents": len(source.documents), "images": num_images}
         seconds = {}
         for measure, take in _takers(model, processor, name, source, settings, extract).items():
             if measure in chosen:

@@ -11,7 +11,6 @@ import torch
 from transformers.utils import logging
 
 from tokenization import MomaProcessor
-from tokenization.renamed_moma import renamed
 
 from ..data.documents import CaptionDocuments, Documents
 from ..data.examples import open_documents, shuffled_held_out
@@ -196,6 +195,3 @@ def _pixel_batches(processor: MomaProcessor, values: Iterable[tuple[str, Any]], 
             batch = []
     if batch:
         yield torch.cat(batch)
-
-
-CaptionedPictures = renamed("CaptionedPictures", CaptionedImages)

@@ -60,7 +60,7 @@ def caption_table(captions: dict[str, dict]) -> str:
         for label, key in ((name, "generated"), (f"{name}, against other images' captions", "floor")):
             scores = part[key] or {}
             body.append([label, *(_share(scores.get(score)) for score in ("exact_match", "overlap"))])
-            body[-1].append(f"{part['pictures']:,}")
+            body[-1].append(f"{part['images']:,}")
     return markdown_table(["captions, greedy", "exact match", "overlap of words (F1)", "images"], body)
 
 
@@ -79,13 +79,10 @@ def retrieval_table(retrieval: dict[str, dict]) -> str:
     """Return ranks by source, direction and score, with what chance would reach."""
     body = []
     for name, part in retrieval.items():
-        for answers in ("captions", "pictures"):
-            # reports keep the keys of the release before
-            title = f"{name}: {answers.replace('picture', 'image')}"
+        for answers in ("captions", "images"):
+            title = f"{name}: {answers}"
             for score, figures in part[answers].items():
-                body.append(
-                    [f"{title} by {score.replace('picture', 'image')}", *_rank_cells(figures), f"{part['pairs']:,}"]
-                )
+                body.append([f"{title} by {score}", *_rank_cells(figures), f"{part['pairs']:,}"])
             chance = next(iter(part[answers].values()))["chance"]
             body.append([f"{title}, chance", *_rank_cells(chance), f"{part['pairs']:,}"])
     return markdown_table(
@@ -105,11 +102,11 @@ def drawing_table(drawings: dict[str, dict]) -> str:
     body = []
     for name, part in drawings.items():
         # a source without pixels has its reconstructions for them
-        label = name if part["real"] == "pictures" else f"{name} (real: reconstructions)"
+        label = name if part["real"] == "images" else f"{name} (real: reconstructions)"
         for comparison, figures in part["comparisons"].items():
             shares = [_share(figures[score]) for score in ("precision", "recall")]
             distance = _number(figures["frechet_distance"], 2)
-            body.append([f"{label}: {comparison}", distance, *shares, f"{figures['pictures']:,}"])
+            body.append([f"{label}: {comparison}", distance, *shares, f"{figures['images']:,}"])
     head = [
         "against real images, judge's features",
         "Frechet distance",

@@ -18,7 +18,7 @@ from .scoring import continuation_log_probs, paired_log_probs
 DEFAULT_PAIRS = 64
 RECALL_AT = (1, 5)
 # log-probabilities that rank, by their name in reports
-CAPTION, IMAGE = "caption given picture", "picture given caption"
+CAPTION, IMAGE = "caption given image", "image given caption"
 
 
 def measure_retrieval(
@@ -44,11 +44,11 @@ def measure_retrieval(
             of the draw.
 
     Returns:
-        `dict`: `pairs`, and under `captions` and `pictures` the figures of [`rank_figures`] by the score that ranks:
+        `dict`: `pairs`, and under `captions` and `images` the figures of [`rank_figures`] by the score that ranks:
 
         - `captions`: `CAPTION`, that is `log p(caption | image)`; the same divided by the number of tokens;
           `IMAGE`, `log p(image | caption)`.
-        - `pictures`: `IMAGE`; the same minus `log p(image)`, the pointwise mutual information of the two;
+        - `images`: `IMAGE`; the same minus `log p(image)`, the pointwise mutual information of the two;
           `CAPTION`.
 
     Raises:
@@ -75,13 +75,13 @@ def measure_retrieval(
     }
     by_caption = {
         IMAGE: of_images,
-        f"{IMAGE}, less the picture alone": of_images - prior,
+        f"{IMAGE}, less the image alone": of_images - prior,
         CAPTION: of_captions.T,
     }
     return {
         "pairs": num_pairs,
         "captions": {name: rank_figures(*ranks(score, image_N, caption_N)) for name, score in by_image.items()},
-        "pictures": {name: rank_figures(*ranks(score, caption_N, image_N)) for name, score in by_caption.items()},
+        "images": {name: rank_figures(*ranks(score, caption_N, image_N)) for name, score in by_caption.items()},
     }
 
 

@@ -23,7 +23,7 @@ DATASET_ADDRESS = "https://huggingface.co/datasets"
 # parts of a report that are no measurements of the model's own: its settings, and other models
 NOT_MEASURED = frozenset(
     (
-        "models training settings tokens pictures dense nearest_neighbour majority real reconstructed shuffled "
+        "models training settings tokens images dense nearest_neighbour majority real reconstructed shuffled "
         "originals reconstructions known bm25_names bm25_names_and_tags bm25_neighbours chance control moma-emoji "
         "seconds"
     ).split()

@@ -296,7 +296,7 @@ def _likely_cause(saved: Saved, folder: Path) -> str:
             f"its training is not finished; go on with `moma {saved.subcommand} ... --resume`, or name a checkpoint, "
             f"such as {str(checkpoints[-1])!r}."
         )
-    if saved in (MODEL, IMAGE_TOKENIZER) and any((folder / name).exists() for name in ("run.json", "pictures")):
+    if saved in (MODEL, IMAGE_TOKENIZER) and any((folder / name).exists() for name in ("run.json", "images")):
         return f"its training has not come to a checkpoint yet; `moma {saved.subcommand}` has to finish first."
     if not any(folder.iterdir()):
         return "the folder is empty."

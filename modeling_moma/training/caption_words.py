@@ -173,7 +173,7 @@ class CaptionTraining:
 
         Args:
             state (`dict[str, Any]`):
-                of the checkpoint; those of earlier versions lack `vocabulary`.
+                of the checkpoint.
 
         Raises:
             ValueError: the captions have other words than at the first start.
@@ -184,16 +184,11 @@ class CaptionTraining:
 
     def _check_same_words(self, state: dict[str, Any]) -> None:
         # a score belongs to the word of its number, so the order has to be the same, too
-        now, then = self.vocabulary, state.get("vocabulary")
-        if then is None:
-            count = len(state["head"]["scores.bias"])
-            difference = f"{count:,} words were told from codes then, {len(now):,} now" if count != len(now) else None
-        else:
-            pairs = enumerate(zip_longest(then, now), 1)
-            difference = next(
-                (f"word {number} was {old!r} then and is {new!r} now" for number, (old, new) in pairs if old != new),
-                None,
-            )
+        pairs = enumerate(zip_longest(state["vocabulary"], self.vocabulary), 1)
+        difference = next(
+            (f"word {number} was {old!r} then and is {new!r} now" for number, (old, new) in pairs if old != new),
+            None,
+        )
         if difference is not None:
             raise InputError(
                 f"--resume: caption_weight={self.weight}: the captions have other words than at the first start, "

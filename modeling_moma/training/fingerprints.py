@@ -198,8 +198,7 @@ def check_output(output: str, facts: Facts, resume: bool, arguments: TrainingArg
     for name, then in records.items():
         if then is None:
             raise InputError(
-                f"`--output` {output!r} holds another run: {name} does not say what it was made of, as those of "
-                f"earlier versions, whose sequences were packed otherwise. {_WAYS}"
+                f"`--output` {output!r} holds another run: {name} does not say what it was made of. {_WAYS}"
             )
         different = difference(then, facts)
         if different:
@@ -248,7 +247,7 @@ def finished_at(output: str | Path) -> int | None:
 
 
 def difference(then: Facts, now: Facts) -> str | None:
-    """Return the first fact that differs, in words; those that one of both versions does not know are passed over."""
+    """Return the first fact that differs, in words, of those that both have."""
     for section, facts in now.items():
         before = then.get(section, {})
         for name, value in facts.items():

@@ -23,7 +23,7 @@ JSON_RECIPE_BYTES = 1 << 20
 # the column of a data set that stands in for a recipe
 IMAGE_COLUMN = "image"
 # fields of a source that change no image
-OF_TEXTS = ("weight", "text", "alternatives", "picture_first", "without_caption", "codings")
+OF_TEXTS = ("weight", "text", "alternatives", "image_first", "without_caption", "codings")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def read_image_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
         ValueError: none of the sources has images.
     """
     if not _is_recipe(Path(place)):
-        return [Source(name="pictures", data=place, kind=ImageKind(IMAGE_COLUMN))], {}
+        return [Source(name="images", data=place, kind=ImageKind(IMAGE_COLUMN))], {}
     recipe = read_recipe(place)
     sources = [source for source in recipe.sources if source.kind.has_images]
     if not sources:

@@ -27,7 +27,7 @@ from .array_file import ArrayWriter, read_whole_array
 from .image_sources import Candidate, candidates, image_fields
 
 
-TRAIN_FILE, HELD_OUT_FILE, REPORT_FILE = "train.npy", "held_out.npy", "pictures.json"
+TRAIN_FILE, HELD_OUT_FILE, REPORT_FILE = "train.npy", "held_out.npy", "images.json"
 # source and row of each image to train on
 PLACES_FILE = "places.npy"
 # images left out that a report describes, beyond their counts
@@ -98,7 +98,7 @@ def open_store(
         "sources": [image_fields(source) for source in sources],
         "files": [source_digest(source) for source in sources],
         "resolution": side,
-        "held_out_pictures": held_out_images,
+        "held_out_images": held_out_images,
     }
     if do_pad:
         # without it the key stays what it was
@@ -164,7 +164,7 @@ def _write(folder: Path, sources: list[Source], key: dict[str, Any], is_strict: 
         ArrayWriter(folder / HELD_OUT_FILE, shape) as held_out,
         ArrayWriter(folder / PLACES_FILE, (2,), np.int64) as places,
     ):
-        filling = _Filling(sources, train, places, _Sample(held_out, key["held_out_pictures"]), is_strict)
+        filling = _Filling(sources, train, places, _Sample(held_out, key["held_out_images"]), is_strict)
         filling.run(MomaImageProcessor.for_resolution(side, do_pad=do_pad, do_rescale=False, do_normalize=False))
     totals = {"train": train.count, "held_out": held_out.count}
     report = {"key": key, **totals, "sources": filling.counts, "examples": filling.examples}

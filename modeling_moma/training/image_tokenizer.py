@@ -38,7 +38,7 @@ from .tokenizer_settings import DECISIVE, TokenizerSettings, check_resumed, chec
 
 STATE_FILE, METRICS_FILE, REPORT_FILE = "training_state.pt", "metrics.json", "report.json"
 # folder of the decoded images
-IMAGES_FOLDER = "pictures"
+IMAGES_FOLDER = "images"
 # latents that give the codebook at the start, and the fewest images that they are of
 CODEBOOK_LATENTS, CODEBOOK_IMAGES = 256 * 64, 32
 # steps between two such starts during warm-up
@@ -185,12 +185,13 @@ class TokenizerTraining:
             "sources": [image_fields(source) for source in sources],
             "files": {source.name: source_digest(source) for source in sources},
         }
-        begun = None if state is None else state.get("pictures")
         # check first: opening the store may replace the images of the first start
-        check_same_images(str(output), self.facts, begun)
+        if state is not None:
+            check_same_images(str(output), self.facts, state["images"])
         self.store = self._open_images()
-        self.facts["pictures"] = len(self.store.train)
-        check_same_images(str(output), self.facts, begun)
+        self.facts["images"] = len(self.store.train)
+        if state is not None:
+            check_same_images(str(output), self.facts, state["images"])
         self.captions = None
         if settings.caption_weight > 0:
             self.captions = CaptionTraining(
@@ -362,7 +363,7 @@ class TokenizerTraining:
         tqdm.write(json.dumps(self.metrics[-1]))
         state = {
             "arguments": {name: getattr(self.settings, name) for name in DECISIVE},
-            "pictures": self.facts,
+            "images": self.facts,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }

@@ -13,7 +13,7 @@ from pydantic import Field
 from ..configuration_moma import MomaConfig
 from ..data.sources import Source, read_sources
 from ..errors_moma import InputError
-from ..utils.fields import Count, Float, FormerName, Int, NotNegative, read_fields, refuse_unknown
+from ..utils.fields import Count, Float, Int, NotNegative, read_fields, refuse_unknown
 from ..utils.messages import one_line, without_import_notices
 
 
@@ -126,7 +126,7 @@ class SampleFields:
 
     every: Annotated[Int, Field(ge=0)] = 0
     prompts: list[str] = field(default_factory=list)
-    images: Annotated[Int, Field(ge=0), FormerName("pictures")] = 4
+    images: Annotated[Int, Field(ge=0)] = 4
     temperature: NotNegative = 1.0
     guidance_scale: NotNegative = 1.0
     max_new_tokens: Count = 32

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from ..errors_moma import InputError
-from ..utils.fields import Count, FormerName, Int, NotNegative, OnOff, Seed, refuse_unknown
+from ..utils.fields import Count, Int, NotNegative, OnOff, Seed, refuse_unknown
 
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class TokenizerSettings:
     adversarial_start: Annotated[Int, Field(ge=0)] = 0
     augmentation: Literal["white", "reflection", "none"] = "white"
     do_pad: bool = False
-    held_out_images: Annotated[Count, FormerName("held_out_pictures")] = 1024
+    held_out_images: Count = 1024
     bf16: Annotated[Literal["auto", "on", "off"], OnOff] = "auto"
 
 
@@ -132,8 +132,6 @@ DECISIVE = (
     "do_pad",
     "held_out_images",
 )
-# defaults of earlier versions, whose checkpoints do not record them
-ONCE = {"caption_weight": 0.0, "adversarial_weight": 0.0, "augmentation": "white", "do_pad": False}
 
 
 def read_config(settings: TokenizerSettings) -> "MomaVQConfig":
@@ -231,7 +229,6 @@ def check_resumed(output: str, settings: TokenizerSettings, config: "MomaVQConfi
         now = read_config(settings)
         asked |= {name: getattr(now, name) for name in type(now).__annotations__}
     pairs: dict[str, tuple[Any, Any]] = {name: (getattr(config, name), value) for name, value in asked.items()}
-    begun = {**ONCE, **begun}
     pairs |= {f"--{name.replace('_', '-')}": (value, getattr(settings, name)) for name, value in begun.items()}
     for name, (then, now) in pairs.items():
         # JSON knows no tuples
@@ -243,7 +240,7 @@ def check_resumed(output: str, settings: TokenizerSettings, config: "MomaVQConfi
             )
 
 
-def check_same_images(output: str, now: Mapping[str, Any], begun: Mapping[str, Any] | None):
+def check_same_images(output: str, now: Mapping[str, Any], begun: Mapping[str, Any]):
     """Compare the images with those that a checkpoint was trained on.
 
     Args:
@@ -251,14 +248,12 @@ def check_same_images(output: str, now: Mapping[str, Any], begun: Mapping[str, A
             folder of the run.
         now (`Mapping[str, Any]`):
             facts about its images, by name; `files` has a hash of each source's files, by the source's name.
-        begun (`Mapping[str, Any] | None`):
-            what they were at the first start, or `None` in checkpoints of earlier versions, of which others lack
-            `files`.
+        begun (`Mapping[str, Any]`):
+            what they were at the first start.
 
     Raises:
         ValueError: they are others.
     """
-    begun = {**now, **(begun or {})}
     ways = "Resume with the data of the first start, or give a new `--output`."
     for name, fact in now.items():
         if name != "files" and fact != begun[name]:

@@ -6,9 +6,7 @@ import functools
 import inspect
 import re
 import textwrap
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -53,21 +51,6 @@ Seed = Annotated[Int, Field(ge=0, lt=2**32)]
 OnOff = BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value)
 
 
-@dataclass(frozen=True)
-class FormerName:
-    """What a field was called in the release before, in `Annotated`.
-
-    Recipes and command lines may say it for one release more, and are warned. Files that record fields, such as
-    `job.json`, keep it, so that a run may go on in a folder of that release.
-
-    Args:
-        name (`str`):
-            The old name.
-    """
-
-    name: str
-
-
 def read_fields(kind: type[T], values: Mapping[str, Any], where: str, holder: str = "this section") -> T:
     """Return a dataclass of values by name.
 
@@ -85,7 +68,6 @@ def read_fields(kind: type[T], values: Mapping[str, Any], where: str, holder: st
         ValueError: a name is unknown, a value is missing or not what its field takes.
     """
     entries = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
-    values = with_new_names(kind, values, where)
     refuse_unknown(values, [entry.name for entry in entries], where, holder)
     for entry in entries:
         has_default = entry.default is not dataclasses.MISSING or entry.default_factory is not dataclasses.MISSING
@@ -149,52 +131,6 @@ def refuse_unknown(
     meant = f" Did you mean {close[0]!r}?" if close else "" if is_listed else " Is it misspelt?"
     listed = f" It takes {sorted(known)}." if is_listed else ""
     raise InputError(f"{where}: {unknown[0]!r} is no field of {holder}.{meant}{listed}")
-
-
-def former_names(kind: type) -> dict[str, str]:
-    """Give the old names of a dataclass's fields by their new ones; see [`FormerName`]."""
-    return {
-        name: part.name
-        for name, annotation in annotations(kind).items()
-        for part in get_args(annotation)
-        if isinstance(part, FormerName)
-    }
-
-
-def with_new_names(kind: type, values: Mapping[str, Any], where: str, warns: bool = True) -> dict[str, Any]:
-    """Values under the names that the fields of a dataclass have now.
-
-    Args:
-        kind (`type`):
-            The dataclass.
-        values (`Mapping[str, Any]`):
-            By name, new or old.
-        where (`str`):
-            The place of the values, for the warning and errors.
-        warns (`bool`, *optional*, defaults to `True`):
-            Whether to warn of old names.
-
-    Raises:
-        ValueError: a field is given by both of its names.
-    """
-    new_names = {old: new for new, old in former_names(kind).items()}
-    for old, new in new_names.items():
-        if old in values and new in values:
-            raise InputError(f"{where}: {old!r} is the old name of {new!r}, and both are given; give one.")
-        if old in values and warns:
-            warn_of_former_name(f"{where}: {old!r}", repr(new))
-    return {new_names.get(name, name): value for name, value in values.items()}
-
-
-def with_former_names(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values under the names that files of the release before have for the fields of a dataclass."""
-    old_names = former_names(kind)
-    return {old_names.get(name, name): value for name, value in values.items()}
-
-
-def warn_of_former_name(old: str, new: str) -> None:
-    """Warns that an old name goes with the next release, and says the new one."""
-    warnings.warn(f"{old} is {new} now; the old name goes with the next release.", FutureWarning, stacklevel=2)
 
 
 @functools.cache
@@ -290,7 +226,6 @@ def _adapter(kind: type, name: str) -> TypeAdapter:
 __all__ = [
     "Count",
     "Float",
-    "FormerName",
     "Int",
     "NotNegative",
     "OnOff",
@@ -300,11 +235,7 @@ __all__ = [
     "check_utf8",
     "choices",
     "descriptions",
-    "former_names",
     "read_field",
     "read_fields",
     "refuse_unknown",
-    "warn_of_former_name",
-    "with_former_names",
-    "with_new_names",
 ]

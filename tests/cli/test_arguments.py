@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Command lines from dataclasses: flags, help and errors of one definition."""
 
-import argparse
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import pytest
 
-from modeling_moma.cli.arguments import Flag, FlagParser, add_renamed, parse_fields
-from modeling_moma.utils.fields import Count, FormerName, Share
+from modeling_moma.cli.arguments import Flag, FlagParser, parse_fields
+from modeling_moma.utils.fields import Count, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,30 +91,3 @@ def test_help_is_the_docstring_with_the_defaults():
     assert "--sources NAME [NAME ...] these alone --mode {text,image} what comes out --batch-size" in text
     assert "--no-probe do not compare --repo-id" in text
     assert text.endswith("on a cluster: --tasks TASKS how many (default: 64)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Renamed:
-    held_out_rows: Annotated[Count, FormerName("held_out_lines")] = 8
-
-
-def test_an_old_flag_is_read_with_a_warning_that_says_the_new_one(capsys):
-    said = "^--held-out-lines is --held-out-rows now; the old name goes with the next release"
-    with pytest.warns(FutureWarning, match=said):
-        assert FlagParser(Renamed).read(["--held-out-lines", "3"]) == {"held_out_rows": 3}
-    with pytest.warns(FutureWarning), pytest.raises(SystemExit):
-        FlagParser(Renamed).read(["--held-out-lines", "0"])
-    assert "--held-out-rows = '0' must be at least 1" in capsys.readouterr().err
-
-
-def test_the_new_flag_warns_nobody_and_help_shows_it_alone(recwarn):
-    assert FlagParser(Renamed).read(["--held-out-rows", "3"]) == {"held_out_rows": 3}
-    assert not recwarn.list and "lines" not in FlagParser(Renamed).format_help()
-
-
-def test_parsers_of_scripts_keep_type_and_default_of_a_renamed_flag():
-    parser = argparse.ArgumentParser()
-    add_renamed(parser, "--rows", "--lines", type=int, default=4)
-    assert parser.parse_args([]).rows == 4 and parser.parse_args(["--rows", "3"]).rows == 3
-    with pytest.warns(FutureWarning, match="^--lines is --rows now"):
-        assert parser.parse_args(["--lines", "3"]).rows == 3

@@ -164,8 +164,8 @@ def test_what_is_wrong_is_one_line(run, place, line):
     [
         ("tokenize r.yaml --processor proc --output photos/out", "'pics', 'photos'"),
         ("train-image-tokenizer r.yaml --output photos/deep/out", "'pics', 'photos'"),
-        ("train-image-tokenizer photos --output photos/.out", "'pictures', 'photos'"),
-        ("train-image-tokenizer . --output out", "'pictures', '.'"),
+        ("train-image-tokenizer photos --output photos/.out", "'images', 'photos'"),
+        ("train-image-tokenizer . --output out", "'images', '.'"),
         ("train-audio-tokenizer sounds.yaml --output photos", "'words', 'photos'"),
     ],
 )

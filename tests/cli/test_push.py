@@ -39,7 +39,7 @@ METADATA = {
     ],
 }
 REPORT = {
-    "pictures": 581,
+    "images": 581,
     "models": {"model": {"hidden_size": 256}},
     "loss": {"causal": {"text": 0.9922214, "tokens": 85300}, EXPERT_CHOICE: {"text": 0.9931336}},
     "captions": {"model": {"label": 0.19104991}, "dense": {"label": 0.1686746}},

@@ -227,11 +227,11 @@ def test_sounds_stand_among_texts_and_images(folder, processor, tmp_path):
     assert processor.decode_parts(rows[2]) == ["gone: "]
     tokens = manifest["splits"]["train"]["tokens"]
     assert tokens["audio"] == 2 * len(codes) and tokens["image"] == 2 * 16
-    assert manifest["read"]["train"]["pictures_left_out"] == {"sound missing": 1}
+    assert manifest["read"]["train"]["images_left_out"] == {"sound missing": 1}
     images = tiny_processor()
     images.save_pretrained(tmp_path / "images")
     read = tokenize({"mixed": source}, str(tmp_path / "images"), tmp_path / "without")["sources"]["mixed"]["read"]
-    assert read["train"]["pictures_left_out"]["sound not readable"] == 3
+    assert read["train"]["images_left_out"]["sound not readable"] == 3
 
 
 def test_chats_have_sounds(folder, processor, tmp_path):

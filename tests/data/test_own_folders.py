@@ -555,7 +555,7 @@ def test_missing_image_of_a_page_is_no_row_left_out(run, tmp_path):
     entry, documents, printed = run(data=str(tmp_path / "d.jsonl"), segments="page")
     read = entry["read"]["train"]
     assert len(documents["train"]) == read["rows"] == 1
-    assert (read["left_out"], read.get("pictures_left_out")) == ({}, {"image missing": 1})
+    assert (read["left_out"], read.get("images_left_out")) == ({}, {"image missing": 1})
     assert "images left out of 1 rows: 1 image missing" in printed and "gone.png" in printed
 
 

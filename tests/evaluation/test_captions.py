@@ -76,7 +76,7 @@ def parts():
 def test_what_the_model_writes_is_an_exact_match_with_itself_alone(parts):
     model, processor, codes = parts
     first = measure_captions(model, processor, CaptionedImages(codes, ["thing"] * 6), 4)
-    assert first["generated"] == {"exact_match": 0.0, "overlap": 0.0} and first["pictures"] == 6
+    assert first["generated"] == {"exact_match": 0.0, "overlap": 0.0} and first["images"] == 6
     written = [sample["generated"] for sample in first["samples"]]
     assert all(written) and len(set(written)) == 6
     again = measure_captions(model, processor, CaptionedImages(codes, written), 3)

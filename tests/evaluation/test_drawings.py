@@ -36,8 +36,8 @@ def measure(model, processor, rows, seed=0):
 def test_drawings_are_compared_with_reconstructions_where_there_are_no_pixels(parts):
     model, processor, rows = parts
     found = measure(model, processor, rows)
-    assert (found["pictures"], found["real"], found["sampling"]) == (11, "reconstructions", SAMPLING)
-    assert {name: part["pictures"] for name, part in found["comparisons"].items()} == {
+    assert (found["images"], found["real"], found["sampling"]) == (11, "reconstructions", SAMPLING)
+    assert {name: part["images"] for name, part in found["comparisons"].items()} == {
         "drawn": 11,
         "drawn, halves": 5,
         "real, halves": 5,
@@ -53,7 +53,7 @@ def test_real_images_have_a_row_for_what_the_codes_keep_of_them(parts):
     real = torch.rand(11, 3, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
     # read once, as a stream of batches is
     found = measure(model, processor, CaptionedImages(rows.codes, rows.captions, iter(real.split(3))))
-    assert found["real"] == "pictures"
+    assert found["real"] == "images"
     reconstructed = mean_colours(torch.cat(list(decode_images(processor, rows.codes, 4))))
     comparisons = found["comparisons"]
     assert comparisons["reconstructed"]["frechet_distance"] == frechet_distance(mean_colours(real), reconstructed)

@@ -40,9 +40,9 @@ def test_each_source_has_the_measures_that_it_allows(sources):
     processor, sources = sources
     model = tiny_model(processor)
     found = measure_sources(model, processor, sources, MeasureSettings(("losses", "retrieval"), batch_size=4))
-    assert set(found["emoji"]) == {"documents", "pictures", "losses", "retrieval", "seconds"}
-    assert set(found["gloss"]) == {"documents", "pictures", "losses", "seconds"}
-    assert (found["emoji"]["pictures"], found["gloss"]["pictures"]) == (9, 0)
+    assert set(found["emoji"]) == {"documents", "images", "losses", "retrieval", "seconds"}
+    assert set(found["gloss"]) == {"documents", "images", "losses", "seconds"}
+    assert (found["emoji"]["images"], found["gloss"]["images"]) == (9, 0)
     assert set(found["emoji"]["seconds"]) == {"losses", "retrieval"}
     # what is asked for by default is no error where it cannot be had
     texts = measure_sources(model, processor, {"gloss": sources["gloss"]}, MeasureSettings())
@@ -144,7 +144,7 @@ def test_the_command_writes_and_prints_every_measure(folder, tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     codes = report["sources"]["emoji"]
     assert report["arguments"]["split"] == "test" and report["arguments"]["top_k"] == 5
-    assert (codes["documents"], codes["pictures"], codes["retrieval"]["pairs"]) == (20, 10, 5)
+    assert (codes["documents"], codes["images"], codes["retrieval"]["pairs"]) == (20, 10, 5)
     assert set(codes["seconds"]) == set(MEASURES)
     drawn = {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 1.0, "guidance_scale": 2.0}
     assert codes["drawings"]["sampling"] == drawn
@@ -156,7 +156,7 @@ def test_the_command_writes_and_prints_every_measure(folder, tmp_path, capsys):
 def test_the_command_measures_losses_and_captions_by_default(folder, tmp_path):
     main(arguments(folder, "--limit", "3", "--output", str(tmp_path / "report.json")))
     codes = json.loads((tmp_path / "report.json").read_text())["sources"]["emoji"]
-    assert (codes["documents"], codes["pictures"], list(codes["seconds"])) == (6, 3, ["losses", "captions"])
+    assert (codes["documents"], codes["images"], list(codes["seconds"])) == (6, 3, ["losses", "captions"])
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,9 @@ def test_figures_are_those_of_a_loop_over_single_pairs(parts):
 
     wanted = {
         "captions": [caption_score, per_token, lambda image, caption: image_score(caption, image)],
-        "pictures": [image_score, information, lambda caption, image: caption_score(image, caption)],
+        "images": [image_score, information, lambda caption, image: caption_score(image, caption)],
     }
-    sides = {"captions": (images, captions), "pictures": (captions, images)}
+    sides = {"captions": (images, captions), "images": (captions, images)}
     for answers, scores in wanted.items():
         queries, candidates = sides[answers]
         for figures, score in zip(found[answers].values(), scores, strict=True):
@@ -158,7 +158,7 @@ def test_a_caption_that_the_model_has_learnt_is_first():
         optimizer.step()
         optimizer.zero_grad()
     found = measure_retrieval(model.eval(), processor, CaptionedImages(codes, captions), 8)
-    for answers in ("captions", "pictures"):
+    for answers in ("captions", "images"):
         assert {name: figures["recall@1"] for name, figures in found[answers].items()} == dict.fromkeys(
             found[answers], 1.0
         )

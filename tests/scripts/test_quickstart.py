@@ -81,7 +81,7 @@ def test_everything_is_written_reported_and_loads_again(model_folder, data_folde
             assert image.width > 400 and len(image.convert("RGB").getcolors(2**24)) > 10
         assert name in printed
     assert not list(output.glob(".*.partial"))
-    # before: what is drawn first, four captions, four rows of names, five of the six images found; after: the first two
+    # what is drawn first, four captions, four rows of names, five of the six images found; then the first two again
     assert printed.count("apple (noto)") == (1 + 4 + 4 + 5) + (1 + 4)
     assert printed.count("of 6 held-out images those that 'red apple' fits best") == 1
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model_folder, output / "fine-tuned"))

@@ -3,7 +3,6 @@
 
 import json
 import math
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -66,7 +65,7 @@ def recipe(tmp_path_factory):
 
 def training_of(recipe, folder, weight=0.5):
     sources, _ = read_image_sources(str(recipe))
-    store = open_store(folder / "pictures", sources, 32, 6)
+    store = open_store(folder / "images", sources, 32, 6)
     return CaptionTraining(weight, sources, store, MomaVQConfig(**CONFIG), 1e-3, 0, CPU), sources, store
 
 
@@ -161,24 +160,20 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, difference, told",
+    "text, difference",
     [
-        ("a {colour} circle", "word 2 was 'square' then and is 'circle' now", None),
-        ("a square of {colour}", "word 3 was '[a-z]*' then and is 'of' now", "5 words were told .* then, 6 now"),
+        ("a {colour} circle", "word 2 was 'square' then and is 'circle' now"),
+        ("a square of {colour}", "word 3 was '[a-z]*' then and is 'of' now"),
     ],
     ids=["as many words", "more words"],
 )
-def test_a_run_is_not_resumed_with_captions_of_other_words(recipe, tmp_path, text, difference, told):
+def test_a_run_is_not_resumed_with_captions_of_other_words(recipe, tmp_path, text, difference):
     training, _, _ = training_of(recipe, tmp_path)
     other = tmp_path / "recipe.yaml"
     other.write_text(recipe.read_text().replace("a {colour} square", text))
     later, _, _ = training_of(other, tmp_path)
     state = training.state_dict()
     with pytest.raises(InputError, match=f"--resume: caption_weight=0.5: .*{difference}"):
-        later.load_state_dict(state)
-    # a checkpoint of an earlier version has the number of words alone
-    del state["vocabulary"]
-    with nullcontext() if told is None else pytest.raises(InputError, match=told):
         later.load_state_dict(state)
 
 

@@ -195,7 +195,7 @@ def test_checkpoints(inputs, disk, tmp_path, capsys, monkeypatch):
 
 def test_checkpoints_of_the_image_tokenizer(inputs, disk, tmp_path, capsys):
     assert train_image_tokenizer(inputs, tmp_path / "whole") == 0
-    shutil.copytree(tmp_path / "whole" / "pictures", disk.folder / "run" / "pictures")
+    shutil.copytree(tmp_path / "whole" / "images", disk.folder / "run" / "images")
     size = size_of(tmp_path / "whole" / "checkpoint-0000004")
     for share in disk.rounds((0.1, 0.6, 1.5)):
         disk.leave(int(share * size))

@@ -108,7 +108,7 @@ def test_photos_with_bad_ones_among_them_train_and_are_counted(camera, tmp_path,
     assert counts["train"] + counts["held_out"] == 14 and counts["held_out"] >= 1
     assert len(report["examples"]) == 5 and any("row 15" in example for example in report["examples"])
     assert "image damaged 2" in capsys.readouterr().out
-    assert np.load(tmp_path / "out" / "pictures" / "train.npy").shape == (counts["train"], 3, SIDE, SIDE)
+    assert np.load(tmp_path / "out" / "images" / "train.npy").shape == (counts["train"], 3, SIDE, SIDE)
 
 
 def test_strict_stops_at_the_first_bad_image(camera, tmp_path):
@@ -127,7 +127,7 @@ def test_no_image_left_says_why(tmp_path):
         (folder / name).unlink()
     with pytest.raises(ValueError, match="0 to train on, 0 held out; left out: .*image missing 5"):
         main(command(tmp_path, {"photos": {"data": str(folder), "image": "image", "text": "caption"}}))
-    assert not (tmp_path / "out" / "pictures").exists()
+    assert not (tmp_path / "out" / "images").exists()
 
 
 def test_documents_give_all_of_their_images(tmp_path):
@@ -156,7 +156,7 @@ def test_documents_give_all_of_their_images(tmp_path):
     }
     # nothing else was held out, so the last one is
     assert report["sources"]["chats"] == {"train": 1, "held_out": 1, "left_out": {}, "changed": {}}
-    seen = np.load(tmp_path / "out" / "pictures" / "train.npy")
+    seen = np.load(tmp_path / "out" / "images" / "train.npy")
     processor = MomaImageProcessor.for_resolution(SIDE, do_rescale=False, do_normalize=False)
     wanted = [processor(str(tmp_path / f"{index}.png"), return_tensors="np")["pixel_values"][0] for index in range(7)]
     np.testing.assert_array_equal(seen, wanted)

@@ -116,7 +116,7 @@ def test_the_output_holds_the_model_its_metrics_and_one_checkpoint(folder, tmp_p
     main(arguments(folder, tmp_path, "--bf16", "off", steps=3))
     names = {path.name for path in tmp_path.iterdir()}
     written = {"config.json", "model.safetensors", "metrics.json", "report.json", "samples.png"}
-    assert names == {*written, "pictures", "checkpoint-0000003"}
+    assert names == {*written, "images", "checkpoint-0000003"}
     (entry,) = json.loads((tmp_path / "metrics.json").read_text())
     assert entry["psnr"] > 0 and 1 <= entry["perplexity"] <= 32 and 1 <= entry["codes_used"] <= 32
     assert -1 <= entry["ssim"] <= 1 and entry["codes_used_share"] == entry["codes_used"] / 32
@@ -124,7 +124,7 @@ def test_the_output_holds_the_model_its_metrics_and_one_checkpoint(folder, tmp_p
     # six held-out images above their reconstructions
     sheet = Image.open(tmp_path / "samples.png")
     assert sheet.size == (6 * 34 - 2, 2 * 34 - 2)
-    held_out = np.load(tmp_path / "pictures" / "held_out.npy")
+    held_out = np.load(tmp_path / "images" / "held_out.npy")
     np.testing.assert_array_equal(np.asarray(sheet)[:32, :32], held_out[0].transpose(1, 2, 0))
 
 
@@ -208,12 +208,12 @@ def test_another_model_is_not_written_over(folder, tmp_path):
 def test_a_run_is_not_resumed_with_other_images(folder, tmp_path):
     with pytest.raises(Killed):
         main(arguments(folder, tmp_path / "out"), kill_after(4))
-    before = (tmp_path / "out" / "pictures" / "train.npy").stat()
+    before = (tmp_path / "out" / "images" / "train.npy").stat()
     other = shutil.copytree(folder / "data", tmp_path / "data")
     command = arguments(folder, tmp_path / "out", "--resume")
     with pytest.raises(ValueError, match="--resume: .*begun with sources"):
         main([str(other), *command[1:]])
-    assert (tmp_path / "out" / "pictures" / "train.npy").stat() == before
+    assert (tmp_path / "out" / "images" / "train.npy").stat() == before
 
 
 def test_a_run_is_not_resumed_with_other_files_of_as_many_images(folder, tmp_path):
@@ -221,24 +221,19 @@ def test_a_run_is_not_resumed_with_other_files_of_as_many_images(folder, tmp_pat
     command = [str(data), *arguments(folder, tmp_path / "out")[1:]]
     with pytest.raises(Killed):
         main(command, kill_after(4))
-    stored = {path: path.stat() for path in (tmp_path / "out" / "pictures").iterdir()}
+    stored = {path: path.stat() for path in (tmp_path / "out" / "images").iterdir()}
     (file,) = data.glob("train-*")
     kept = file.read_bytes()
     # the same images in another order
     Dataset.from_parquet(str(file)).select(range(19, -1, -1)).to_parquet(file)
-    with pytest.raises(InputError, match="--resume: the files of source 'pictures' have changed since the run"):
+    with pytest.raises(InputError, match="--resume: the files of source 'images' have changed since the run"):
         main([*command, "--resume"])
     assert {path: path.stat() for path in stored} == stored
     file.write_bytes(kept)
-    # a checkpoint of an earlier version
-    state_file = tmp_path / "out" / "checkpoint-0000003" / image_tokenizer.STATE_FILE
-    state = torch.load(state_file)
-    del state["pictures"]["files"]
-    torch.save(state, state_file)
     assert [entry["step"] for entry in main([*command, "--resume"])] == [3, 6, 8]
 
 
-@pytest.mark.parametrize("name", ["pictures/train.npy", "checkpoint/training_state.pt", "checkpoint/config.json"])
+@pytest.mark.parametrize("name", ["images/train.npy", "checkpoint/training_state.pt", "checkpoint/config.json"])
 @pytest.mark.parametrize("damage", ["missing", "short", "empty"])
 def test_damaged_files_of_a_run_are_read_anew_or_named(folder, tmp_path, name, damage, capsys):
     output = tmp_path / "out"
@@ -248,7 +243,7 @@ def test_damaged_files_of_a_run_are_read_anew_or_named(folder, tmp_path, name, d
     whole = file.read_bytes()
     file.unlink() if damage == "missing" else file.write_bytes(whole[: len(whole) // 2 if damage == "short" else 0])
     command = arguments(folder, output, "--resume")
-    if "pictures" in name:
+    if "images" in name:
         main(command)
         assert file.read_bytes() == whole
     else:
@@ -308,7 +303,7 @@ def test_settings_of_a_recipe_are_the_defaults_of_the_flags(folder, tmp_path, la
 def test_rows_in_json_are_data_and_no_recipe(tmp_path, content):
     (tmp_path / "rows.json").write_text(content)
     (source,) = parse_arguments([str(tmp_path / "rows.json"), "--output", "out"]).sources
-    assert (source.name, source.data) == ("pictures", str(tmp_path / "rows.json"))
+    assert (source.name, source.data) == ("images", str(tmp_path / "rows.json"))
 
 
 @pytest.mark.parametrize(

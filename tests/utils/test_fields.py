@@ -10,15 +10,12 @@ from pydantic import Field
 from modeling_moma.utils.fields import (
     Count,
     Float,
-    FormerName,
     Int,
     OnOff,
     Share,
     choices,
     descriptions,
     read_fields,
-    with_former_names,
-    with_new_names,
 )
 
 
@@ -129,29 +126,3 @@ def test_missing_field_is_named():
 def test_choices_are_found_in_any_type():
     assert choices(Literal["a", "b"]) == choices(list[Literal["a", "b"]] | None) == ("a", "b")
     assert choices(Annotated[Literal["a"], OnOff]) == ("a",) and choices(dict[str, int] | None) == ()
-
-
-@dataclass(frozen=True)
-class Renamed:
-    share: Annotated[Share, FormerName("part")] = 0.5
-    steps: Count = 1
-
-
-def test_an_old_name_is_read_with_a_warning_that_says_the_new_one():
-    with pytest.warns(FutureWarning, match="^RECIPE: 'part' is 'share' now; the old name goes with the next release"):
-        assert read_fields(Renamed, {"part": 0.25, "steps": 2}, "RECIPE") == Renamed(0.25, 2)
-
-
-def test_new_names_and_stored_ones_are_read_without_a_warning(recwarn):
-    assert read_fields(Renamed, {"share": 0.25}, "RECIPE") == Renamed(0.25)
-    stored = with_former_names(Renamed, {"share": 0.25, "steps": 2})
-    assert stored == {"part": 0.25, "steps": 2}
-    assert with_new_names(Renamed, stored, "RECIPE", warns=False) == {"share": 0.25, "steps": 2}
-    assert not recwarn.list
-
-
-def test_both_names_of_a_field_and_a_bad_value_by_the_old_one_are_told():
-    with pytest.raises(ValueError, match="^RECIPE: 'part' is the old name of 'share', and both are given"):
-        read_fields(Renamed, {"part": 0.25, "share": 0.5}, "RECIPE")
-    with pytest.warns(FutureWarning), pytest.raises(ValueError, match="RECIPE: share = 2 must be between 0 and 1"):
-        read_fields(Renamed, {"part": 2}, "RECIPE")

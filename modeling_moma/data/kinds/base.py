@@ -10,7 +10,7 @@ from datasets import Features, List, Value
 from transformers.utils import logging
 
 from ...errors_moma import InputError
-from ...utils.fields import read_fields, refuse_unknown, with_former_names, with_new_names
+from ...utils.fields import read_fields, refuse_unknown
 from ..encoding import DocumentEncoder
 from ..shard import Shard
 from ..shards import ShardTable
@@ -74,9 +74,8 @@ class SourceKind(ABC):
         return read_fields(cls, fields, where)
 
     def fields(self) -> dict[str, Any]:
-        """Return what [`read_kind`] takes as stored, with the names that folders of the release before have."""
+        """Return what [`read_kind`] takes as stored."""
         fields: dict[str, Any] = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
-        fields = with_former_names(type(self), fields)
         return {name: _as_json(value) for name, value in fields.items() if value is not None}
 
     def tokenized_fields(self) -> dict[str, Any]:
@@ -163,7 +162,7 @@ def source_kind(kind: _Kind) -> _Kind:
     return kind
 
 
-def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = (), is_stored: bool = False) -> SourceKind:
+def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = ()) -> SourceKind:
     """Return the kind of a source, by the columns that it names.
 
     Args:
@@ -173,8 +172,6 @@ def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = (), i
             what a recipe says of it, but for where its data are.
         common (`Sequence[str]`, *optional*, defaults to `()`):
             fields of any source, which may stand beside them, for errors.
-        is_stored (`bool`, *optional*, defaults to `False`):
-            whether a file of a command has them, and nobody is to be warned of old names.
 
     Raises:
         ValueError: no kind has these fields, or a value is out of range.
@@ -183,7 +180,6 @@ def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = (), i
     told = [kind for kind in KINDS.values() if fields.keys() & set(kind.told_by)]
     kind = [*(kind for kind in KINDS.values() if not kind.told_by), *told][-1]
     where = f"sources: {source!r}"
-    fields = with_new_names(kind, fields, where, warns=not is_stored)
     entries = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
     known = [entry.name for entry in entries]
     # any source has the common ones, so the error lists them as well

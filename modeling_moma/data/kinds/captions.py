@@ -4,7 +4,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from datasets import Features, List, Value
 
 from tokenization.augmentation_moma import NUM_DRAWS, augment_images
 
-from ...utils.fields import Count, FormerName, Share
+from ...utils.fields import Count, Share
 from ...utils.hardware import gains_by_bf16
 from ..encoding import DocumentEncoder
 from ..images import LeftOut
@@ -69,7 +69,7 @@ class CaptionKind(SourceKind):
     image: str
     text: str
     alternatives: tuple[Alternative, ...] = ()
-    image_first: Annotated[Share, FormerName("picture_first")] = 0.5
+    image_first: Share = 0.5
     without_caption: Share = 0.1
     codings: Count = 1
     min_side: Count = 8

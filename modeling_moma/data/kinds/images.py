@@ -26,7 +26,7 @@ class ImageKind(SourceKind):
     min_side: Count = 8
 
     # reports of earlier runs have it
-    name = "picture"
+    name = "image"
     has_images = True
 
     def columns(self) -> list[str]:
