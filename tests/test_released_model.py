@@ -200,15 +200,6 @@ def test_the_folder_draws_the_same_whether_its_experts_are_watched_or_not():
     assert watched
 
 
-def test_the_saved_processor_gives_the_same_codes_in_one_pass_and_in_two(monkeypatch):
-    processor = AutoProcessor.from_pretrained(FOLDER)
-    side = processor.vq_model.config.resolution
-    images = [Image.radial_gradient("L").resize((side, side)), Image.linear_gradient("L"), Image.new("RGB", (9, 9))]
-    codes = processor.encode_images(images * 6)
-    monkeypatch.setattr(trunk_moma_vq, "_can_fuse", lambda *args: False)
-    assert processor.encode_images(images * 6) == codes
-
-
 def test_icons_are_named_as_their_card_says():
     samples = json.loads((ICONS / "evaluation.json").read_text())["names"]["test"]["samples"][:6]
     rows = load_dataset(str(ROOT / "data" / "icons"), split="test")

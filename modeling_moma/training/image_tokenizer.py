@@ -28,7 +28,6 @@ from ..utils.hardware import trains_in_bf16
 from ..utils.messages import one_line
 from .caption_words import CaptionTraining
 from .checkpoints import checkpoint_step, numbered_checkpoints
-from .discriminator import AdversarialTraining
 from .image_sources import image_fields
 from .image_store import ImageStore, open_store, take, to_pixel_values
 from .reconstruction_measures import PERCEPTUAL_DISTANCE, SAMPLES_FILE, evaluate
@@ -175,11 +174,6 @@ class TokenizerTraining:
         self.bf16 = trains_in_bf16(settings.bf16, self.device)
         self.step, self.metrics = 0, []
         state = self._make_model(resume)
-        self.adversarial = None
-        if settings.adversarial_weight > 0:
-            self.adversarial = AdversarialTraining(
-                settings.adversarial_weight, settings.adversarial_start, self.model.config, settings.seed, self.device
-            )
         self._make_optimizer()
         self.facts: dict[str, Any] = {
             "sources": [image_fields(source) for source in sources],
@@ -206,8 +200,6 @@ class TokenizerTraining:
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
-            if self.adversarial is not None:
-                self.adversarial.load_state_dict(state["adversarial"])
             if self.captions is not None:
                 self.captions.load_state_dict(state["captions"])
         self._prepare_teacher()
@@ -299,16 +291,10 @@ class TokenizerTraining:
             first = torch.randperm(len(images))[: codebook_images(self.model.config)]
             self.model.initialize_codebook(to_pixel_values(take(images, first), self.device))
         targets = None if self.targets is None else self.targets.of(chosen)
-        adversarial = self.adversarial
-        if adversarial is not None and not adversarial.is_on(self.step):
-            adversarial = None
-        summary, caption_loss = {}, None
+        caption_loss = None
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             output = self.model(pixel_values, semantic_targets=targets, perceptual_distance=self.perceptual)
             loss = output.loss
-            if adversarial is not None:
-                term, summary["adversarial"] = adversarial.term(self.model, output)
-                loss = loss + term
             if self.captions is not None:
                 term, caption_loss = self.captions.term(output, chosen)
                 loss = loss + term
@@ -321,11 +307,8 @@ class TokenizerTraining:
             self.captions.step()
         if self.model.config.codebook_decay is not None:
             self.model.update_codebook(output.latents, output.image_tokens)
-        if adversarial is not None:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-                summary["discriminator"] = adversarial.train_step(pixel_values, output.reconstruction)
         self.step += 1
-        return self._summarise(output, pixel_values, loss, caption_loss) | summary
+        return self._summarise(output, pixel_values, loss, caption_loss)
 
     def _augment(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if self.settings.augmentation == "none":
@@ -367,8 +350,6 @@ class TokenizerTraining:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
-        if self.adversarial is not None:
-            state["adversarial"] = self.adversarial.state_dict()
         if self.captions is not None:
             state["captions"] = self.captions.state_dict()
         save_checkpoint(self.output, self.step, self.model, state, self.metrics)

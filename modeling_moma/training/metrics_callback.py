@@ -202,18 +202,14 @@ class MomaMetricsCallback(TrainerCallback):
         return {name: totals[name, "sum"] / totals[name, "count"] for name in names if totals[name, "count"] > 0}
 
 
-def evaluation_figures(config: MomaConfig, has_modality_losses: bool = True) -> list[str]:
+def evaluation_figures(config: MomaConfig) -> list[str]:
     """Return the names of the figures that an evaluation may give, without `eval_` and the name of a set.
 
     Args:
         config (`MomaConfig`):
             of the model.
-        has_modality_losses (`bool`, *optional*, defaults to `True`):
-            whether the model computes the loss, and not the Trainer by a label smoother or a function of its own.
     """
-    names = ["loss"]
-    if has_modality_losses:
-        names += [f"{modality}_loss" for modality in config.modalities]
+    names = ["loss", *(f"{modality}_loss" for modality in config.modalities)]
     if config.depth_layers:
         names += [f"{modality}_depth_load" for modality in config.modalities]
     routed = [group for group in config.expert_groups if config.group_num_experts(group) > 1]
@@ -252,8 +248,7 @@ def check_best_metric(training_arguments: TrainingArguments, config: MomaConfig,
         raise InputError(f"RECIPE, trainer: {setting} goes by an evaluation, and eval_strategy = 'no': there is none.")
     sources = list(held_out) if isinstance(held_out, dict) else []
     metric = str(training_arguments.metric_for_best_model)
-    # the Trainer's own loss with smoothed labels is no model's
-    figures = evaluation_figures(config, has_modality_losses=not training_arguments.label_smoothing_factor)
+    figures = evaluation_figures(config)
     known = [f"{source}_{figure}" for source in sources for figure in figures] if sources else figures
     if metric.removeprefix("eval_") not in known:
         why = "each source has figures of its own" if sources else "no evaluation gives it"

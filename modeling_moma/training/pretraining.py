@@ -4,9 +4,7 @@
 import argparse
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,6 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from tokenization import MomaDataCollator, MomaProcessor
-from tokenization.text_tokenizer_moma import IMAGE
 
 from ..configuration_moma import MomaConfig
 from ..data.documents import CaptionDocuments, TokenDocuments, TokenFolder
@@ -32,10 +29,8 @@ from ..modeling_moma import MomaForCausalLM
 from ..routing_moma import MomaRouter
 from ..utils.atomic_files import write_aside
 from .adapters import with_adapters
-from .caption_contrast import ContrastTrainer, caption_contrast
 from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_torn_checkpoints
 from .code_embeddings import initialize_code_embeddings
-from .code_noise import CodeNoise
 from .fingerprints import Facts, RunFingerprint, check_output, check_same_data, finished_at, run_facts
 from .freezing import freeze_groups
 from .metrics_callback import MomaMetricsCallback, check_best_metric
@@ -101,8 +96,6 @@ def read_parts(args: argparse.Namespace) -> RunParts:
     training_arguments = make_training_arguments(args)
     earlier_steps = first_step(args.model, training_arguments, args.stop_at, args.restart_data)
     others = {name: getattr(args, name) for name in ("lora_rank", "freeze_groups", "train_groups")}
-    others["code_noise"] = code_noise(args.recipe.data)
-    others["contrast"] = None if args.recipe.contrast is None else asdict(args.recipe.contrast)
     if uses_muon(args):
         others["optim"] = MUON
     packed = packing(args.recipe.data, tokens)
@@ -116,11 +109,6 @@ def packing(data: DataFields | None, tokens: TokenFolder) -> tuple[bool, int]:
     data = data or DataFields()
     packed = tokens.manifest["packed"] if data.packed is None else data.packed
     return packed, data.sequence_length or tokens.manifest["sequence_length"]
-
-
-def code_noise(data: DataFields | None) -> float:
-    """Return the largest share of an image's codes that are random ones, which the recipe alone asks for."""
-    return 0.0 if data is None else data.code_noise
 
 
 def starting_config(
@@ -242,19 +230,6 @@ def sample_callback(
     return [SampleCallback(fields, tokens.encoder.processor, held_out, metrics)]  # pyright: ignore[reportArgumentType]
 
 
-def trainer_kind(
-    args: argparse.Namespace, model: "MomaForCausalLM | PeftModel", processor: MomaProcessor
-) -> Callable[..., StageTrainer]:
-    """Return what makes the trainer: one with a contrast of captions where the recipe asks for it."""
-    if args.recipe.contrast is None:
-        return StageTrainer
-    if share := code_noise(args.recipe.data):
-        raise InputError(
-            f"RECIPE, contrast: it compares images as they are, but `data` has code_noise = {share}: take one of both."
-        )
-    return partial(ContrastTrainer, caption_contrast(model, args.model, args.recipe.contrast, processor))
-
-
 def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> StageTrainer:
     """Return the trainer of a stage, with its model and data."""
     parts = read_parts(args) if parts is None else parts
@@ -292,7 +267,6 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
         callbacks.append(StopAt(args.stop_at))
     trainer = make_trainer(
         args,
-        trainer_kind(args, model, processor),
         model=model,
         args=training_arguments,
         train_dataset=stream,
@@ -304,10 +278,8 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     if args.train_groups:
         trainer.train_only(args.train_groups)
     trainer.first_step, trainer.earlier_stage, trainer.feeding = parts.first_step, args.model, feeding
-    trainer.processor, trainer.metrics = processor, metrics
+    trainer.metrics = metrics
     trainer.uses_muon = uses_muon(args)
-    if share := code_noise(args.recipe.data):
-        trainer.noise = CodeNoise(share, *processor.frames[IMAGE].bounds)
     return trainer
 
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from ..configuration_moma import MomaConfig
 from ..data.sources import Source, read_sources
 from ..errors_moma import InputError
-from ..utils.fields import Count, Float, Int, NotNegative, read_fields, refuse_unknown
+from ..utils.fields import Count, Int, NotNegative, read_fields, refuse_unknown
 from ..utils.messages import one_line, without_import_notices
 
 
@@ -26,6 +26,7 @@ REFUSED = {
     "auto_find_batch_size": "documents of a step are counted before: give a `per_device_train_batch_size` that fits",
     "dataloader_drop_last": "held-out documents would be left out of their loss",
     "data_seed": "the order of the documents follows from `seed`",
+    "label_smoothing_factor": "smoothed labels know neither `modality_loss_weights` nor the z-loss of the routers",
     "num_train_epochs": "a training is as long as `max_steps` says, whose documents come from a stream",
 }
 # the one value that each of Accelerate's settings may have, and why
@@ -51,14 +52,11 @@ class DataFields:
         packed (`bool`, *optional*):
             whether sequences are full of documents; otherwise each is a row of its own, padded. By default `True` in
             `moma tokenize`, and in training as the tokens were made.
-        code_noise (`float`, *optional*, defaults to `0.0`):
-            largest share of an image's codes that are random ones in what is read, see [`CodeNoise`]; 0 for none.
     """
 
     # a token is predicted from the one before it
     sequence_length: Annotated[Int, Field(ge=2)] | None = None
     packed: bool | None = None
-    code_noise: Annotated[Float, Field(ge=0, lt=1)] = 0.0
 
     def to_tokenize(self) -> tuple[int, bool]:
         """Return the length of sequences, and whether they are packed, with the defaults of `moma tokenize`."""
@@ -85,24 +83,6 @@ class ProcessorFields:
     text_tokenizer: str | None = None
     text_rows: Count = 1_000_000
     do_pad: bool = False
-
-
-@dataclass(frozen=True)
-class ContrastFields:
-    """How a training contrasts captions with others' images, see [`CaptionContrast`].
-
-    Args:
-        weight (`float`, *optional*, defaults to `0.2`):
-            of the contrast beside the loss.
-        beta (`float`, *optional*, defaults to `0.25`):
-            the smaller, the further from the model that the training begins at.
-        wrong_weight (`float`, *optional*, defaults to `100.0`):
-            of wrong images over right ones.
-    """
-
-    weight: Annotated[Float, Field(gt=0)] = 0.2
-    beta: Annotated[Float, Field(gt=0)] = 0.25
-    wrong_weight: Annotated[Float, Field(gt=0)] = 100.0
 
 
 @dataclass(frozen=True)
@@ -153,8 +133,6 @@ class Recipe:
             see [`DataFields`]; `None` where the recipe has no such section.
         samples (`SampleFields`, *optional*):
             see [`SampleFields`].
-        contrast (`ContrastFields`, *optional*):
-            see [`ContrastFields`]; `None`, for none, where the recipe has no such section.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -165,11 +143,10 @@ class Recipe:
     processor: ProcessorFields = field(default_factory=ProcessorFields)
     data: DataFields | None = None
     samples: SampleFields = field(default_factory=SampleFields)
-    contrast: ContrastFields | None = None
 
 
 # sections whose fields are checked when a recipe is read
-SECTIONS = {"processor": ProcessorFields, "data": DataFields, "samples": SampleFields, "contrast": ContrastFields}
+SECTIONS = {"processor": ProcessorFields, "data": DataFields, "samples": SampleFields}
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 
 
@@ -234,9 +211,6 @@ def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
     missing = [section for section in needs if section not in content]
     if missing:
         raise InputError(f"{where} has no section {missing[0]!r}, which this command needs.")
-    # without a value that section is off, and the others are empty
-    if content.get("contrast", {}) in (None, False):
-        del content["contrast"]
     return _read_sections(where, {name: {} if value is None else value for name, value in content.items()})
 
 

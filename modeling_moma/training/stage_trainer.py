@@ -12,17 +12,10 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_pt_utils import LabelSmoother
 
-from tokenization import MomaProcessor
-
-from ..configuration_moma import MomaConfig
 from ..data.packing import IGNORED
 from ..errors_moma import InputError
-from ..loss_moma import causal_lm_loss, modality_weights
-from ..token_groups_moma import token_modalities
 from .checkpoints import DEEPSPEED, SHARDS, WHOLE, last_checkpoint, read_state
-from .code_noise import CodeNoise
 from .freezing import freeze_all_but
 from .metrics_callback import MomaMetricsCallback
 from .muon import MUON, Muon, muon_groups
@@ -96,42 +89,6 @@ class OwnRandomNumbers(TrainerCallback):
             torch.manual_seed(args.seed + SEED_STEP * args.process_index)
 
 
-class SmoothedLoss(LabelSmoother):
-    """The model's loss with smoothed labels: in training with its modality weights and z-loss, as without smoothing.
-
-    `Trainer` hands labels to its own `LabelSmoother` in place of the model, and knows that they are one position
-    behind by the name of the model's class, which FSDP and `torch.compile` change.
-
-    Args:
-        config (`MomaConfig`):
-            the model's.
-        epsilon (`float`):
-            share of a target that goes to all tokens alike.
-    """
-
-    def __init__(self, config: MomaConfig, epsilon: float):
-        super().__init__(epsilon=epsilon)
-        self.config = config
-
-    def __call__(self, model_output, labels, shift_labels=True, num_items_in_batch=None):
-        """See `LabelSmoother`; `shift_labels` is not heeded."""
-        logits_BTV = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
-        training = logits_BTV.requires_grad
-        plain = causal_lm_loss(self.config, logits_BTV, labels, training, num_items_in_batch, self.ignore_index).loss
-        logits_NV, target_N = logits_BTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-        is_target_N = target_N != self.ignore_index
-        # of all tokens alike, in place of the target: both have the same normaliser
-        target_logit_N = logits_NV.gather(1, target_N.clamp(min=0).unsqueeze(1)).squeeze(1)
-        moved_N = (target_logit_N - logits_NV.mean(-1)).masked_fill(~is_target_N, 0.0)
-        if training:
-            modality_N = torch.where(is_target_N, token_modalities(self.config, target_N), -1)
-            moved_N = moved_N * modality_weights(self.config, modality_N)
-        divisor = is_target_N.sum() if num_items_in_batch is None else num_items_in_batch
-        if torch.is_tensor(divisor):
-            divisor = divisor.to(moved_N.device)
-        return plain + self.epsilon * moved_N.sum() / divisor
-
-
 class ResumedTrainer(Trainer):
     """A Trainer that logs no loss of a start that had no step left to take, and stops where a loss is no number.
 
@@ -159,9 +116,10 @@ class ResumedTrainer(Trainer):
         chosen_by = self.args.metric_for_best_model
         # several data sets are evaluated one by one, under longer prefixes
         if chosen_by and self.is_in_train and metric_key_prefix == "eval":
+            name = f"eval_{chosen_by.removeprefix('eval_')}"
             # as of a modality that a source does not have
-            if not {chosen_by, f"eval_{chosen_by}"} & metrics.keys():
-                raise InputError(f"metric_for_best_model = {chosen_by!r}: it is none of {sorted(metrics)}.")
+            if name not in metrics:
+                raise InputError(f"metric_for_best_model = {name!r}: it is none of {sorted(metrics)}.")
         return metrics
 
     def _check_finite(self, logs: dict[str, Any]) -> None:
@@ -214,10 +172,6 @@ class StageTrainer(ResumedTrainer):
             told of every batch and how long it was waited for.
         metrics ([`MomaMetricsCallback`] or `None`):
             takes figures of its model.
-        processor ([`MomaProcessor`]):
-            the one whose ids are trained on.
-        noise ([`CodeNoise`] or `None`):
-            on the codes of the images that are read.
         undecayed (`Sequence[str]`):
             parameters without weight decay, beside those that never have any.
         uses_muon (`bool`):
@@ -236,8 +190,6 @@ class StageTrainer(ResumedTrainer):
     first_step, earlier_stage = 0, None
     feeding: FeedingCallback | None = None
     metrics: MomaMetricsCallback | None = None
-    noise: CodeNoise | None = None
-    processor: MomaProcessor
     undecayed: Sequence[str] = ()
     uses_muon = False
 
@@ -250,11 +202,6 @@ class StageTrainer(ResumedTrainer):
         self.add_callback(OwnRandomNumbers())
         # it adds to a log what the loggers of `report_to`, which stand before all others, are to be told
         self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, MomaMetricsCallback))
-        if self.label_smoother is not None:
-            self.label_smoother = SmoothedLoss(
-                self.model.config,  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
-                self.args.label_smoothing_factor,
-            )
 
     def train_only(self, groups: list[str]):
         """Freeze all but some expert groups and the rows of their tokens, see [`freeze_all_but`].
@@ -373,11 +320,9 @@ class StageTrainer(ResumedTrainer):
         return 6 * inputs["input_ids"].numel() * (config.num_parameters(active=True) - embeddings)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Take a training step, without `source_ids`, and with noise where there is some."""
+        """Take a training step, without `source_ids`."""
         # `source_ids` serve the figures alone: no model takes them
         inputs = {name: values for name, values in inputs.items() if name != "source_ids"}
-        if self.noise is not None:
-            inputs = self.noise(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def uncounted(self) -> AbstractContextManager[Any]:

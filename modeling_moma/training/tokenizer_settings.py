@@ -47,10 +47,6 @@ class TokenizerSettings:
             of the perceptual loss; the configuration's by default.
         caption_weight (`float`, *optional*, defaults to `0.0`):
             of the loss by which the codes of an image have to tell the words of its caption; 0 for none.
-        adversarial_weight (`float`, *optional*, defaults to `0.0`):
-            of the patch discriminator's term; 0 for no discriminator.
-        adversarial_start (`int`, *optional*, defaults to `0`):
-            steps without the discriminator, at the beginning.
         augmentation (`Literal["white", "reflection", "none"]`, *optional*, defaults to `"white"`):
             what fills the corners of turned and shifted images: white suits drawings, reflection photos.
         do_pad (`bool`, *optional*, defaults to `False`):
@@ -72,8 +68,6 @@ class TokenizerSettings:
     semantic_weight: NotNegative | None = None
     perceptual_weight: NotNegative | None = None
     caption_weight: NotNegative = 0.0
-    adversarial_weight: NotNegative = 0.0
-    adversarial_start: Annotated[Int, Field(ge=0)] = 0
     augmentation: Literal["white", "reflection", "none"] = "white"
     do_pad: bool = False
     held_out_images: Count = 1024
@@ -126,8 +120,6 @@ DECISIVE = (
     "warmup_steps",
     "seed",
     "caption_weight",
-    "adversarial_weight",
-    "adversarial_start",
     "augmentation",
     "do_pad",
     "held_out_images",
@@ -200,11 +192,6 @@ def check_used(settings: TokenizerSettings, config: "MomaVQConfig"):
         raise InputError(
             f"semantic_weight = {settings.semantic_weight}: `config` has no `semantic_dim`, so there is no semantic "
             "loss to weigh; give it `semantic_dim: 1280`, or leave the weight out."
-        )
-    if settings.adversarial_start and not settings.adversarial_weight:
-        raise InputError(
-            f"adversarial_start = {settings.adversarial_start}: adversarial_weight is 0, so there is no discriminator "
-            "to start; give it a weight, or leave the start out."
         )
 
 

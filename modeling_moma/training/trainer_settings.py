@@ -3,7 +3,7 @@
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -142,14 +142,12 @@ def _try_schedule(training_arguments: TrainingArguments) -> None:
         rate(num_steps)
 
 
-def make_trainer(arguments: argparse.Namespace, kind: Callable[..., StageTrainer], /, **parts: Any) -> StageTrainer:
+def make_trainer(arguments: argparse.Namespace, /, **parts: Any) -> StageTrainer:
     """Return a trainer, or raise what is wrong with a recipe's section `trainer` before the first step.
 
     Args:
         arguments (`argparse.Namespace`):
             of `moma pretrain`.
-        kind (`Callable[..., StageTrainer]`):
-            of the trainer.
         parts (`Any`):
             of the trainer, by name.
 
@@ -157,7 +155,7 @@ def make_trainer(arguments: argparse.Namespace, kind: Callable[..., StageTrainer
         ValueError: settings do not go together, an optimizer refuses its own, or a package is missing.
     """
     try:
-        trainer = kind(**parts)
+        trainer = StageTrainer(**parts)
         _try_optimizer(trainer)
         return trainer
     except InputError:

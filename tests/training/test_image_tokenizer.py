@@ -73,43 +73,21 @@ def kill_after(step):
     return on_step
 
 
-ADVERSARIAL = ("--adversarial-weight", "0.5", "--adversarial-start", "4")
-
-
-@pytest.mark.parametrize("extra", [(), ADVERSARIAL], ids=["plain", "adversarial"])
-def test_a_killed_and_resumed_run_ends_like_an_uninterrupted_one(folder, tmp_path, extra):
+def test_a_killed_and_resumed_run_ends_like_an_uninterrupted_one(folder, tmp_path):
     whole, parts = {}, {}
-    main(arguments(folder, tmp_path / "whole", *extra), lambda step, summary: whole.update({step: summary}))
+    main(arguments(folder, tmp_path / "whole"), lambda step, summary: whole.update({step: summary}))
     with pytest.raises(Killed):
-        main(arguments(folder, tmp_path / "parts", *extra, steps=8), kill_after(7 if extra else 5))
+        main(arguments(folder, tmp_path / "parts", steps=8), kill_after(5))
     assert not (tmp_path / "parts" / "config.json").exists()
     metrics = main(
-        arguments(folder, tmp_path / "parts", "--resume", *extra), lambda step, summary: parts.update({step: summary})
+        arguments(folder, tmp_path / "parts", "--resume"), lambda step, summary: parts.update({step: summary})
     )
-    assert sorted(parts) == ([7, 8] if extra else [4, 5, 6, 7, 8])
+    assert sorted(parts) == [4, 5, 6, 7, 8]
     assert all(parts[step] == whole[step] for step in parts)
     first = MomaVQModel.from_pretrained(tmp_path / "whole").state_dict()
     second = MomaVQModel.from_pretrained(tmp_path / "parts").state_dict()
     assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
-    states = [
-        torch.load(tmp_path / run / "checkpoint-0000008" / image_tokenizer.STATE_FILE) for run in ("whole", "parts")
-    ]
-    assert ("adversarial" in states[0]) == bool(extra)
-    if extra:
-        for name, tensor in states[0]["adversarial"]["discriminator"].items():
-            assert torch.equal(states[1]["adversarial"]["discriminator"][name], tensor), name
     assert [entry["step"] for entry in metrics] == [3, 6, 8]
-
-
-def test_a_discriminator_changes_nothing_before_its_start(folder, tmp_path):
-    plain, adversarial = {}, {}
-    main(arguments(folder, tmp_path / "plain"), lambda step, summary: plain.update({step: summary}))
-    command = arguments(folder, tmp_path / "adversarial", *ADVERSARIAL)
-    main(command, lambda step, summary: adversarial.update({step: summary}))
-    assert all(adversarial[step] == plain[step] for step in range(1, 5))
-    for step in range(5, 9):
-        assert {"adversarial", "discriminator"} == set(adversarial[step]) - set(plain[step])
-    assert adversarial[6]["loss"] != plain[6]["loss"]
 
 
 def test_the_output_holds_the_model_its_metrics_and_one_checkpoint(folder, tmp_path):
@@ -161,7 +139,6 @@ def test_semantic_and_perceptual_terms_are_trained_and_judged(folder, tmp_path):
         (["--learning-rate", "0.1"], "--learning-rate = 0.0015"),
         (["--seed", "1"], "--seed = 0"),
         (["--resolution", "64"], "resolution = 32"),
-        (["--adversarial-weight", "1"], "--adversarial-weight = 0.0"),
         (["--augmentation", "none"], "--augmentation = 'white'"),
         (["--do-pad"], "--do-pad = False"),
         (["--held-out-images", "5"], "--held-out-images = 1024"),
@@ -312,7 +289,6 @@ def test_rows_in_json_are_data_and_no_recipe(tmp_path, content):
         ({"step": 3}, "image_tokenizer: 'step' is no field of this section. Did you mean 'steps'"),
         ({"steps": 2.5}, "steps = 2.5 must be an integer"),
         ({"batch_size": 0}, "batch_size = 0 must be at least 1"),
-        ({"adversarial_weight": -1}, "adversarial_weight = -1"),
         ({"augmentation": "mirror"}, "augmentation = 'mirror' must be one of 'white', 'reflection', 'none'"),
         ({"config": 7}, "config = 7 must be a text or a mapping"),
         ({"config": {"preset": "tiny"}}, "preset = 'tiny' is none of"),
@@ -330,7 +306,6 @@ def test_settings_that_cannot_be_are_named(folder, tmp_path, settings, named):
     ("flag", "value", "named"),
     [
         ("--semantic-weight", "1.0", "semantic_weight = 1.0: `config` has no `semantic_dim`"),
-        ("--adversarial-start", "3", "adversarial_start = 3: adversarial_weight is 0"),
     ],
 )
 def test_settings_that_would_change_nothing_are_refused(folder, tmp_path, flag, value, named):

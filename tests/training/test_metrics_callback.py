@@ -365,7 +365,6 @@ BEST = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 
         ),
         ({**BEST, "metric_for_best_model": "text_depth_load"}, [1], "'text_depth_load', but no evaluation gives it"),
         ({**BEST, "metric_for_best_model": "text_peak_load"}, [1], "'text_peak_load', but no evaluation gives it"),
-        ({**BEST, "metric_for_best_model": "text_loss", "label_smoothing_factor": 0.1}, [1], "'text_loss', but no ev"),
     ],
 )
 def test_figures_that_no_evaluation_gives_are_refused(tmp_path, fields, sets, message):
@@ -380,7 +379,6 @@ def test_figures_that_no_evaluation_gives_are_refused(tmp_path, fields, sets, me
         ({}, None),
         ({**BEST}, [1]),
         ({**BEST, "metric_for_best_model": "eval_image_peak_load"}, [1]),
-        ({**BEST, "label_smoothing_factor": 0.1}, [1]),
         ({"save_strategy": "best", "metric_for_best_model": "eval_a_text_loss"}, {"a": 1}),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, [1]),
     ],

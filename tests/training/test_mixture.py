@@ -152,9 +152,9 @@ def test_a_best_model_needs_held_out_documents(tmp_path):
 
 def test_what_a_recipe_leaves_open_of_its_data_is_as_the_tokens_have_it(inputs):
     tokens = TokenFolder(inputs / "tokens", tiny_processor())
-    assert packing(None, tokens) == packing(DataFields(code_noise=0.1), tokens) == (True, 96)
+    assert packing(None, tokens) == packing(DataFields(), tokens) == (True, 96)
     tokens.manifest["packed"] = False
-    assert packing(DataFields(code_noise=0.1), tokens) == (False, 96)
+    assert packing(DataFields(), tokens) == (False, 96)
     assert packing(DataFields(sequence_length=128), tokens) == (False, 128)
     assert packing(DataFields(packed=True), tokens) == (True, 96)
     assert DataFields().to_tokenize() == (512, True) and DataFields(64, False).to_tokenize() == (64, False)

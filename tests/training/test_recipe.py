@@ -77,12 +77,6 @@ def test_flags_win_over_precisions_and_nothing_of_a_recipe(tmp_path, flags, trai
     assert {name: getattr(settings, name) for name in found} == found
 
 
-@pytest.mark.parametrize("text", ["", "contrast:\n", "contrast: false\n", "contrast: off\n"])
-def test_a_contrast_without_a_value_is_off(tmp_path, text):
-    assert read_recipe(write(tmp_path, f"model: {{}}\n{text}")).contrast is None
-    assert read_recipe(write(tmp_path, "model: {}\ncontrast: {}\n")).contrast is not None
-
-
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -145,7 +139,7 @@ def test_a_contrast_without_a_value_is_off(tmp_path, text):
         ("model: [1]\n", "model: expected a mapping of fields, got .1."),
         (
             "data: {length: 8}\n",
-            "data: 'length' is no field of this section. .*It takes .'code_noise', 'packed', 'sequence_length'.",
+            "data: 'length' is no field of this section. .*It takes .'packed', 'sequence_length'.",
         ),
         ("data: {sequence_length: 1}\n", "sequence_length = 1 must be at least 2: tokens of a sequence"),
         ("samples: {evry: 8}\n", "samples: 'evry' is no field of this section. Did you mean 'every'"),

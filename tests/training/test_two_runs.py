@@ -239,7 +239,6 @@ def test_a_step_of_other_examples_tells_how_it_is_made_the_same(inputs, tmp_path
 @pytest.mark.parametrize(
     "trainer, name",
     [
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
         ({"optim_args": "a=1"}, "optim_args"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
