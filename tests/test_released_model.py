@@ -15,7 +15,6 @@ from modeling_moma.evaluation.measures import EXPERT_CHOICE
 from modeling_moma.hub.loading import refuse_non_finite
 from modeling_moma.labelling.labeler import open_labeler
 from modeling_moma.modeling_moma import MomaExperts
-from tokenization import trunk_moma_vq
 
 
 ROOT = Path(__file__).resolve().parent.parent
