@@ -81,12 +81,7 @@ CARD_TAGS = ("moma", "mixture-of-experts", "early-fusion")
 
 
 def prepare_saving(model: PreTrainedModel) -> None:
-    """Give a model the name and the options of generation by which it is to be saved.
-
-    Args:
-        model (`PreTrainedModel`):
-            about to be saved; it may be a sharded one.
-    """
+    """Give a model the name and the options of generation by which it is to be saved."""
     # `fully_shard` makes a class of its own, whose module and name would be saved in place of the model's
     cls, own = type(model), type(model).__bases__[-1]
     if cls.__name__.startswith("FSDP"):
@@ -98,12 +93,7 @@ def prepare_saving(model: PreTrainedModel) -> None:
 
 
 def complete_model_card(path: str | Path):
-    """Fill in what the author of a card left open: library, task and tags. License and data are the author's to name.
-
-    Args:
-        path (`str` or `Path`):
-            a card's file, which is written anew where there is one.
-    """
+    """Fill in what the author of a card left open: library, task and tags. License and data are theirs to name."""
     if not Path(path).is_file():
         return
     card = ModelCard.load(path)
@@ -116,12 +106,7 @@ def complete_model_card(path: str | Path):
 
 
 def finish_saving(folder: str | Path) -> None:
-    """Let who may read the configuration read the weights, and remove those of an earlier save of other files.
-
-    Args:
-        folder (`str | Path`):
-            into which weights have just been saved, in one file or in several with an index.
-    """
+    """Let who may read the configuration read the weights, and remove those of an earlier save of other files."""
     # safetensors 0.8 writes for the owner alone; a file system without permissions refuses, and has none to give
     with suppress(OSError):
         for path in Path(folder).glob("*.safetensors"):

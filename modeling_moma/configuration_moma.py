@@ -42,32 +42,6 @@ class RoutingRule:
 
     Entered with its function for experts by [`routing_rule`], and where depth layers may follow it, with another one
     by [`depth_rule`].
-
-    Attributes:
-        name (`str`):
-            by which `config.training_routing`, `forward(routing=...)` and the like ask for it.
-        select (`Callable`):
-            gives the (token, expert) pairs of a router's tokens.
-        is_causal (`bool`):
-            whether a token is decided on by itself, so that the rule may serve inference.
-        may_train (`bool`):
-            whether training may follow it.
-        takes_noise (`bool`):
-            whether noise may disturb the choice; other rules compare scores with thresholds that were found without
-            it.
-        moves_bias (`bool`):
-            whether training moves the balance bias.
-        counts_experts (`bool`):
-            whether a token meets `config.num_experts_per_tok` experts; else it meets `config.expert_capacity_factor`
-            of them on average, see `MomaConfig.group_experts_per_token`.
-        reads_threshold (`bool`):
-            whether it compares scores with the running mean of the batches' thresholds.
-        needs_auxiliary (`bool`):
-            whether it asks auxiliary routers.
-        leaves_out (`bool`):
-            whether it heeds which tokens compete for no expert, see [`RoutingContext.skipping_of`].
-        choose (`Callable`, *optional*):
-            gives the tokens that a depth layer processes; `None` for a rule of experts alone.
     """
 
     name: str
@@ -99,17 +73,7 @@ def rule_names(**properties: bool) -> tuple[str, ...]:
 
 
 def rule_of(name: str, argument: str = "routing") -> RoutingRule:
-    """Return the rule of a name.
-
-    Args:
-        name (`str`):
-            the rule's.
-        argument (`str`, *optional*, defaults to `"routing"`):
-            who asks, for the message.
-
-    Raises:
-        ValueError: there is no such rule.
-    """
+    """Return the rule of a name."""
     if name not in RULES:
         raise InputError(f"`{argument}` must be one of {sorted(RULES)}, got {name!r}.")
     return RULES[name]
@@ -117,20 +81,7 @@ def rule_of(name: str, argument: str = "routing") -> RoutingRule:
 
 @dataclass(frozen=True)
 class PresetSize:
-    """One size of Table 1.
-
-    Attributes:
-        num_layers (`int`):
-            decoder layers.
-        hidden_size (`int`):
-            width of the residual stream.
-        ffn_size (`int`):
-            inner width of a feed-forward network of two matrices.
-        num_heads (`int`):
-            attention heads.
-        has_depth (`bool`):
-            whether every other layer, from the first on, is a depth layer.
-    """
+    """One size of Table 1."""
 
     num_layers: int
     hidden_size: int
@@ -175,15 +126,7 @@ def preset_names() -> list[str]:
 
 
 def preset_fields(name: str) -> dict:
-    """Return the fields of [`MomaConfig`] that a preset sets.
-
-    Args:
-        name (`str`):
-            one of `preset_names()`, in any case.
-
-    Raises:
-        ValueError: the name is not a preset.
-    """
+    """Return the fields of [`MomaConfig`] that a preset sets."""
     if name.lower() not in preset_names():
         raise InputError(f"`name` must be one of {preset_names()}, got {name!r}.")
     size, experts = name.lower().removeprefix("moma-").rsplit("-", 1)
@@ -567,14 +510,7 @@ def count_parameters(config: MomaConfig, active: bool, modality: str | None, exc
 
 
 def attention_parameters(config: MomaConfig, modality: str | None = None) -> int:
-    """Return the matrices and biases of one attention, without the norms of queries and keys.
-
-    Args:
-        config (`MomaConfig`):
-            the model's.
-        modality (`str`, *optional*):
-            whose tokens meet them; by default of all together.
-    """
+    """Return the matrices and biases of one attention, without the norms of queries and keys."""
     query_width, key_width = (
         heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
     )

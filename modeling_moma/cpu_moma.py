@@ -39,12 +39,7 @@ Class = type[nn.Module]
 
 
 def cpu_form_of(plain: Class) -> Callable[[Class], Class]:
-    """Enter a subclass with the same state as the form of a class that [`use_cpu_layers`] puts in its place.
-
-    Args:
-        plain (`type`):
-            a class of layers.
-    """
+    """Enter a subclass with the same state as the form of a class that [`use_cpu_layers`] puts in its place."""
 
     def enter(form: Class) -> Class:
         CPU_LAYERS[plain] = form
@@ -57,12 +52,6 @@ def use_cpu_layers(model: nn.Module, enabled: bool = True):
     """Exchange the classes of a model's layers for their forms for CPUs, in place, or give them their own back.
 
     Layers of any other class, subclasses included, stay as they are. A second call changes nothing.
-
-    Args:
-        model (`nn.Module`):
-            any.
-        enabled (`bool`, *optional*, defaults to `True`):
-            `False` gives the layers their own classes back.
     """
     classes = CPU_LAYERS if enabled else {form: plain for plain, form in CPU_LAYERS.items()}
     for module in model.modules():
@@ -109,12 +98,7 @@ _FEW_ROWS = 16
 
 
 def wants_weights_left(num_rows: int) -> bool:
-    """Return whether bf16 matmuls of so many rows are faster on this CPU with a layer's weights on their left.
-
-    Args:
-        num_rows (`int`):
-            `N`.
-    """
+    """Return whether bf16 matmuls of so many rows are faster on this CPU with a layer's weights on their left."""
     if multiplies_with("amx_bf16"):
         return True
     return _FEW_ROWS <= num_rows < _MANY_ROWS and multiplies_with("avx512_bf16")
@@ -340,23 +324,6 @@ def cpu_attention_forward(
     Steps of one query in each row are computed in fp32, a few rows at a time: torch's matmul of one query with
     half-precision keys takes 1.6 to 3.4 times as long as widening them first on a CPU that has no instructions for
     it, and a fifth to a half of that on one that has (`benchmarks/reports/2026-11-27-what-was-tried-cpu.md`).
-
-    Args:
-        module (`nn.Module`):
-            the attention layer.
-        query_BHTd (`torch.Tensor`):
-            `[B, H, T, d]`.
-        key_BGSd (`torch.Tensor`):
-            `[B, G, S, d]`.
-        value_BGSd (`torch.Tensor`):
-            `[B, G, S, d]`.
-        attention_mask (`torch.Tensor`, *optional*):
-            `[B or 1, 1 or H, T, S]`, of Booleans or added to the scores.
-        kwargs (`Any`):
-            further arguments of the attention interface.
-
-    Returns:
-        `tuple`: outputs `[B, T, H, d]` in the type of the query, and no weights.
     """
     attention: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]
     dtype = query_BHTd.dtype
@@ -509,21 +476,7 @@ class MomaGrowingCacheLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new tokens.
-
-        Args:
-            key_states (`torch.Tensor`):
-                `[B, H, T, d]`.
-            value_states (`torch.Tensor`):
-                `[B, H, T, d]`.
-            args (`Any`):
-                as the plain layer takes them.
-            kwargs (`Any`):
-                likewise.
-
-        Returns:
-            `tuple`: all keys and values, `[B, H, S + T, d]`.
-        """
+        """Store new tokens."""
         keys, values = self.keys, self.values
         is_plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.is_initialized
         # the plain layer raises at what does not fit
@@ -592,20 +545,7 @@ _FEW_PAIRS = 128
 
 
 def run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
-    """Run SwiGLU experts one by one: each one's weights are read once, and what it computes stays in the caches.
-
-    Args:
-        experts ([`MomaExperts`]):
-            packed experts.
-        rows_PD (`torch.Tensor`):
-            `[P, D]`, expert by expert.
-        expert_P (`torch.LongTensor`):
-            the expert of each row, `[P]`; those beyond the experts that are here, which expert parallelism counts, get
-            zeros.
-
-    Returns:
-        `torch.Tensor`: `[P, D]`, not weighed yet.
-    """
+    """Run SwiGLU experts one by one: each one's weights are read once, and what it computes stays in the caches."""
     counts = _rows_of_experts(expert_P, experts.num_experts)
     # local names: a module looks its attributes up by name
     gate_up_EWD, down_EDF, act_fn = experts.gate_up_proj, experts.down_proj, experts.act_fn
@@ -626,12 +566,7 @@ def run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor
 
 
 def has_backward(experts: Any) -> bool:
-    """Return whether packed experts run as where gradients are wanted, also before checkpointing computes them again.
-
-    Args:
-        experts ([`MomaExperts`]):
-            packed experts.
-    """
+    """Return whether packed experts run as where gradients are wanted, also under checkpointing."""
     # reentrant checkpointing has no gradients in the first of two forwards that have to agree
     return torch.is_grad_enabled() or (experts.training and are_plain(experts.gate_up_proj, experts.down_proj))
 
@@ -663,22 +598,6 @@ def run_with_gradients(
     What an expert makes of its rows stays in the caches. Under autocast its weights are cast when it runs, in the
     forward and again in the backward: no copy of all weights is kept in between, and gradients reach the weights in
     their own type.
-
-    Args:
-        x_PD (`torch.Tensor`):
-            `[P, D]`.
-        gate_up_EWD (`torch.Tensor`):
-            `[E, 2 * F, D]`.
-        down_EDF (`torch.Tensor`):
-            `[E, D, F]`.
-        counts (`Sequence[tuple[int, int]]`):
-            the experts that have rows, in order, and how many each has; rows of experts from `E` on, which are
-            elsewhere, get zeros.
-        act_fn (`Callable`):
-            between the matmuls, elementwise.
-
-    Returns:
-        `torch.Tensor`: `[P, D]`, in the type of the matmuls.
     """
     slices, begin = [], 0
     for expert, count in counts:
@@ -762,19 +681,6 @@ def run_from_left(
 
     Matrix units want the right operand of a matmul in an order of their own: to bring a few tokens into it costs
     less than an expert's weights (`benchmarks/reports/2026-11-27-what-was-tried-cpu.md`).
-
-    Args:
-        x_KD (`torch.Tensor`):
-            `[K, D]`.
-        gate_up_WD (`torch.Tensor`):
-            `[2 * F, D]`.
-        down_DF (`torch.Tensor`):
-            `[D, F]`.
-        act_fn (`Callable`):
-            between the matmuls, elementwise.
-
-    Returns:
-        `torch.Tensor`: `[K, D]`, a view of `[D, K]`.
     """
     if x_KD.shape[0] == 1:
         # matmuls with a vector read weights faster than those with a matrix of one column

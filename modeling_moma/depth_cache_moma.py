@@ -39,21 +39,6 @@ class _RaggedRows:
 
     Of the copies of a layer, however they were made, the first to go on writes behind what all of them have stored,
     and each other one takes memory of its own when it goes on.
-
-    Attributes:
-        keys, values (`torch.Tensor`):
-            each row's stored tokens at its front, `[B, H, S, d]`. What stands behind them means nothing.
-        slots (`torch.IntTensor`):
-            the index of each stored token among those that its row has seen, `[B, S]`.
-        cumulative_length (`int`):
-            tokens seen, chosen or not.
-        lengths (`list[int]`):
-            stored tokens of each row, after masked steps at most so many; empty until a first token is stored. Never
-            changed in place: it tells the layer that wrote last from its copies.
-        length_B (`torch.LongTensor`):
-            the same on the device, `[B]`.
-        num_hidden (`int`):
-            positions seen that the mask of the last forward hid, of all rows; -1 where that is not known.
     """
 
     cumulative_length: int
@@ -89,37 +74,7 @@ class _RaggedRows:
         capacity: float = 1.0,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the chosen tokens of one step.
-
-        Args:
-            key_states (`torch.Tensor`):
-                keys of the packed rows, padding slots included, `[R, H, C, d]`.
-            value_states (`torch.Tensor`):
-                values, alike.
-            packing (`DepthPacking`, *optional*):
-                where they stand.
-            rows (`list[int]`, *optional*):
-                in place of `packing`, the rows that take part in a step of one token.
-            row_R (`torch.LongTensor`, *optional*):
-                the same on the device, `[R]`; `None` where all rows take part.
-            num_rows (`int`, *optional*):
-                of the batch, with `rows`.
-            chosen_B (`torch.BoolTensor`, *optional*):
-                in place of both, which rows have chosen their token in a masked step, see [`prepare_masked_step`].
-            num_skipped (`int`, *optional*):
-                positions of a step in which no token was chosen, without both.
-            capacity (`float`, *optional*):
-                the share of tokens that a static layer has slots for.
-            args (`Any`):
-                as other layers of caches take them; not used.
-            kwargs (`Any`):
-                likewise.
-
-        Returns:
-            `tuple`: keys and values of the rows that take part, `[R, H, S + C, d]`: with `packing` the stored ones,
-            with padding slots after the last of each row, then the new ones; with `rows` or `chosen_B` all of a row's
-            one after the other, with padding slots after the last.
-        """
+        """Store the chosen tokens of one step."""
         if chosen_B is not None:
             return self._append_masked(key_states, value_states, chosen_B, capacity)
         if packing is None and rows is None:
@@ -146,10 +101,6 @@ class _RaggedRows:
         """Make room for a step of one token in which any row may store it, and tell where its keys will be.
 
         Columns are added for rows that are full, and with a device sync it is found out which are.
-
-        Returns:
-            `torch.BoolTensor` or `None`: the columns that hold keys of their row, the new one included, `[B, S]`;
-            `None` where nothing is stored.
         """
         if not self.is_initialized:
             return None
@@ -185,16 +136,7 @@ class _RaggedRows:
         return torch.arange(max(lengths), device=length_R.device) <= length_R.unsqueeze(-1)
 
     def hide(self, mask_BS: torch.Tensor, num_before: int, num_after: int) -> None:
-        """Forget, for good, tokens that a mask hides and that none hid when they were stored.
-
-        Args:
-            mask_BS (`torch.Tensor`):
-                0 at positions that are hidden, of those seen and those of this forward.
-            num_before (`int`):
-                such positions among those seen. Where they are as many as before, they are taken for the same.
-            num_after (`int`):
-                such positions in all.
-        """
+        """Forget, for good, tokens that a mask hides and that none hid when they were stored."""
         if self.is_initialized and self.cumulative_length and num_before != self.num_hidden:
             is_seen_BS = mask_BS.to(self.device) != 0
             # what stands behind a row's tokens may be a slot of later ones
@@ -225,11 +167,7 @@ class _RaggedRows:
             self._select_rows(torch.arange(len(self.lengths), device=indices.device)[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens seen, and those of them that were stored.
-
-        Raises:
-            ValueError: the number is positive, or larger than what has been seen.
-        """
+        """Forget the last `-tokens_to_remove` tokens seen, and those of them that were stored."""
         if tokens_to_remove > 0:
             raise InputError(
                 f"`tokens_to_remove` = {tokens_to_remove}: crop takes minus the number of tokens to remove."
@@ -400,12 +338,6 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
     The capacity holds in the mean, not for every row: a row that chooses more makes the layer grow, by a quarter at
     least and up to `max_cache_len`. Nothing is ever dropped. Steps choose different numbers of tokens, so the layer
     cannot be compiled.
-
-    Args:
-        max_cache_len (`int`):
-            positions of the longest sequence.
-        kwargs (`Any`):
-            as for `StaticLayer`.
     """
 
     _layer_type = DEPTH_LAYER_TYPE
@@ -529,10 +461,6 @@ class DepthPacking:
         """Map `[B, T, ...]` to `[R, C, ...]`; one row is taken to stand for all.
 
         Padding slots hold some token of their row.
-
-        Args:
-            x_BT (`torch.Tensor`):
-                `[B, T, ...]` or `[1, T, ...]`.
         """
         return x_BT.expand(self.num_rows, *x_BT.shape[1:])[self.row_R.unsqueeze(-1), self.index_RC]
 
@@ -564,10 +492,6 @@ class DepthPacking:
         """Return the lengths of documents, counting chosen tokens only, see [`packed_lengths`]; some may be 0.
 
         The longest document stays as long as it was, for the device sync that its number would cost.
-
-        Args:
-            lengths (`FlashAttentionKwargs`):
-                those of all tokens.
         """
         # chosen tokens lie in the order of the batch: how many come before a document is where it begins among them
         starts_E: Any = lengths.get("cu_seq_lens_q")
@@ -580,15 +504,7 @@ class DepthPacking:
         return slot_RC if self.slot_RS is None else torch.cat([self.slot_RS, slot_RC], dim=1)
 
     def unpack_attention(self, weights_RHCS: torch.Tensor | None) -> torch.Tensor | None:
-        """Lay attention weights out over all positions seen, with zeros for the tokens that passed by.
-
-        Args:
-            weights_RHCS (`torch.Tensor`, *optional*):
-                `[R, H, C, S + C]`.
-
-        Returns:
-            `torch.Tensor`: `[B, H, T, past + T]`; `None` where it is not asked for.
-        """
+        """Lay attention weights out over all positions seen, with zeros for the tokens that passed by."""
         if weights_RHCS is None or not self.is_recorded:
             return None
         slot_RK = self.key_slots()
@@ -605,19 +521,7 @@ class DepthPacking:
 # the device sync for numbers of tokens would break the graph here and in every caller
 @torch.compiler.disable
 def pack_chosen(chosen_BT: torch.Tensor, split: ModalitySplit, keep_empty_rows: bool) -> DepthPacking | None:
-    """Pack the chosen tokens of each row to its front, with one device sync.
-
-    Args:
-        chosen_BT (`torch.BoolTensor`):
-            `[B, T]`, False at padding.
-        split (`ModalitySplit`):
-            expert groups of the batch.
-        keep_empty_rows (`bool`):
-            whether rows without a chosen token take part: in training all weights must.
-
-    Returns:
-        `DepthPacking` or `None`: the packing, `None` when no row takes part.
-    """
+    """Pack the chosen tokens of each row to its front, with one device sync."""
     num_rows, length = chosen_BT.shape
     groups = list(split.counts)
     count_B = chosen_BT.sum(1)
@@ -643,14 +547,7 @@ def pack_chosen(chosen_BT: torch.Tensor, split: ModalitySplit, keep_empty_rows: 
 
 
 def places_of(is_wanted_N: torch.Tensor, number: int) -> torch.Tensor:
-    """Return the places of what is True, in order, where their number is known: so no device sync is needed.
-
-    Args:
-        is_wanted_N (`torch.BoolTensor`):
-            in one line.
-        number (`int`):
-            of those that are True.
-    """
+    """Return the places of what is True, in order, where their number is known: so no device sync is needed."""
     return is_wanted_N.byte().argsort(descending=True, stable=True)[:number]
 
 
@@ -664,16 +561,6 @@ def packed_causal_mask(
 
     The keys are the `S` columns of the cache, then the `C` packed tokens. Packing keeps the order of a row, so the
     order of the columns is the causal one.
-
-    Args:
-        config (`MomaConfig`):
-            gives the attention implementation.
-        packing (`DepthPacking`):
-            the queries.
-        context (`RoutingContext`):
-            documents and the caller's own mask.
-        dtype (`torch.dtype`):
-            of additive masks.
     """
     if context.custom_mask_BHQS is not None:
         return _pack_custom_mask(packing, context.custom_mask_BHQS, dtype)
@@ -718,16 +605,7 @@ def _pack_custom_mask(packing: DepthPacking, mask_BHQS: torch.Tensor, dtype: tor
 
 
 class DepthCacheView:
-    """A depth layer's part of the model's cache in one forward: its attention knows of keys and values alone.
-
-    Args:
-        cache (`Cache`):
-            the model's.
-        capacity (`float`):
-            the share of tokens that a static layer has slots for.
-        step (`Any`):
-            which rows and tokens take part, as [`MomaDepthCacheLayer.update`] takes it.
-    """
+    """A depth layer's part of the model's cache in one forward: its attention knows of keys and values alone."""
 
     def __init__(self, cache: Cache, capacity: float, **step: Any):
         self.cache, self.step = cache, {"capacity": capacity, **step}
@@ -743,15 +621,6 @@ def chosen_mask(chosen_BT: torch.Tensor, document_BT: torch.Tensor | None) -> to
     """Return the attention mask of all tokens over those that are chosen, each before itself in its document.
 
     Every token sees itself, too: one that is not chosen may have no other to see.
-
-    Args:
-        chosen_BT (`torch.BoolTensor`):
-            `[B, T]`, False at padding.
-        document_BT (`torch.LongTensor`, *optional*):
-            document of each position in packed rows, `[B, T]`.
-
-    Returns:
-        `torch.BoolTensor`: `[B, 1, T, T]`.
     """
     place_T = torch.arange(chosen_BT.shape[1], device=chosen_BT.device)
     is_seen_BTT = chosen_BT.unsqueeze(1) & (place_T <= place_T.unsqueeze(-1))
@@ -763,16 +632,7 @@ def chosen_mask(chosen_BT: torch.Tensor, document_BT: torch.Tensor | None) -> to
 def step_mask(
     config: MomaConfig, is_key_RS: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor | BlockMask | None:
-    """Return the attention mask of one token in each of several rows over the row's keys, itself the last of them.
-
-    Args:
-        config (`MomaConfig`):
-            gives the attention implementation.
-        is_key_RS (`torch.BoolTensor`, *optional*):
-            which columns hold keys of their row; `None` where all do.
-        dtype (`torch.dtype`):
-            of additive masks.
-    """
+    """Return the attention mask of one token in each of several rows over the row's keys, itself the last of them."""
     if is_key_RS is None or config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
         return None
     num_rows, num_keys = is_key_RS.shape
@@ -794,17 +654,7 @@ def step_mask(
 
 
 def depth_cache_layer(cache: Cache, layer_idx: int) -> MomaDepthCacheLayer | MomaStaticDepthCacheLayer:
-    """Return the part of a cache that serves a depth layer.
-
-    Args:
-        cache (`Cache`):
-            the model's cache.
-        layer_idx (`int`):
-            index of the layer.
-
-    Raises:
-        TypeError: the cache does not know of depth layers.
-    """
+    """Return the part of a cache that serves a depth layer."""
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     # by its kind, as Transformers makes it of the class of that copy of this module that was imported last
     if getattr(layer, "_layer_type", None) != DEPTH_LAYER_TYPE:

@@ -71,10 +71,6 @@ class MomaDepthRouter(MomaRouterBase):
       one half. The bias does not weigh.
     - `auxiliary` takes a token iff the auxiliary router predicts so.
 
-    Args:
-        config (`MomaConfig`):
-            gives the pools, their capacities and the rules.
-
     State dict:
         weight           [1, D]  fp32
         threshold        [G]     fp32, running mean of each pool's threshold
@@ -116,17 +112,7 @@ class MomaDepthRouter(MomaRouterBase):
         return self.config.depth_pool == "row"
 
     def forward(self, hidden_BTD: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, DepthSelection]:
-        """Score the tokens and choose.
-
-        Args:
-            hidden_BTD (`torch.Tensor`):
-                the residual stream, `[B, T, D]`.
-            context (`RoutingContext`):
-                routing, modality and padding of this forward; padding is never chosen.
-
-        Returns:
-            `tuple`: router logits `[B, T]` in fp32, and the selection.
-        """
+        """Score the tokens and choose."""
         logits_BT = self.logits(hidden_BTD).squeeze(-1)
         scores_BT = torch.sigmoid(logits_BT)
         chosen_BT = self._choose(hidden_BTD, scores_BT.detach(), context)
@@ -150,16 +136,7 @@ class MomaDepthRouter(MomaRouterBase):
     def rank(
         self, scores_BT: torch.Tensor, pool_BT: torch.Tensor | None, is_token_BT: torch.Tensor | None
     ) -> "DepthRanks":
-        """Return membership in the top K of each pool, and where each modality's pools part.
-
-        Args:
-            scores_BT (`torch.Tensor`):
-                between 0 and 1, `[B, T]`.
-            pool_BT (`torch.LongTensor`, *optional*):
-                the pool by modality, `[B, T]`; `None` where there is one.
-            is_token_BT (`torch.BoolTensor`, *optional*):
-                False at padding, `[B, T]`; `None` where there is none.
-        """
+        """Return membership in the top K of each pool, and where each modality's pools part."""
         scores_LGN, member_LGN = self._lines(scores_BT).unsqueeze(1), None
         if pool_BT is not None:
             pools_G1 = torch.arange(len(self.capacities), device=scores_BT.device).unsqueeze(-1)
@@ -301,13 +278,6 @@ def depth_rule(name: str) -> Callable[[DepthFunction], DepthFunction]:
     """Let a function choose for depth layers under a rule that is entered for experts.
 
     It is called with [`DepthTokens`] and gives a mask `[B, T]`.
-
-    Args:
-        name (`str`):
-            of the rule.
-
-    Raises:
-        ValueError: there is no such rule.
     """
 
     def enter(function: DepthFunction) -> DepthFunction:

@@ -78,14 +78,7 @@ _MOST_KEPT = 8
 
 
 def groups_of_like_length(lengths: Sequence[int], num_heads: int) -> list[tuple[int, int]]:
-    """Return how many documents each group has, and the places of its tiles.
-
-    Args:
-        lengths (`Sequence[int]`):
-            tokens of each document, falling.
-        num_heads (`int`):
-            `H`.
-    """
+    """Return how many documents each group has, and the places of its tiles."""
     groups, begin = [], 0
     while begin < len(lengths):
         longest = lengths[begin]
@@ -106,20 +99,6 @@ class DocumentTiles(NamedTuple):
     The tiles of a group have places for its longest document. What lies behind a document's end, where none of its
     queries sees it, repeats its last token: nothing of one document enters what is computed for another, be it
     infinite.
-
-    Attributes:
-        groups (`list[tuple[int, int]]`):
-            tiles of each group, and the places of one.
-        query_M (`torch.LongTensor`):
-            the row of each place among those of all positions and heads, `[M]`.
-        key_M (`torch.LongTensor`):
-            likewise among those of all positions and key heads, `[M]`.
-        behind (`torch.LongTensor`):
-            places behind the ends of documents.
-        place_R (`torch.LongTensor`):
-            the place of each position and head; any at padding.
-        padding (`torch.LongTensor`, *optional*):
-            positions and heads at padding, which get zeros; `None` where there are none.
     """
 
     groups: list[tuple[int, int]]
@@ -134,16 +113,6 @@ class DocumentTiles(NamedTuple):
         """Lay documents out, unless attention with a mask takes no longer, or what is to be kept is much.
 
         So it is with long documents, with few in a row, and with those that fill a small part of their tiles.
-
-        Args:
-            documents (`MaskedDocuments`):
-                of all rows.
-            num_heads (`int`):
-                `H`.
-            num_key_heads (`int`):
-                `G`.
-            size (`int`):
-                `d`.
         """
         token_N, count_E = documents.tokens()
         num_rows, length = documents.document_BT.shape
@@ -206,15 +175,6 @@ def packed_lengths(position_ids: torch.Tensor) -> FlashAttentionKwargs:
 
     A document begins with each row, and where a position does not follow the one before it, which is Transformers'
     rule for masks.
-
-    Args:
-        position_ids (`torch.LongTensor`):
-            `[B, T]`.
-
-    Returns:
-        `FlashAttentionKwargs`: `cu_seq_lens_q` and `cu_seq_lens_k` are one
-        `torch.IntTensor` `[E]` of the documents' first tokens and the end of the batch; `max_length_q` and
-        `max_length_k` are the tokens of the longest document, an `int`.
     """
     is_start_BT = _with_rows(document_begins(position_ids))
     return _lengths_of(is_start_BT, *torch.stack(_number_and_longest(is_start_BT)).tolist())
@@ -239,28 +199,6 @@ class DocumentSearch:
 
     Flash attention goes by the caller's lengths. Where there are none, and under other attentions, a document begins
     where a position does not follow the one before it. To a cache each row is one document.
-
-    Args:
-        config (`MomaConfig`):
-            gives the attention implementation.
-        given (`Mapping`):
-            the caller's further arguments, with lengths or without.
-        inputs (`torch.Tensor`):
-            ids `[B, T]` or what was embedded `[B, T, D]`.
-        attention_mask (`Any`):
-            the caller's.
-        padding_BT (`torch.BoolTensor`, *optional*):
-            True at padding, `[B, T]`; `None` also where the caller's mask is of another form.
-        position_ids (`torch.LongTensor`, *optional*):
-            the caller's, `[B, T]` or `[1, T]`.
-        cache (`Cache`, *optional*):
-            the caller's.
-        past_length (`int` or `torch.Tensor`):
-            positions that it has seen.
-
-    Attributes:
-        questions (`dict[str, torch.Tensor]`):
-            numbers that have to be read.
     """
 
     def __init__(
@@ -343,17 +281,7 @@ class DocumentSearch:
         return is_start_N[:-1].view(self.num_rows, self.length)
 
     def documents(self, answers: Mapping[str, int], has_padding: bool) -> Documents:
-        """Return what was found.
-
-        Args:
-            answers (`Mapping`):
-                to the questions.
-            has_padding (`bool`):
-                whether some position of the batch is padding.
-
-        Raises:
-            ValueError: documents would see one another.
-        """
+        """Return what was found."""
         if self.by_lengths and self.lengths:
             num_positions = self.num_rows * self.length
             if answers["end"] != num_positions or answers["rows"] != self.num_rows:
@@ -433,16 +361,7 @@ def _check_lengths(lengths: Mapping[str, Any], num_rows: int) -> None:
 def document_begins(
     position_BT: torch.Tensor, padding_BT: torch.Tensor | None = None, may_jump: bool = False
 ) -> torch.Tensor:
-    """Return which tokens begin a document within their row, by their positions, `[B, T]`.
-
-    Args:
-        position_BT (`torch.LongTensor`):
-            `[B, T]`.
-        padding_BT (`torch.BoolTensor`, *optional*):
-            True where a position is padding, which says nothing: tokens around it may count it or not.
-        may_jump (`bool`, *optional*, defaults to `False`):
-            whether a document's positions may leave some out.
-    """
+    """Return which tokens begin a document within their row, by their positions, `[B, T]`."""
     if padding_BT is None:
         step_BS = position_BT.diff()
         return torch.nn.functional.pad(step_BS < 1 if may_jump else step_BS != 1, (1, 0))
@@ -488,22 +407,7 @@ def causal_mask_of(
     documents: Documents,
     has_padding: bool,
 ) -> Any:
-    """Return the attention mask that all full layers of a forward share, in the form that attention takes.
-
-    Args:
-        config (`MomaConfig`):
-            gives the attention implementation.
-        inputs_BTD (`torch.Tensor`):
-            the embedded tokens, `[B, T, D]`.
-        attention_mask (`torch.Tensor` or `BlockMask`, *optional*):
-            the caller's.
-        cache (`Cache`, *optional*):
-            of this forward.
-        documents ([`Documents`]):
-            of packed rows.
-        has_padding (`bool`):
-            whether a position may be padding.
-    """
+    """Return the attention mask that all full layers of a forward share, in the form that attention takes."""
     if documents.lengths is not None:
         return None
     num_rows, length = inputs_BTD.shape[:2]

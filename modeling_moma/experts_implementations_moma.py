@@ -42,26 +42,6 @@ def moma_experts_forward(
     """Run equal shares as two batched matmuls, others expert by expert on a CPU and as grouped matmuls elsewhere.
 
     On a CPU equal shares run expert by expert, too, where autocast would cast the weights.
-
-    Args:
-        self (`MomaExperts`):
-            packed experts.
-        hidden_states (`torch.Tensor`):
-            `[P, D]`.
-        top_k_index (`torch.LongTensor`):
-            experts of each row, `[P, k]`; with `num_taken` perhaps `[E, K, 1]`, a view.
-        top_k_weights (`torch.Tensor`):
-            gates, `[P, k]`.
-        num_taken (`int`, *optional*):
-            the `K` rows of each expert where all have as many and the rows come expert by expert, one expert each.
-        is_sorted (`bool`, *optional*, defaults to `False`):
-            whether the rows come expert by expert, one expert each.
-        ends_E (`torch.IntTensor`, *optional*):
-            where each expert's rows end, of sorted rows, `[E]`; what is given for rows after the last end means
-            nothing.
-
-    Returns:
-        `torch.Tensor`: weighted sums, `[P, D]`.
     """
     on_cpu = is_on_cpu(hidden_states) and not torch.compiler.is_compiling()
     runs_sequentially = on_cpu and _runs_sequentially(self)
@@ -187,14 +167,6 @@ def form_of_pairs(config: MomaConfig, input_ids: torch.Tensor | None, states: to
     """Return in what form selections have their pairs: without a device sync where that costs little.
 
     A row for each pair of token and expert costs memory in a backward, and time with implementations that run it.
-
-    Args:
-        config (`MomaConfig`):
-            the model's.
-        input_ids (`torch.LongTensor`, *optional*):
-            `[B, T]`.
-        states (`torch.Tensor`):
-            the weight that embeds them, or in place of ids what was embedded, `[B, T, D]`.
     """
     takes_all_pairs = takes_hints(config) and not torch.compiler.is_compiling()
     # weights that are loaded when they are needed are not where the layers compute
@@ -231,12 +203,7 @@ def is_whole(size: int, dtype: torch.dtype) -> bool:
 
 
 def takes_any_width(experts_class: Class) -> Class:
-    """Let a class of the experts interface run `"grouped_mm"` at any width, which it pads for the call.
-
-    Args:
-        experts_class (`type`):
-            with `gate_up_proj` `[E, 2 * F, D]` and `down_proj` `[E, D, F]`.
-    """
+    """Let a class of the experts interface run `"grouped_mm"` at any width, which it pads for the call."""
     forward: Any = experts_class.forward
 
     @functools.wraps(forward)

@@ -22,20 +22,7 @@ FRAME_FIELDS = ("begin", "end", "length")
 
 @dataclass(frozen=True)
 class ModalityFrame:
-    """How the codes of one image, one sound or the like stand in a sequence.
-
-    Args:
-        modality (`str`):
-            its name in `config.modality_token_ranges`.
-        ranges (`tuple[tuple[int, int], ...]`):
-            ids of its codes, half-open ranges; code 0 is the first range's first.
-        begin (`int`):
-            id of the token before the codes.
-        end (`int`):
-            id of the token after the codes.
-        length (`int`, *optional*):
-            number of codes; `None` for any number from one on.
-    """
+    """How the codes of one image, one sound or the like stand in a sequence."""
 
     modality: str
     ranges: tuple[tuple[int, int], ...]
@@ -79,21 +66,7 @@ class ModalityFrame:
         return torch.where(open_B >= 0, (self.fewest_codes - open_B).clamp(min=0) + 1, self.fewest_codes + 2)
 
     def read_codes(self, ids_BT: torch.Tensor, name: str = "ids") -> torch.Tensor | list[torch.Tensor]:
-        """Take the codes of all frames of this modality out of token ids, row by row, in order.
-
-        Args:
-            ids_BT (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                token ids.
-            name (`str`, *optional*, defaults to `"ids"`):
-                what errors call them.
-
-        Returns:
-            `torch.Tensor | list[torch.Tensor]`: codes from 0: `torch.LongTensor` of shape `(num_frames, length)`, or
-            where `length` is `None` a list of `torch.LongTensor` of shape `(num_codes,)`.
-
-        Raises:
-            ValueError: no two dimensions, a frame that is incomplete, or a code outside the frames.
-        """
+        """Take the codes of all frames of this modality out of token ids, row by row, in order."""
         shape = tuple(getattr(ids_BT, "shape", ()))
         if len(shape) != 2:
             kind = type(ids_BT).__name__

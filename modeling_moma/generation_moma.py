@@ -43,12 +43,6 @@ class FrameLogitsProcessor(LogitsProcessor):
 
     A frame of fixed length ends after its last code. One of any length may end after its first code, and must end
     where only one token is left.
-
-    Args:
-        config (`MomaConfig`):
-            gives the frames, and the codes of modalities without one, which are never written.
-        max_length (`int`):
-            positions of the prompt and everything generated.
     """
 
     is_moma_grammar = True
@@ -86,12 +80,7 @@ class FrameLogitsProcessor(LogitsProcessor):
 
 
 class TextOnlyLogitsProcessor(LogitsProcessor):
-    """Text only: never a code of any modality, nor the begin or end of a frame.
-
-    Args:
-        config (`MomaConfig`):
-            gives the codes and the frames.
-    """
+    """Text only: never a code of any modality, nor the begin or end of a frame."""
 
     is_moma_grammar = True
 
@@ -108,20 +97,7 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
 
 
 class OneFrameLogitsProcessor(FrameLogitsProcessor):
-    """Outside a frame: its begin, as long as the row has not finished one, and then the end of the row.
-
-    Args:
-        config (`MomaConfig`):
-            gives the frames.
-        max_length (`int`):
-            positions of the prompt and everything generated.
-        frame (`ModalityFrame`):
-            the frame that each row writes.
-        prompt_length (`int`):
-            positions of the prompt, whose own frames do not count.
-        stop_token_id (`int`):
-            token that ends a row.
-    """
+    """Outside a frame: its begin, as long as the row has not finished one, and then the end of the row."""
 
     def __init__(
         self, config: MomaConfig, max_length: int, frame: ModalityFrame, prompt_length: int, stop_token_id: int
@@ -143,14 +119,7 @@ class OneFrameLogitsProcessor(FrameLogitsProcessor):
 
 
 class FittingFrameLogitsProcessor(LogitsProcessor):
-    """No begin of a frame where the shortest complete one no longer fits.
-
-    Args:
-        config (`MomaConfig`):
-            gives the frames.
-        max_length (`int`):
-            positions of the prompt and everything generated.
-    """
+    """No begin of a frame where the shortest complete one no longer fits."""
 
     def __init__(self, config: MomaConfig, max_length: int):
         self.frames = config.frames
@@ -169,18 +138,7 @@ class FittingFrameLogitsProcessor(LogitsProcessor):
 
 
 class CaptionBeginLogitsProcessor(LogitsProcessor):
-    """Some tokens never begin the text behind a frame that stands alone: what a caption of its own is not to be.
-
-    Args:
-        config (`MomaConfig`):
-            gives the frames.
-        token_ids (`Sequence[int]`):
-            tokens that do not begin it.
-        prompt_length (`int`):
-            positions of the prompt.
-        pad_token_id (`int`, *optional*):
-            token that is none of the prompt.
-    """
+    """Some tokens never begin the text behind a frame that stands alone: what a caption of its own is not to be."""
 
     def __init__(self, config: MomaConfig, token_ids: Sequence[int], prompt_length: int, pad_token_id: int | None):
         self.frames = config.frames
@@ -204,14 +162,7 @@ class CaptionBeginLogitsProcessor(LogitsProcessor):
 
 
 class FrameEndCriteria(StoppingCriteria):
-    """A row ends with its frame: for beams, whose scores are means over all their tokens, a forced one included.
-
-    Args:
-        frame (`ModalityFrame`):
-            the frame that each row writes.
-        prompt_length (`int`):
-            positions of the prompt, whose own frames do not count.
-    """
+    """A row ends with its frame: for beams, whose scores are means over all their tokens, a forced one included."""
 
     def __init__(self, frame: ModalityFrame, prompt_length: int):
         self.end_token_id = frame.end
@@ -645,15 +596,7 @@ class MomaGenerationMixin(GenerationCompat):
 
 
 def own_image_sampling(generation_config: GenerationConfig | None) -> dict[str, Any]:
-    """Return how a model's images are drawn where the caller does not say it.
-
-    Args:
-        generation_config (`GenerationConfig | None`):
-            of the model.
-
-    Raises:
-        ValueError: it says something else.
-    """
+    """Return how a model's images are drawn where the caller does not say it."""
     chosen = getattr(generation_config, "image_sampling", None) or {}
     if not isinstance(chosen, dict) or not CHOOSING.issuperset(chosen):
         raise InputError(

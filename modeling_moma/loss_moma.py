@@ -62,35 +62,6 @@ def causal_lm_loss(
 
     With a head, the logits of a chunk of positions exist at once. Gradients are then computed with the loss, chunk by
     chunk, so that nothing is computed twice; they cannot be differentiated again.
-
-    Args:
-        config (`MomaConfig`):
-            ranges of the modalities, `modality_loss_weights`, `z_loss_coef`.
-        states (`torch.Tensor`):
-            logits `[B, T, V]`, or what the head makes them of, `[B, T, D]`.
-        labels (`torch.LongTensor`):
-            `[B, T]`, `ignore_index` where no loss is wanted; token t is compared with the logits at t - 1.
-        training (`bool`):
-            whether to apply modality weights and z-loss.
-        num_items_in_batch (`int` or `torch.Tensor`, *optional*):
-            divisor of the sum; the number of targets by default.
-        shift_labels (`torch.LongTensor`, *optional*):
-            targets that are shifted already; replaces `labels`.
-        attention_mask (`torch.Tensor`, *optional*):
-            `[B, S]`, its last `T` columns those of the logits, 0 at padding. A padding position is no target and
-            predicts none, on either side. Masks of other forms are passed over.
-        logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-            as a tensor it says of which of the mask's columns the logits are, see `slice_logits_to_keep` of
-            Transformers.
-        head (`nn.Module`, *optional*):
-            gives logits `[N, V]` of `[N, D]`.
-        ignore_index (`int`, *optional*, defaults to -100):
-            label of positions without a loss.
-        kwargs (`Any`):
-            further arguments of `loss_function`, not used.
-
-    Raises:
-        ValueError: there are not as many labels as logits, or labels are to be shifted among positions chosen at will.
     """
     if shift_labels is None and isinstance(logits_to_keep, torch.Tensor):
         raise InputError(
@@ -172,14 +143,7 @@ class _ChunkedSum(torch.autograd.Function):
 
 
 def modality_weights(config: MomaConfig, modality_N: torch.Tensor) -> torch.Tensor:
-    """Return the weight of each target in training, by `modality_loss_weights`.
-
-    Args:
-        config (`MomaConfig`):
-            see [`causal_lm_loss`].
-        modality_N (`torch.LongTensor`):
-            `[N]`, of the targets, -1 where no loss is wanted; these weigh 0.
-    """
+    """Return the weight of each target in training, by `modality_loss_weights`."""
     weights, weight_N = config.modality_loss_weights or {}, torch.zeros_like(modality_N, dtype=torch.float32)
     for index, name in enumerate(config.modalities):
         # a list of weights would be copied to the device

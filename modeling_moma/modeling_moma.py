@@ -104,14 +104,7 @@ class MomaHeadLayerNorm(nn.Module):
 
 
 def query_key_norm(config: MomaConfig, num_heads: int) -> nn.Module:
-    """Return the norm of queries or keys that `config.qk_norm` names.
-
-    Args:
-        config (`MomaConfig`):
-            the model's.
-        num_heads (`int`):
-            heads of queries, or of keys.
-    """
+    """Return the norm of queries or keys that `config.qk_norm` names."""
     # CODEPATH: RMSNorm for models trained here, as moma-emoji
     if config.qk_norm == "rmsnorm":
         return MomaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
@@ -186,12 +179,7 @@ def eager_attention_forward(
 
 
 class MomaProjections(nn.Module):
-    """What attention does to each token by itself: query, key and value, optionally normed, and the way back.
-
-    Args:
-        config (`MomaConfig`):
-            the model's.
-    """
+    """What attention does to each token by itself: query, key and value, optionally normed, and the way back."""
 
     def __init__(self, config: MomaConfig):
         super().__init__()
@@ -227,12 +215,6 @@ class MomaAttention(MomaProjections):
     """Causal self-attention over the tokens of all modalities, optionally with normed queries and keys.
 
     A depth layer gives it the chosen tokens of all rows in one, and their packing: the attention itself sees rows.
-
-    Args:
-        config (`MomaConfig`):
-            the model's.
-        layer_idx (`int`):
-            index of the layer, by which caches know it.
     """
 
     def __init__(self, config: MomaConfig, layer_idx: int):
@@ -359,12 +341,6 @@ class ByModality(nn.ModuleDict):
 class MomaExperts(nn.Module):
     """SwiGLU experts stored as 3D tensors, called through the experts interface of Transformers.
 
-    Args:
-        config (`MomaConfig`):
-            the model's.
-        group (`str`):
-            name of the group, a modality or `"all"`.
-
     State dict:
         gate_up_proj  [E, 2 * F, D]
         down_proj     [E, D, F]
@@ -387,19 +363,7 @@ class MomaExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Run each token through its experts, one expert after the other (the "eager" implementation).
-
-        Args:
-            hidden_states (`torch.Tensor`):
-                `[N, D]`.
-            top_k_index (`torch.LongTensor`):
-                experts of each token, `[N, k]`.
-            top_k_weights (`torch.Tensor`):
-                gates, `[N, k]`.
-
-        Returns:
-            `torch.Tensor`: weighted sums, `[N, D]`.
-        """
+        """Run each token through its experts, one expert after the other (the "eager" implementation)."""
         output = torch.zeros_like(hidden_states)
         # every expert runs, with zero rows if need be, so that every rank touches every weight
         for expert in range(self.num_experts):
@@ -442,12 +406,6 @@ class MomaExpertGroup(nn.Module):
     Tokens may be taken by several experts or by none; those that none took get zeros, and the residual stream
     carries them.
 
-    Args:
-        config (`MomaConfig`):
-            the model's.
-        group (`str`):
-            name of the group, a modality or `"all"`.
-
     State dict:
         router.weight, .threshold, ...   see [`MomaRouter`]; absent with one expert
         experts.gate_up_proj, .down_proj see [`MomaExperts`]; with one expert `mlp.{gate,up,down}_proj.weight`
@@ -467,18 +425,7 @@ class MomaExpertGroup(nn.Module):
         self.shared_expert = MomaMLP(config.hidden_size, shared_size, config.hidden_act) if shared_size else None
 
     def forward(self, x_ND: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the group, also on zero tokens: its weights take part in every step on every rank.
-
-        Args:
-            x_ND (`torch.Tensor`):
-                the group's tokens, `[N, D]`.
-            context (`RoutingContext`):
-                the routing of this forward.
-
-        Returns:
-            `tuple`: outputs `[N, D]`, and with `gate_after_norm` each token's sum of gates `[N]` (a shared expert
-            counts 1).
-        """
+        """Run the group, also on zero tokens: its weights take part in every step on every rank."""
         num_tokens, selection = x_ND.shape[0], None
         if self.num_experts == 1:
             y_ND = self.mlp(x_ND)
@@ -510,10 +457,6 @@ class MomaExpertGroup(nn.Module):
 class MomaFeedForward(nn.Module):
     """Feed-forward layer with one expert group per modality, and optionally an expert that all tokens share.
 
-    Args:
-        config (`MomaConfig`):
-            the model's.
-
     State dict:
         groups.{text,image,...}.   see [`MomaExpertGroup`]; one group named "all" when modalities share it
         shared_expert.             see [`MomaMLP`]; when configured
@@ -532,17 +475,7 @@ class MomaFeedForward(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, context: RoutingContext
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Send each token through its modality's group.
-
-        Args:
-            hidden_states (`torch.Tensor`):
-                `[B, T, D]`.
-            context (`RoutingContext`):
-                the routing of this forward.
-
-        Returns:
-            `tuple`: outputs `[B, T, D]`, and with `gate_after_norm` the sum of each token's gates `[B, T, 1]`.
-        """
+        """Send each token through its modality's group."""
         runs_all = context.runs_all_groups or self.runs_all_groups
         names = list(self.groups) if runs_all else context.split.used_groups
         if len(names) == 1 and context.split.is_whole:
@@ -773,15 +706,7 @@ class MomaPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """See `PreTrainedModel.get_correct_experts_implementation`; `"moma"` where none is asked for.
-
-        Args:
-            requested_experts (`str | None`):
-                name of an implementation.
-
-        Raises:
-            ValueError: there is no such implementation.
-        """
+        """See `PreTrainedModel.get_correct_experts_implementation`; `"moma"` where none is asked for."""
         if requested_experts is None:
             return DEFAULT_IMPLEMENTATION
         return super().get_correct_experts_implementation(requested_experts)

@@ -13,13 +13,6 @@ def tensor_parallel_plan(config: Any) -> dict[str, str]:
 
     Heads and inner widths are split. Routers and norms of the residual stream are replicated, so that every process of
     a tensor-parallel group, which share a batch, sends its tokens to the same experts.
-
-    Args:
-        config ([`MomaConfig`]):
-            the model's.
-
-    Returns:
-        `dict[str, str]`: styles of Transformers by name of a module or parameter.
     """
     norms = [f"{norm}{end}" for norm in ("attention_norm", "ffn_norm") for end in _modality_names(config, ".")]
     rules = {**_attention_rules(config), **dict.fromkeys(norms, "replicate")}
@@ -35,16 +28,7 @@ def tensor_parallel_plan(config: Any) -> dict[str, str]:
 
 
 def expert_parallel_plan(config: Any) -> dict[str, str] | None:
-    """Return rules that give each process some experts of every group; groups of one are tensor-parallel.
-
-    Args:
-        config ([`MomaConfig`]):
-            the model's; the size of an expert-parallel group has to divide the experts of each of its groups that has
-            more than one.
-
-    Returns:
-        `dict[str, str]`: styles of Transformers by name of a module or parameter; `None` without packed experts.
-    """
+    """Return rules that give each process some experts of every group; groups of one are tensor-parallel."""
     plan = {}
     for group in config.expert_groups:
         if config.group_num_experts(group) > 1:

@@ -19,10 +19,6 @@ def use_quantized_layers(model: nn.Module):
     the one that it starts with, and layers without a token run on a row of zeros, so that every rank touches every
     weight, and its adapter's. A second call changes nothing. [`MomaPreTrainedModel.from_pretrained`] calls this
     itself.
-
-    Args:
-        model (`nn.Module`):
-            a MoMa that torchao or bitsandbytes has quantised.
     """
     for module in model.modules():
         if not hasattr(type(module), "needs_rows"):

@@ -62,16 +62,7 @@ class Selection:
 
     @classmethod
     def from_topk(cls, token_EK: torch.Tensor, weight_EK: torch.Tensor, has_padding: bool = False) -> "Selection":
-        """Select the same number of tokens for every expert.
-
-        Args:
-            token_EK (`torch.LongTensor`):
-                the tokens of each expert, `[E, K]`.
-            weight_EK (`torch.Tensor`):
-                their gates, `[E, K]`.
-            has_padding (`bool`, *optional*, defaults to `False`):
-                see [`Selection`].
-        """
+        """Select the same number of tokens for every expert."""
         num_experts, num_taken = token_EK.shape
         expert_EK = torch.arange(num_experts, device=token_EK.device).unsqueeze(-1).expand(-1, num_taken)
         return cls(token_EK.flatten(), expert_EK, weight_EK.flatten(), (num_experts, num_taken), has_padding, True)
@@ -80,19 +71,7 @@ class Selection:
     def from_mask(
         cls, is_taken_NE: torch.Tensor, scores_NE: torch.Tensor, has_fixed_shapes: bool, may_sync: bool = True
     ) -> "Selection":
-        """Return the pairs that a mask names, weighed by their scores.
-
-        Args:
-            is_taken_NE (`torch.BoolTensor`):
-                True where the expert takes the token, `[N, E]`.
-            scores_NE (`torch.Tensor`):
-                `[N, E]`.
-            has_fixed_shapes (`bool`):
-                whether all pairs have to be there, with weights of 0 at the others.
-            may_sync (`bool`, *optional*, defaults to `True`):
-                whether the device may be asked for their number; else all pairs are there, those that are taken before
-                the others.
-        """
+        """Return the pairs that a mask names, weighed by their scores."""
         if has_fixed_shapes:
             token_EN = torch.arange(scores_NE.shape[0], device=scores_NE.device).expand(scores_NE.shape[1], -1)
             return cls.from_topk(token_EN, torch.where(is_taken_NE, scores_NE, 0.0).t(), has_padding=True)
@@ -122,18 +101,7 @@ class Selection:
         may_sync: bool = True,
         is_skipping_N: torch.Tensor | None = None,
     ) -> "Selection":
-        """Return a selection in which each token that no expert takes is added to the one that scores it highest.
-
-        Args:
-            scores_NE (`torch.Tensor`):
-                by which the pairs are weighed, `[N, E]`.
-            has_fixed_shapes (`bool`):
-                see [`Selection.from_mask`].
-            may_sync (`bool`, *optional*, defaults to `True`):
-                see [`Selection.from_mask`].
-            is_skipping_N (`torch.Tensor`, *optional*):
-                tokens that skip the layer, `[N]`, and so are not added.
-        """
+        """Return a selection in which each token that no expert takes is added to the one that scores it highest."""
         place_P = self.token_P * scores_NE.shape[1] + self.expert_P
         taken_P = self.weight_P > 0 if self.has_padding else torch.ones_like(place_P, dtype=torch.bool)
         nobody_NE = torch.zeros_like(scores_NE, dtype=torch.bool)
@@ -156,17 +124,7 @@ class Selection:
         return x_ND.index_select(0, self.token_P)
 
     def combine(self, y_PD: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Add the weighted outputs of each token's pairs.
-
-        Args:
-            y_PD (`torch.Tensor`):
-                `[P, D]`.
-            num_tokens (`int`):
-                `N`.
-
-        Returns:
-            `torch.Tensor`: sums `[N, D]`.
-        """
+        """Add the weighted outputs of each token's pairs."""
         if self.has_padding:
             # an expert without a token may overflow in half precision, and infinity times 0 is no number
             y_PD = y_PD.masked_fill(self.weight_P.unsqueeze(-1) <= 0, 0.0)
@@ -223,29 +181,13 @@ def exact_share(share: float, parts: int = 1) -> tuple[int, int]:
 
 
 def ceil_share(share: Iterable[Any], count: Count) -> Count:
-    """Return `ceil(share * count)`, for integers or for integer tensors.
-
-    Args:
-        share (`tuple`):
-            numerator and denominator.
-        count (`int` or `torch.LongTensor`):
-            of how many.
-    """
+    """Return `ceil(share * count)`, for integers or for integer tensors."""
     numerator, denominator = share
     return -(-numerator * count // denominator)
 
 
 def is_within_share(share: tuple[int, int], count: torch.Tensor, num_places: int) -> torch.Tensor:
-    """Return which of so many places are among the first `ceil(share * count)`, a bool tensor.
-
-    Args:
-        share (`tuple`):
-            numerator and denominator.
-        count (`torch.LongTensor`):
-            of how many, a scalar.
-        num_places (`int`):
-            at least as many as that.
-    """
+    """Return which of so many places are among the first `ceil(share * count)`, a bool tensor."""
     numerator, denominator = share
     # a place comes before the share's end if it does before the ceiling of it
     places = torch.arange(0, num_places * denominator, denominator, device=count.device)
@@ -259,17 +201,7 @@ _MARGIN = 2.0**-10
 
 
 def batch_thresholds(scores_CN: torch.Tensor, kth_C: torch.Tensor) -> torch.Tensor:
-    """Return the thresholds of one batch.
-
-    Args:
-        scores_CN (`torch.Tensor`):
-            between 0 and 1, in any order, `[C, N]` with at least one each.
-        kth_C (`torch.Tensor`):
-            the K-th best of each line, `[C]`.
-
-    Returns:
-        `torch.Tensor`: `[C]`, see [`thresholds_between`].
-    """
+    """Return the thresholds of one batch."""
     return thresholds_between(kth_C, lower_scores(scores_CN, kth_C.unsqueeze(-1)).amax(-1))
 
 
@@ -280,17 +212,7 @@ def lower_scores(scores: torch.Tensor, kth: torch.Tensor) -> torch.Tensor:
 
 
 def thresholds_between(kth_C: torch.Tensor, lower_C: torch.Tensor) -> torch.Tensor:
-    """Return midway between the K-th best scores and the next lower ones.
-
-    Args:
-        kth_C (`torch.Tensor`):
-            the K-th best scores, `[C]`.
-        lower_C (`torch.Tensor`):
-            the next lower ones, -1 where there is none, `[C]`.
-
-    Returns:
-        `torch.Tensor`: `[C]`; just below the K-th best where it is the lowest.
-    """
+    """Return midway between the K-th best scores and the next lower ones."""
     return torch.where(lower_C < 0, kth_C * (1 - _MARGIN), (kth_C + lower_C) / 2)
 
 
@@ -333,14 +255,6 @@ class MomaAuxiliaryRouter(Fp32Buffers):
     Thresholds are compared with fp32 probabilities, which are all 1 for logits above about 17: tokens that tie there
     are taken or left together.
 
-    Args:
-        config (`MomaConfig`):
-            gives the width `D`.
-        num_scores (`int`):
-            scores of a token.
-        num_thresholds (`int`):
-            thresholds, one for each expert or pool.
-
     State dict:
         up_proj.weight    [D // 2, D]       fp32
         down_proj.weight  [scores, D // 2]  fp32
@@ -366,16 +280,6 @@ class MomaRouterBase(Fp32Buffers):
 
     A score is the sigmoid of a projection, so it depends on its token alone. It is computed in fp32, whatever type the
     weights were given: bf16 sigmoids tie, and a tie changes who is chosen.
-
-    Args:
-        config (`MomaConfig`):
-            gives the width `D`, and whether there is an auxiliary router.
-        num_scores (`int`):
-            scores of a token.
-        num_thresholds (`int`):
-            thresholds, one for each expert or pool.
-        updates_shape (`tuple[int, ...]`, *optional*, defaults to `()`):
-            shape of `num_updates`.
     """
 
     # `None` in a model that has none
@@ -435,15 +339,7 @@ class MomaRouterBase(Fp32Buffers):
             return nn.functional.linear(hidden_states.float(), self.weight.float())
 
     def predicted_scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the probabilities of membership by the auxiliary router, `[..., D]` to `[..., scores]`.
-
-        Args:
-            hidden_states (`torch.Tensor`):
-                `[..., D]`.
-
-        Raises:
-            ValueError: the model has no auxiliary routers.
-        """
+        """Return the probabilities of membership by the auxiliary router, `[..., D]` to `[..., scores]`."""
         if self.auxiliary is None:
             raise InputError(
                 "`routing` or `depth_routing` = 'auxiliary' needs a model with config.auxiliary_routers=True; "
@@ -454,12 +350,6 @@ class MomaRouterBase(Fp32Buffers):
 
 class MomaRouter(MomaRouterBase):
     """Scores of a group's tokens for its experts (MoMa equation 1), and the choice between them.
-
-    Args:
-        config (`MomaConfig`):
-            the model's.
-        group (`str`):
-            name of the group, a modality or `"all"`.
 
     State dict:
         weight           [E, D]  fp32
@@ -505,17 +395,7 @@ class MomaRouter(MomaRouterBase):
         return self.config.cover_all_tokens
 
     def forward(self, x_ND: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, Selection]:
-        """Score the tokens and select.
-
-        Args:
-            x_ND (`torch.Tensor`):
-                the group's tokens, `[N, D]`, padding excluded: it must not compete.
-            context (`RoutingContext`):
-                the routing of this forward.
-
-        Returns:
-            `tuple`: router logits `[N, E]` in fp32, without noise, and the selection.
-        """
+        """Score the tokens and select."""
         logits_NE = self.logits(x_ND)
         noisy_NE = logits_NE
         rule = rule_of(context.routing)
@@ -619,12 +499,6 @@ def routing_rule(name: str, **properties: Any) -> Callable[[SelectionFunction], 
 
     The function is called with the [`MomaRouter`], its tokens `[N, D]`, their scores `[N, E]` and the context, and
     gives a [`Selection`]. Configuration, costs and calibration read the record.
-
-    Args:
-        name (`str`):
-            of the rule.
-        properties (`bool`):
-            what the rule is, see [`RoutingRule`]; `is_causal` and `may_train` have to be said.
     """
 
     def enter(function: SelectionFunction) -> SelectionFunction:
@@ -657,16 +531,6 @@ def threshold(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, c
     They part the expert's K best from the others, see [`batch_thresholds`].
 
     In the first `routing_warmup_steps` forwards of training an expert takes its K best tokens of the batch instead.
-
-    Args:
-        router (`MomaRouter`):
-            the group's router.
-        x_ND (`torch.Tensor`):
-            the group's tokens, `[N, D]`.
-        scores_NE (`torch.Tensor`):
-            their scores, `[N, E]`.
-        context (`RoutingContext`):
-            the routing of this forward.
     """
     is_taken_NE = scores_NE >= context.router_state(router).threshold
     if context.track and router.warmup_steps and not router.is_frozen:
@@ -723,12 +587,6 @@ def update_routers(context: RoutingContext, bias_update_rate: float):
 
     A process without tokens of a group does not count in that group's average, and neither does one with scores that
     are no numbers: the step that had them may be skipped, and a threshold would stay what it has become.
-
-    Args:
-        context (`RoutingContext`):
-            the routing of the forward, whose statistics are taken in.
-        bias_update_rate (`float`):
-            how far a balance bias moves in one step.
     """
     kinds: dict[Any, list[tuple[MomaRouterBase, RouterStatistics]]] = {}
     for router, statistics in context.statistics.items():

@@ -92,12 +92,6 @@ class ModalitySplit:
         """Put the groups' outputs `[N, ...]` back in place, `[B, T, ...]`; padding gets zeros.
 
         Groups without a token may be missing.
-
-        Args:
-            groups (`dict[str, torch.Tensor]`):
-                outputs of each group.
-            like_BTD (`torch.Tensor`):
-                gives shape and type of the result, `[B, T, D]`.
         """
         parts = [groups[name] for name in self.counts if name in groups]
         if self.order is None or self.inverse is None:
@@ -180,29 +174,7 @@ def split_modalities(
     masked_B: torch.Tensor | None = None,
     others: Sequence[torch.Tensor] = (),
 ) -> tuple[ModalitySplit, list[int]]:
-    """Assign every position to its expert group, with one device sync.
-
-    Args:
-        config (`MomaConfig`):
-            gives the groups and the size of the vocabulary.
-        modality_BT (`torch.LongTensor`):
-            modality of each position, `[B, T]`.
-        padding_BT (`torch.BoolTensor`, *optional*):
-            True where a position is padding, `[B, T]`.
-        input_ids (`torch.LongTensor`, *optional*):
-            checked against the vocabulary in the same device sync.
-        masked_B (`torch.BoolTensor`, *optional*):
-            True where a whole row is padding, cached positions included, `[B]`.
-        others (`Sequence[torch.Tensor]`, *optional*, defaults to `()`):
-            numbers that are read in the same device sync.
-
-    Returns:
-        `tuple`: the split, and what `others` are.
-
-    Raises:
-        IndexError: an id lies outside the vocabulary.
-        ValueError: a modality index is not one of `config.modalities`, or a row is all padding.
-    """
+    """Assign every position to its expert group, with one device sync."""
     groups = list(config.expert_groups)
     group_BT = position_groups(config, modality_BT, padding_BT)
     checked = modality_BT if input_ids is None else input_ids
@@ -276,19 +248,7 @@ class RouterState(NamedTuple):
 
 
 class RouterStatistics(NamedTuple):
-    """What one router saw in one forward, for each of its `C` thresholds.
-
-    Attributes:
-        kth_C (`torch.Tensor`):
-            the K-th best scores.
-        lower_C (`torch.Tensor`):
-            the next lower ones, see `thresholds_between`; equal to `kth_C` where those are thresholds already.
-        load_deficit_C (`torch.Tensor`, *optional*):
-            by how much the load lags behind its target, as a share of the tokens; `None` where no bias moves. Of each
-            modality `[M, C]` where each has its own bias.
-        count_C (`torch.Tensor`, *optional*):
-            1, or 0 where this process had no token to judge by; `None` stands for ones.
-    """
+    """What one router saw in one forward, for each of its `C` thresholds."""
 
     kth_C: torch.Tensor
     lower_C: torch.Tensor
@@ -301,51 +261,6 @@ class RoutingContext:
 
     Not a dataclass: FSDP rebuilds the dataclasses, dicts and lists among a layer's arguments when it casts them, and
     what routers leave in such a copy is lost. Objects of other classes go through as they are.
-
-    Args:
-        routing (`str`):
-            a name of `RULES`, for experts.
-        split (`ModalitySplit` or `FixedSplit`):
-            positions of each group.
-        track (`bool`):
-            whether routers record statistics (in training steps, which have gradients).
-        depth_routing (`str`, *optional*):
-            a name of `RULES`, for depth layers.
-        modality_BT (`torch.LongTensor`, *optional*):
-            modality of each position, `[B, T]`.
-        padding_BT (`torch.BoolTensor`, *optional*):
-            True where a position is padding, `[B, T]`.
-        document_BT (`torch.LongTensor`, *optional*):
-            document of each position in packed rows, `[B, T]`.
-        custom_mask_BHQS (`torch.Tensor`, *optional*):
-            the caller's own attention mask, as it came.
-        lengths (`FlashAttentionKwargs`, *optional*):
-            where documents of packed rows lie, for flash attention, see `packed_lengths`.
-        runs_all_groups (`bool`, *optional*, defaults to `True`):
-            whether groups without a token run, too: their weights take part in every training step and wherever
-            processes wait for one another, and where routers are recorded each has its entry.
-        pairs (`PairForm`, *optional*, defaults to `PairForm.COUNTED`):
-            in what form a selection has its pairs.
-        takes_hints (`bool`, *optional*, defaults to `False`):
-            whether the experts implementation makes use of what a selection knows of its pairs.
-        is_recorded (`bool`, *optional*, defaults to `False`):
-            whether router logits or attentions are asked for: a layer has an entry also where it chooses no token.
-        masks_depth (`bool`, *optional*, defaults to `False`):
-            whether depth layers run all tokens and mask those that they have not chosen, in place of a device sync for
-            their number. With a cache they do so for one token alone.
-        skipping_BT (`torch.BoolTensor`, *optional*):
-            inside a depth layer that does so, the tokens that skip it and compete for no expert, `[B, T]`.
-
-    Attributes:
-        statistics (`dict`):
-            [`RouterStatistics`] of this batch alone, by router. Recomputation under activation checkpointing writes
-            the same entry again, so a step counts once.
-        state (`dict`):
-            [`RouterState`] of the routers that have moved since, by router.
-        noise (`dict`):
-            the noise that each router drew, before it is scaled.
-        hidden (`tuple`, *optional*):
-            for depth layers with a cache: the mask `[B, S + T]`, and the number of its zeros, cached ones and all.
     """
 
     _tensors = ("modality_BT", "padding_BT", "document_BT", "custom_mask_BHQS")
@@ -410,12 +325,6 @@ class RoutingContext:
         """Return the same context for layers on another device, which Accelerate's hooks ask for.
 
         What routers leave behind lies in this one.
-
-        Args:
-            device (`torch.device`, `int` or `str`):
-                of the layer.
-            non_blocking (`bool`, *optional*, defaults to `False`):
-                as in `torch.Tensor.to`.
         """
         device = torch.device(device)
         if device == self.split.group_BT.device:
@@ -437,14 +346,7 @@ class RoutingContext:
         return modality_N1.squeeze(-1)
 
     def with_split(self, split: ModalitySplit, modality_BT: torch.Tensor | None = None) -> "RoutingContext":
-        """Return the same context for a part of the tokens; what routers leave behind lies in this one.
-
-        Args:
-            split (`ModalitySplit`):
-                of the part.
-            modality_BT (`torch.LongTensor`, *optional*):
-                modality of each of its positions, where routers ask for it.
-        """
+        """Return the same context for a part of the tokens; what routers leave behind lies in this one."""
         return self._view(split=split, modality_BT=modality_BT)
 
     def with_skipping(self, skipping_BT: torch.Tensor) -> "RoutingContext":
@@ -471,16 +373,7 @@ class RoutingContext:
     def run_by_group(
         self, x_BTD: torch.Tensor, run: Callable[[str, torch.Tensor], torch.Tensor], needs_rows: bool = False
     ) -> torch.Tensor:
-        """Return what is made of each group's tokens, back in place, `[B, T, ...]`.
-
-        Args:
-            x_BTD (`torch.Tensor`):
-                `[B, T, D]`.
-            run (`Callable`):
-                makes `[N, ...]` of a group's name and its tokens, `[N, D]`.
-            needs_rows (`bool`, *optional*, defaults to `False`):
-                whether it needs a token at least.
-        """
+        """Return what is made of each group's tokens, back in place, `[B, T, ...]`."""
         tokens, used = self.split.split(x_BTD), self.split.used_groups
         outputs: dict[str, torch.Tensor] = {}
         # a chunk of padding alone has no tokens in any group
@@ -505,10 +398,6 @@ class RoutingContext:
 
         Recomputation under activation checkpointing comes after `update_routers`, which has kept what they were, and
         has to select the same tokens again.
-
-        Args:
-            router (`Any`):
-                whose buffers are asked for.
         """
         return self.state.get(router, router)
 
@@ -519,14 +408,7 @@ class RoutingContext:
         return self.noise[router]
 
     def record(self, router: Any, statistics: RouterStatistics):
-        """Keep what `update_routers` needs of one router's step.
-
-        Args:
-            router ([`MomaRouterBase`]):
-                whose.
-            statistics ([`RouterStatistics`]):
-                of its batch.
-        """
+        """Keep what `update_routers` needs of one router's step."""
         self.statistics[router] = statistics
 
 
@@ -546,45 +428,7 @@ def routing_of_batch(
     takes_hints: bool = False,
     given: Mapping[str, Any] = MappingProxyType({}),
 ) -> RoutingContext:
-    """Describe the routing of one forward to all its layers, and raise where something cannot be routed.
-
-    Args:
-        config (`MomaConfig`):
-            the model's.
-        input_ids (`torch.LongTensor`, *optional*):
-            `[B, T]`; this or `inputs_embeds`.
-        inputs_embeds (`torch.Tensor`, *optional*):
-            `[B, T, D]`.
-        attention_mask (`torch.Tensor`, *optional*):
-            0 at padding, `[B, S]`, or the caller's own `[B, 1 or H, Q, S]`.
-        position_ids (`torch.LongTensor`, *optional*):
-            `[B, T]`.
-        mm_token_type_ids (`torch.LongTensor`, *optional*):
-            modality of each position of `inputs_embeds`, `[B, T]`.
-        cache (`Cache`, *optional*):
-            the caller's. With it, this may be a chunk of a longer prompt that lies in a row's padding; without it, a
-            row without a token is an error.
-        is_training (`bool`):
-            whether the model is in `train()` mode.
-        routing (`str`, *optional*):
-            the caller's rule for experts.
-        depth_routing (`str`, *optional*):
-            the caller's rule for depth layers.
-        is_recorded (`bool`, *optional*, defaults to `False`):
-            whether each router's logits are asked for.
-        pairs (`PairForm`, *optional*, defaults to `PairForm.COUNTED`):
-            in what form selections have their pairs.
-        takes_hints (`bool`, *optional*, defaults to `False`):
-            whether the experts implementation takes hints.
-        given (`Mapping`, *optional*):
-            the caller's further arguments, with lengths of documents or without.
-
-    Raises:
-        IndexError: an id lies outside the vocabulary.
-        TypeError: depth layers cannot pack this attention mask.
-        ValueError: there is no such rule, documents of packed rows would see one another, or the batch is empty, too
-            long, or does not fit its mask or modalities.
-    """
+    """Describe the routing of one forward to all its layers, and raise where something cannot be routed."""
     routing, depth_routing = _resolve_rules(config, is_training, routing, depth_routing)
     # the caller gives `input_ids` or `inputs_embeds`
     inputs: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore[reportAssignmentType]
@@ -648,19 +492,7 @@ def routing_of_batch(
 
 
 def check_inputs(input_ids: Any, inputs_embeds: Any, position_ids: torch.Tensor | None = None):
-    """Raise at what is neither ids nor embeddings, and at positions of another number of tokens.
-
-    Args:
-        input_ids (`torch.LongTensor`, *optional*):
-            `[B, T]`; this or `inputs_embeds`.
-        inputs_embeds (`torch.Tensor`, *optional*):
-            `[B, T, D]`.
-        position_ids (`torch.LongTensor`, *optional*):
-            `[B, T]` or `[1, T]`.
-
-    Raises:
-        ValueError: both are given or neither, or what is given is no tensor, or one of another shape or dtype.
-    """
+    """Raise at what is neither ids nor embeddings, and at positions of another number of tokens."""
     if (input_ids is None) == (inputs_embeds is None):
         raise InputError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
     name, given, axes = "input_ids", input_ids, ("batch_size", "sequence_length")
@@ -692,21 +524,7 @@ def seen_positions(cache: Cache | None) -> int | torch.Tensor:
 def check_length(
     config: MomaConfig, length: int, past_length: int | torch.Tensor, position_ids: torch.Tensor | None = None
 ):
-    """Raise at positions that an unscaled model has never seen.
-
-    Args:
-        config (`MomaConfig`):
-            gives the limit.
-        length (`int`):
-            positions `T` of the batch.
-        past_length (`int`):
-            positions before them.
-        position_ids (`torch.LongTensor`, *optional*):
-            `[B, T]`.
-
-    Raises:
-        ValueError: the sequence is too long.
-    """
+    """Raise at positions that an unscaled model has never seen."""
     limit = config.max_position_embeddings
     # scaled rotary embeddings are made to go beyond
     is_long = config.rope_parameters["rope_type"] == "default" and past_length + length > limit
@@ -719,20 +537,7 @@ def check_length(
 
 
 def check_exportable(config: MomaConfig, routing: str, is_training: bool):
-    """Raise at what no program of `torch.export` can hold.
-
-    Args:
-        config (`MomaConfig`):
-            the model's.
-        routing (`str`):
-            the rule for experts.
-        is_training (`bool`):
-            whether the model is in `train()` mode.
-
-    Raises:
-        ValueError: there are depth layers, rotary frequencies or the rule depend on the whole batch, or the model
-            trains.
-    """
+    """Raise at what no program of `torch.export` can hold."""
     if config.depth_layers:
         raise InputError(
             f"`depth_layers` is {list(config.depth_layers)}: a model with depth layers cannot be exported, since the "
@@ -952,14 +757,6 @@ def columns_of_batch(attention_mask: Any, cache: Cache | None, num_positions: in
     """Return the columns of a padding mask that stand for a batch's own positions.
 
     Before them stand those that a cache holds, and behind them, in the mask of a static cache, perhaps later ones.
-
-    Args:
-        attention_mask (`torch.Tensor`, *optional*):
-            `[B, S]`; what has another form is returned as it is.
-        cache (`Cache`, *optional*):
-            after the forward.
-        num_positions (`int`):
-            `T`.
     """
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return attention_mask

@@ -30,14 +30,7 @@ _EXTRA = 'pip install "modeling-moma[audio]"'
 
 
 class SoundError(InputError):
-    """A sound that cannot be read.
-
-    Args:
-        reason (`str`):
-            of a few fixed ones.
-        detail (`str`):
-            what is wrong with this one.
-    """
+    """A sound that cannot be read."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")

@@ -13,17 +13,7 @@ from .trunk_moma_vq import TRUNK_WIDTH, MomaVQTrunk
 
 
 def make_norm(config: MomaVQConfig, channels: int) -> nn.Module:
-    """Build the normalisation that `config.norm_type` names.
-
-    Args:
-        config ([`MomaVQConfig`]):
-            Its `norm_type` is read.
-        channels (`int`):
-            Channels of the feature map.
-
-    Returns:
-        `nn.Module`: group normalisation, or the identity for `"none"`.
-    """
+    """Build the normalisation that `config.norm_type` names."""
     # CODEPATH: Chameleon and taming-transformers; the small configuration of moma-emoji has no norms
     if config.norm_type == "group":
         return nn.GroupNorm(num_groups=GROUP_NORM_GROUPS, num_channels=channels, eps=1e-6)
@@ -103,20 +93,7 @@ class MomaVQUpsample(nn.Module):
 
 
 class MomaVQLevel(GradientCheckpointingLayer):
-    """Residual blocks, each followed by attention where the configuration asks for it; then `resize`.
-
-    Args:
-        config ([`MomaVQConfig`]):
-            Decides on normalisation and attention.
-        in_channels (`int`):
-            Channels of the input.
-        out_channels (`int`):
-            Channels of every block's output.
-        num_blocks (`int`):
-            Number of residual blocks.
-        side (`int`):
-            Side of the feature map in pixels, at which `config.attn_resolutions` is looked up.
-    """
+    """Residual blocks, each followed by attention where the configuration asks for it; then `resize`."""
 
     def __init__(self, config: MomaVQConfig, in_channels: int, out_channels: int, num_blocks: int, side: int):
         super().__init__()

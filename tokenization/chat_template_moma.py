@@ -5,15 +5,7 @@ from collections.abc import Sequence
 
 
 def message_text(modalities: Sequence[str] = ("image",)) -> str:
-    """Return Jinja for the body of a loop over messages: it sets `turn.text`, with a placeholder for each item.
-
-    Args:
-        modalities (`Sequence[str]`, *optional*, defaults to `("image",)`):
-            types that a part of a message may have beside `text`.
-
-    Returns:
-        `str`: the template.
-    """
+    """Return Jinja for the body of a loop over messages: it sets `turn.text`, with a placeholder for each item."""
     placeholders = "".join(
         f"{{% {'elif' if place else 'if'} part['type'] == '{name}' %}}{{% set turn.text = turn.text + '<{name}>' %}}"
         for place, name in enumerate(modalities)
@@ -37,13 +29,6 @@ def default_chat_template(modalities: Sequence[str] = ("image",)) -> str:
     """Return the template of a processor that is given none: turns of `role`, newline, content, `<eos>`.
 
     Turns end with `<eos>` and headers with a newline, so that no BPE token crosses the edge of a turn.
-
-    Args:
-        modalities (`Sequence[str]`, *optional*, defaults to `("image",)`):
-            types that a part of a message may have beside `text`.
-
-    Returns:
-        `str`: the template.
     """
     return (
         "{{ bos_token | default('', true) }}"
@@ -79,13 +64,6 @@ def with_image_parts(template: str) -> str:
     """Make a text model's chat template take messages of parts: texts are joined, an image becomes `<image>`.
 
     Messages that are strings are rendered as before.
-
-    Args:
-        template (`str`):
-            Jinja, as Transformers renders it.
-
-    Returns:
-        `str`: the new template; the same one where this function has made it already.
     """
     return template if template.startswith(_PARTS_TO_TEXT) else _PARTS_TO_TEXT + template
 

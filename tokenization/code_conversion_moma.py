@@ -233,31 +233,11 @@ class CodeConversionMixin(ProcessorMixin):
         return self._frame(modality).ids(as_list(codes))
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """Return the text that takes the place of one placeholder.
-
-        Args:
-            image_inputs (`dict`):
-                Holds `image_codes`, a list of codes for each image.
-            image_idx (`int`):
-                Position of the image in it.
-            kwargs (`Any`):
-                Not used.
-
-        Returns:
-            `str`: begin, codes and end of the image.
-        """
+        """Return the text that takes the place of one placeholder."""
         return self.frames[IMAGE].text(image_inputs["image_codes"][image_idx])
 
     def create_mm_token_type_ids(self, input_ids: list) -> list[list[int]]:
-        """Return for each code the place of its modality in `MomaConfig.modalities`, and 0 for text.
-
-        Args:
-            input_ids (`list[list[int]]` or `torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                Token ids.
-
-        Returns:
-            `list[list[int]]`: numbers of the same shape.
-        """
+        """Return for each code the place of its modality in `MomaConfig.modalities`, and 0 for text."""
         types = {token: place for place, frame in enumerate(self.frames.values(), 1) for token in range(*frame.bounds)}
         return [[types.get(token, 0) for token in as_list(row)] for row in input_ids]
 
@@ -417,15 +397,7 @@ class CodeConversionMixin(ProcessorMixin):
 
 
 def as_list(values: Any) -> list[int]:
-    """Return a list of numbers.
-
-    Args:
-        values (`torch.Tensor`, `np.ndarray` or `Sequence[int]`):
-            The numbers.
-
-    Returns:
-        `list[int]`: the same numbers.
-    """
+    """Return a list of numbers."""
     return values.tolist() if hasattr(values, "tolist") else list(values)
 
 

@@ -47,41 +47,18 @@ class ModalityCodec(Protocol):
     length: int | None
 
     def encode(self, items: list) -> list[list[int]]:
-        """Turn items into codes.
-
-        Args:
-            items (`list`):
-                Whatever the codec takes: arrays, paths.
-
-        Returns:
-            `list[list[int]]`: for each item its codes in `[0, num_codes)`, at least one.
-        """
+        """Turn items into codes."""
         ...
 
     def decode(self, codes: list[int]) -> Any:
-        """Turn the codes of one item into that item.
-
-        Args:
-            codes (`list[int]`):
-                Codes in `[0, num_codes)`.
-        """
+        """Turn the codes of one item into that item."""
 
     def save_pretrained(self, folder: str):
-        """Write the codec into a folder of its own: files, and no folders.
-
-        Args:
-            folder (`str`):
-                The folder, which exists.
-        """
+        """Write the codec into a folder of its own: files, and no folders."""
 
     @classmethod
     def from_pretrained(cls, folder: str) -> "ModalityCodec":
-        """Read what `save_pretrained` has written.
-
-        Args:
-            folder (`str`):
-                The folder.
-        """
+        """Read what `save_pretrained` has written."""
         ...
 
 
@@ -112,18 +89,7 @@ def register_codec(name: str) -> Callable[[_Codec], _Codec]:
 
 
 def check_codec(modality: str, codec: Any):
-    """Check the name and the members of a codec.
-
-    Args:
-        modality (`str`):
-            Name of the modality.
-        codec ([`ModalityCodec`]):
-            The codec.
-
-    Raises:
-        ValueError: the name is no plain name, or the processor's call uses it already.
-        TypeError: the codec lacks attributes or methods of [`ModalityCodec`].
-    """
+    """Check the name and the members of a codec."""
     check_modality(modality)
     if modality in _RESERVED_NAMES:
         raise InputError(
@@ -140,15 +106,7 @@ def codec_types(codecs: dict[str, ModalityCodec]) -> dict[str, str | None]:
 
 
 def check_registered(codecs: dict[str, ModalityCodec]):
-    """Check that a saved processor could find its codecs.
-
-    Args:
-        codecs (`dict[str, ModalityCodec]`):
-            By modality.
-
-    Raises:
-        ValueError: a codec is not registered.
-    """
+    """Check that a saved processor could find its codecs."""
     for modality, name in codec_types(codecs).items():
         if name is None:
             raise InputError(
@@ -158,17 +116,7 @@ def check_registered(codecs: dict[str, ModalityCodec]):
 
 
 def save_codecs(codecs: dict[str, ModalityCodec], folder: "str | os.PathLike"):
-    """Write each codec into the subfolder `{modality}_codec`.
-
-    Args:
-        codecs (`dict[str, ModalityCodec]`):
-            By modality.
-        folder (`str` or `os.PathLike`):
-            Folder of the processor.
-
-    Raises:
-        ValueError: a codec is not registered, so a saved processor could not find it.
-    """
+    """Write each codec into the subfolder `{modality}_codec`."""
     check_registered(codecs)
     for modality, codec in codecs.items():
         target = os.path.join(folder, SUBFOLDER.format(modality))
@@ -177,24 +125,7 @@ def save_codecs(codecs: dict[str, ModalityCodec], folder: "str | os.PathLike"):
 
 
 def load_codecs(types: dict[str, str], repository: str | os.PathLike, subfolder: str = "", **hub_kwargs: Any) -> dict:
-    """Read the codecs of a saved processor.
-
-    Args:
-        types (`dict[str, str]`):
-            Name of the codec of each modality.
-        repository (`str` or `os.PathLike`):
-            Folder or Hub name of the processor.
-        subfolder (`str`, *optional*, defaults to `""`):
-            Subfolder of the processor in it.
-        hub_kwargs (`Any`):
-            Arguments of downloads, such as `revision`.
-
-    Returns:
-        `dict[str, ModalityCodec]`: by modality.
-
-    Raises:
-        ValueError: a name is not registered.
-    """
+    """Read the codecs of a saved processor."""
     for modality, name in types.items():
         check_modality(modality)
         if name not in CODECS:

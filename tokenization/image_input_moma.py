@@ -53,18 +53,6 @@ def open_image(source: str) -> Image.Image:
 
     Unlike `transformers.image_utils.load_image` the mode of the file is kept, so that transparency and 16-bit values
     reach the image processor.
-
-    Args:
-        source (`str`):
-            Path, address or base64 string of the image.
-
-    Returns:
-        `PIL.Image.Image`: the image, not decoded yet. No file stays open.
-
-    Raises:
-        ValueError: `source` is none of the four, an address is malformed or its server breaks off, or the content is
-            not an image, a JPEG of more than 100 scans, or a TIFF that lists more than 262,144 numbers.
-        OSError: the address or the file cannot be read.
     """
     is_file = os.path.isfile(source)
     is_address = not is_file and source.startswith(("http://", "https://"))
@@ -132,18 +120,7 @@ def holds_items(value: Any) -> bool:
 
 
 def iter_image_sources(images: Any) -> Iterator:
-    """Yield the images of a nested list one by one, without opening any.
-
-    Args:
-        images (`str`, `os.PathLike`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a nested sequence of these):
-            Arrays of four dimensions hold several images.
-
-    Yields:
-        `str`, `os.PathLike`, `PIL.Image.Image`, `np.ndarray` or `torch.Tensor`: one image, or where to find it.
-
-    Raises:
-        TypeError: an entry is none of these.
-    """
+    """Yield the images of a nested list one by one, without opening any."""
     if isinstance(images, (str, os.PathLike)) or is_pil_image(images):
         yield images
     elif holds_items(images):
@@ -167,19 +144,6 @@ def clean_pil_image(image: Image.Image, is_own: bool = False) -> Image.Image:
     An image of more than 33 million pixels becomes smaller, so that it does not take gigabytes of memory: a JPEG that
     nobody else holds is decoded to a half, a quarter or an eighth of its sides, of others squares of pixels are
     averaged. Neither side gets shorter than 2,048 pixels by that.
-
-    Args:
-        image (`PIL.Image.Image`):
-            An image of any mode. Modes `I` and `I;16*` are read as 16-bit greyscale, 0 to 65535.
-        is_own (`bool`, *optional*, defaults to `False`):
-            Whether the image was opened here, so that it may itself become smaller. A caller's keeps its size.
-
-    Returns:
-        `PIL.Image.Image`: the image, in an 8-bit mode.
-
-    Raises:
-        ValueError: the file is truncated or damaged, the image is empty, or its values have no known range
-            (mode `F`, or mode `I` outside 0 to 65535).
     """
     try:
         if is_own:
@@ -201,22 +165,7 @@ def clean_pil_image(image: Image.Image, is_own: bool = False) -> Image.Image:
 
 
 def clean_array_image(image: "np.ndarray | torch.Tensor", do_rescale: bool | None) -> "np.ndarray | torch.Tensor":
-    """Bring an image given as an array to 8-bit integers, or to 32-bit floats where no rescaling follows.
-
-    Args:
-        image (`np.ndarray` or `torch.Tensor`):
-            Booleans, 8-bit integers, unsigned 16-bit integers (scaled to 8 bits), other integers from 0 to 255, or
-            floating point numbers of any width: from 0 to 255 with `do_rescale`, rounded.
-        do_rescale (`bool`, *optional*):
-            Whether the image processor divides by 255 afterwards, which makes floats from 0 to 1 nearly black.
-
-    Returns:
-        `np.ndarray` or `torch.Tensor`: the image, of the same shape.
-
-    Raises:
-        ValueError: the image is empty, or holds NaN, infinity, complex numbers or objects, or values outside 0 to 255
-            where a division by 255 follows.
-    """
+    """Bring an image given as an array to 8-bit integers, or to 32-bit floats where no rescaling follows."""
     if 0 in image.shape:
         raise InputError(f"images: got an empty image of shape {tuple(image.shape)}.")
     if isinstance(image, torch.Tensor):
@@ -277,17 +226,7 @@ class MomaImageInputMixin(_Backend):
 
     @classmethod
     def for_resolution(cls, resolution: int | tuple[int, int], **kwargs) -> Self:
-        """Build an image processor for a VQ model of a resolution.
-
-        Args:
-            resolution (`int` or `tuple[int, int]`):
-                `vq_model.config.resolution`, or height and width, in pixels.
-            kwargs (`Any`):
-                Further fields.
-
-        Returns:
-            The image processor.
-        """
+        """Build an image processor for a VQ model of a resolution."""
         height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
         crop = {"height": height, "width": width}
         return cls(size={"shortest_edge": min(height, width)}, crop_size=crop, **kwargs)
@@ -337,30 +276,6 @@ class MomaImageInputMixin(_Backend):
         It is brought to 8 bits, transparency composited on white. Of a side much longer than the other the far ends,
         which the centre crop drops, are left out before resizing; for a crop that is no square, all that lies outside
         of the largest box of its shape.
-
-        Args:
-            image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`):
-                The image.
-            do_rescale (`bool`, *optional*):
-                Whether the values are divided by 255 afterwards.
-            do_resize (`bool`, *optional*):
-                Whether the image is resized afterwards.
-            size (`SizeDict`, *optional*):
-                Size after resizing, in pixels.
-            do_center_crop (`bool`, *optional*):
-                Whether the centre is cropped afterwards.
-            crop_size (`SizeDict`, *optional*):
-                Height and width after cropping, in pixels.
-            do_pad (`bool`, *optional*):
-                Whether an image that is resized is padded afterwards, and stays whole.
-            kwargs (`Any`):
-                Further arguments of the backend.
-
-        Returns:
-            `np.ndarray` or `torch.Tensor` of shape `(channels, height, width)`: the backend's kind of array.
-
-        Raises:
-            ValueError: the image is damaged or empty, or its values have no known range.
         """
         cropped = size if do_resize and do_center_crop and not do_pad else None
         fills = cropped is not None and _fills(cropped, crop_size)
@@ -424,17 +339,6 @@ class MomaImageInputMixin(_Backend):
         """Resize as the backend does, floating point values quantised to 256 steps of their range.
 
         The range is at least [0, 1]. Without it filters overshoot, and PIL guesses the range.
-
-        Args:
-            image (`np.ndarray` or `torch.Tensor` of shape `(..., channels, height, width)`):
-                One image, or a batch of images of one size.
-            size (`SizeDict`):
-                Size after resizing, in pixels.
-            kwargs (`Any`):
-                Further arguments of the backend.
-
-        Returns:
-            `np.ndarray` or `torch.Tensor`: the resized images, of the same kind and type.
         """
         is_array = isinstance(image, np.ndarray)
         values: torch.Tensor = torch.from_numpy(image) if is_array else image

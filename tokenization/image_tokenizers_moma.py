@@ -76,16 +76,6 @@ class LibraryImageTokenizer(nn.Module):
     """An image tokenizer of Transformers as a [`MomaProcessor`] uses it.
 
     Codes and pixels are those of the library's class, which stays as it is in `model`.
-
-    Args:
-        model (`PreTrainedModel`):
-            a `JanusVQVAE` (that of LlamaGen) or an `Emu3VQVAE`.
-        image_size (`tuple[int, int]`):
-            height and width of all images, in pixels: multiples of the pixels of a code.
-
-    Raises:
-        TypeError: the model is of another class.
-        ValueError: the size is no multiple.
     """
 
     def __init__(self, model: PreTrainedModel, image_size: tuple[int, int]):
@@ -118,18 +108,7 @@ class LibraryImageTokenizer(nn.Module):
 
     @torch.no_grad()
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Encode images as codes.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`):
-                Images in [-1, 1], of `image_size`.
-
-        Returns:
-            `torch.LongTensor` of shape `(batch_size, rows * columns)`: codes in raster order.
-
-        Raises:
-            ValueError: the images have another size.
-        """
+        """Encode images as codes."""
         if tuple(pixel_values.shape[-2:]) != self.image_size or pixel_values.ndim != 4:
             raise InputError(
                 f"pixel_values must have shape (batch_size, 3, {self.image_size[0]}, {self.image_size[1]}), got "
@@ -174,15 +153,7 @@ class LibraryImageTokenizer(nn.Module):
 
 
 def library_class(model: Any) -> LibraryClass:
-    """Return what is known of a model's class.
-
-    Args:
-        model (`Any`):
-            what was given as an image tokenizer.
-
-    Raises:
-        TypeError: it is none; the message says what may be meant.
-    """
+    """Return what is known of a model's class."""
     config = getattr(model, "config", None)
     kind = LIBRARY_CLASSES.get(getattr(config, "model_type", ""))
     if kind is not None and hasattr(model, "quantize"):
@@ -204,27 +175,14 @@ def why_no_image_tokenizer(model_type: str | None) -> str:
 
 
 def pixels_per_code(config: Any) -> int:
-    """Return the side of the square of pixels that one code stands for.
-
-    Args:
-        config (`PreTrainedConfig`):
-            of an image tokenizer.
-    """
+    """Return the side of the square of pixels that one code stands for."""
     if config.model_type not in LIBRARY_CLASSES:
         return config.downsample_factor
     return 2 ** (len(config.channel_multiplier) - 1)
 
 
 def own_image_size(config: Any) -> tuple[int, int] | None:
-    """Return the size of image that an image tokenizer is made for, height and width in pixels.
-
-    Args:
-        config (`PreTrainedConfig`):
-            of an image tokenizer.
-
-    Returns:
-        `tuple[int, int]`, *optional*: `None` where it takes any, as Emu3's does.
-    """
+    """Return the size of image that an image tokenizer is made for, height and width in pixels."""
     side = getattr(config, "resolution", None)
     if side is None and hasattr(config, "num_patches"):
         side = config.num_patches * pixels_per_code(config)
@@ -246,21 +204,6 @@ def load_image_tokenizer(place: str | os.PathLike, subfolder: str = "", **kwargs
     """Load an image tokenizer of any known class; its `config.json` says which.
 
     A folder or repository of a whole Janus or Emu3 is read for its image tokenizer alone.
-
-    Args:
-        place (`str` or `os.PathLike`):
-            folder, or name on the Hub.
-        subfolder (`str`, *optional*, defaults to `""`):
-            in which it lies there.
-        kwargs (`Any`):
-            further arguments of `from_pretrained`.
-
-    Returns:
-        [`MomaVQModel`], `JanusVQVAE` or `Emu3VQVAE`: in evaluation mode.
-
-    Raises:
-        TypeError: `config.json` is that of something else.
-        ValueError: weights of the image tokenizer are missing.
     """
     hub_kwargs = {name: value for name, value in kwargs.items() if name != "dtype"}
     settings = PreTrainedConfig.get_config_dict(place, subfolder=subfolder, **hub_kwargs)[0]

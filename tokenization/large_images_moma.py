@@ -32,26 +32,13 @@ _AVERAGED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 def shrink_factor(size: tuple[int, int]) -> int:
-    """Return the factor by which the sides of an image are divided, 1 for most images.
-
-    Args:
-        size (`tuple[int, int]`):
-            Width and height in pixels.
-
-    Returns:
-        `int`: 1 or more.
-    """
+    """Return the factor by which the sides of an image are divided, 1 for most images."""
     wanted = math.ceil(math.sqrt(size[0] * size[1] / MOST_PIXELS))
     return max(1, min(wanted, min(size) // LEAST_SIDE))
 
 
 def load_reduced(image: Image.Image) -> None:
-    """Decode an image in place; a large JPEG to a half, a quarter or an eighth of its sides.
-
-    Args:
-        image (`PIL.Image.Image`):
-            An image that may not be decoded yet.
-    """
+    """Decode an image in place; a large JPEG to a half, a quarter or an eighth of its sides."""
     factor = shrink_factor(image.size)
     if factor > 1:
         # only JPEG is decoded at a smaller size, other formats ignore it
@@ -60,15 +47,7 @@ def load_reduced(image: Image.Image) -> None:
 
 
 def jpeg_scans(content: bytes) -> int:
-    """Count the scans of a JPEG, each of which a decoder passes over the whole image for.
-
-    Args:
-        content (`bytes`):
-            The file; what follows the end of its first image is not read.
-
-    Returns:
-        `int`: 1 for most images, some 10 for a progressive one; 0 where this is no JPEG.
-    """
+    """Count the scans of a JPEG, each of which a decoder passes over the whole image for."""
     if not content.startswith(b"\xff\xd8"):
         return 0
     scans, position = 0, 0
@@ -80,15 +59,7 @@ def jpeg_scans(content: bytes) -> int:
 
 
 def tiff_listed(content: bytes) -> int:
-    """Count the numbers in the lists of a TIFF's first directory, such as the places of its strips.
-
-    Args:
-        content (`bytes`):
-            The file; also one in the 64-bit form, BigTIFF.
-
-    Returns:
-        `int`: two for every strip, and some ten; 0 where this is no TIFF.
-    """
+    """Count the numbers in the lists of a TIFF's first directory, such as the places of its strips."""
     order = _TIFF_ORDERS.get(content[:2])
     if order is None or not {42, 43} & set(content[2:4]):
         return 0
@@ -108,17 +79,7 @@ def tiff_listed(content: bytes) -> int:
 
 
 def refuse_costly_files(content: bytes, name: str) -> None:
-    """Raise for a JPEG that would take minutes to decode, and for a TIFF that would take seconds to open.
-
-    Args:
-        content (`bytes`):
-            The file, of any kind.
-        name (`str`):
-            What the error calls it.
-
-    Raises:
-        ValueError: a JPEG has more than `MOST_SCANS` scans, a TIFF more than `MOST_LISTED` numbers in its lists.
-    """
+    """Raise for a JPEG that would take minutes to decode, and for a TIFF that would take seconds to open."""
     if (scans := jpeg_scans(content)) > MOST_SCANS:
         raise InputError(f"images: {name} has {scans} scans, more than {MOST_SCANS}: save the JPEG anew.")
     if (listed := tiff_listed(content)) > MOST_LISTED:
@@ -129,20 +90,7 @@ def refuse_costly_files(content: bytes, name: str) -> None:
 
 
 def shrink_by_averaging(image: Image.Image, factor: int) -> Image.Image:
-    """Divide the sides of a decoded image by averaging squares of pixels, and turn it upright.
-
-    Args:
-        image (`PIL.Image.Image`):
-            An image of any mode.
-        factor (`int`):
-            Side of the squares in pixels.
-
-    Returns:
-        `PIL.Image.Image`: the smaller image, in an 8-bit mode.
-
-    Raises:
-        ValueError: the values of the image have no known range.
-    """
+    """Divide the sides of a decoded image by averaging squares of pixels, and turn it upright."""
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     rows = max(1, _BAND_PIXELS // (image.width * factor)) * factor
     shrunk = None
@@ -174,16 +122,6 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 
     Colours that are multiplied by their alpha are divided by it. A transparent value of 16-bit greyscale becomes an
     alpha channel.
-
-    Args:
-        image (`PIL.Image.Image`):
-            An image of any mode.
-
-    Returns:
-        `PIL.Image.Image`: the image, itself where it has 8 bits already.
-
-    Raises:
-        ValueError: the values have no known range (mode `F`, or mode `I` outside 0 to 65535).
     """
     if image.mode == "F":
         raise InputError(

@@ -151,15 +151,6 @@ class MomaVQModel(PreTrainedModel):
         """Load a model as in Transformers, and freeze the trunk and the codebook.
 
         Loading creates new parameters, all of which require gradients.
-
-        Args:
-            args (`Any`):
-                Positional arguments of Transformers' `from_pretrained`.
-            kwargs (`Any`):
-                Further arguments of it.
-
-        Returns:
-            [`MomaVQModel`]: the model; with `output_loading_info=True` a tuple, whose first element it is.
         """
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
@@ -307,17 +298,7 @@ class MomaVQModel(PreTrainedModel):
 
     @torch.no_grad()
     def initialize_codebook(self, pixel_values: torch.Tensor, iterations: int = 5) -> None:
-        """Set the codebook to k-means centres of latents, once before training.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, in_channels, side, side)`):
-                Images in [-1, 1], at least one.
-            iterations (`int`, *optional*, defaults to 5):
-                Steps of k-means.
-
-        Raises:
-            ValueError: the shape is wrong, or there are no images.
-        """
+        """Set the codebook to k-means centres of latents, once before training."""
         if pixel_values.shape[0] == 0:
             raise InputError(
                 "pixel_values holds no images: the codebook is initialised from the latents of at least one."
@@ -398,20 +379,7 @@ class MomaVQModel(PreTrainedModel):
         )
 
     def semantic_loss(self, prediction: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-        """Compute 1 - cosine similarity, plus a tenth of the mean squared error, which fixes the length.
-
-        Args:
-            prediction (`torch.FloatTensor` of shape `(batch_size, semantic_dim)`, *optional*):
-                Output of the semantic head; `None` in a model without one.
-            targets (`torch.FloatTensor` of shape `(batch_size, semantic_dim)`):
-                Features to predict.
-
-        Returns:
-            `torch.FloatTensor` of shape `()`: the loss, before its weight.
-
-        Raises:
-            ValueError: the model has no semantic head, or the shapes differ.
-        """
+        """Compute 1 - cosine similarity, plus a tenth of the mean squared error, which fixes the length."""
         if prediction is None:
             raise InputError(
                 "semantic_targets were given, but config.semantic_dim is None: this model has no such head."
@@ -428,15 +396,7 @@ class MomaVQModel(PreTrainedModel):
         return mean_loss(distance, prediction, targets.float())
 
     def codebook_perplexity(self, image_tokens: torch.Tensor) -> torch.Tensor:
-        """Compute the exponential of the entropy of codes: the number of codes in use if all are equally frequent.
-
-        Args:
-            image_tokens (`torch.LongTensor` of shape `(batch_size, grid * grid)`):
-                Codes.
-
-        Returns:
-            `torch.FloatTensor` of shape `()`: from 1 to `num_embeddings`; 1 without any code.
-        """
+        """Compute the exponential of the entropy of codes: the number of codes in use if all are equally frequent."""
         counts = code_counts(image_tokens, self.config.num_embeddings)
         return torch.special.entr(counts / counts.sum().clamp(min=1)).sum().exp()
 

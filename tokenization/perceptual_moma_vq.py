@@ -45,28 +45,12 @@ class MomaVQPerceptualNetwork(nn.Module):
         self.network: Any = fuse_batch_norms(network.eval()).requires_grad_(False)
 
     def train(self, mode: bool = True) -> "MomaVQPerceptualNetwork":
-        """Stay in evaluation mode: the network is frozen.
-
-        Args:
-            mode (`bool`, *optional*, defaults to `True`):
-                Not used.
-
-        Returns:
-            [`MomaVQPerceptualNetwork`]: itself.
-        """
+        """Stay in evaluation mode: the network is frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        r"""Compute pooled features at 96x96 pixels.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`):
-                Images in [-1, 1].
-
-        Returns:
-            `torch.FloatTensor` of shape `(batch_size, 1280)`.
-        """
+        r"""Compute pooled features at 96x96 pixels."""
         resized = F.interpolate(
             pixel_values, size=(FEATURE_SIDE, FEATURE_SIDE), mode="bicubic", align_corners=False, antialias=True
         )
@@ -76,18 +60,6 @@ class MomaVQPerceptualNetwork(nn.Module):
         r"""Compute the mean squared difference of early activations, at the images' own size.
 
         The vector of each position is normalised to length 1.
-
-        Args:
-            images (`torch.FloatTensor` of shape `(batch_size, 3, height, width)`):
-                Images in [-1, 1]; gradients flow into them.
-            targets (`torch.FloatTensor` of the same shape):
-                Images to compare with; no gradient flows into them.
-
-        Returns:
-            `torch.FloatTensor` of shape `()`: summed over channels, averaged over images, positions and layers.
-
-        Raises:
-            ValueError: the shapes differ.
         """
         if images.shape != targets.shape:
             raise InputError(
@@ -114,15 +86,7 @@ class MomaVQPerceptualNetwork(nn.Module):
 
 
 def fuse_batch_norms(network: Any) -> nn.Module:
-    """Fold the batch norms of a frozen EfficientNet into its convolutions, in place.
-
-    Args:
-        network (`nn.Module`):
-            An `EfficientNet` of `efficientnet-lite-pytorch` in evaluation mode.
-
-    Returns:
-        `nn.Module`: the same network.
-    """
+    """Fold the batch norms of a frozen EfficientNet into its convolutions, in place."""
     pairs = [(network, "_conv_stem", "_bn0"), (network, "_conv_head", "_bn1")]
     for block in network._blocks:
         pairs += [

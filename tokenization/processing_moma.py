@@ -79,12 +79,7 @@ HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "rev
 
 
 class MomaProcessorKwargs(ProcessingKwargs, total=False):
-    """Arguments of a call of [`MomaProcessor`], beside those of Transformers.
-
-    Args:
-        return_labels (`bool`, *optional*, defaults to `False`):
-            Whether to return `labels`: a copy of `input_ids` with -100 at padding and at the first token after it.
-    """
+    """Arguments of a call of [`MomaProcessor`], beside those of Transformers."""
 
     return_labels: bool
 
@@ -243,15 +238,7 @@ class MomaProcessor(CodeConversionMixin):
         return ["pixel_values", "image_codes", "token_type_ids"]
 
     def to(self, device: "str | torch.device") -> "MomaProcessor":
-        """Move the VQ model, and codecs that have a method `to`. What the processor returns stays on the CPU.
-
-        Args:
-            device (`str` or `torch.device`):
-                Their device.
-
-        Returns:
-            [`MomaProcessor`]: itself.
-        """
+        """Move the VQ model, and codecs that have a method `to`. What the processor returns stays on the CPU."""
         self.vq_model.to(device)
         for codec in self.codecs.values():
             move = getattr(codec, "to", None)
@@ -362,22 +349,7 @@ class MomaProcessor(CodeConversionMixin):
                 )
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs) -> Any:
-        """Turn conversations into texts or, with `tokenize=True`, into ids; sounds are read at their codec's rate.
-
-        Args:
-            conversation (`list[dict]` or `list[list[dict]]`):
-                Messages of one conversation or of several.
-            chat_template (`str`, *optional*):
-                A template in place of the processor's own.
-            kwargs (`Any`):
-                Those of Transformers' `ProcessorMixin.apply_chat_template`.
-
-        Returns:
-            `str`, `list[str]` or `BatchFeature`: as Transformers has it.
-
-        Raises:
-            ValueError: a sound or an image cannot be read, or its sampling rate is not the codec's.
-        """
+        """Turn conversations into texts or, with `tokenize=True`, into ids; sounds are read at their codec's rate."""
         rate = getattr(self.codecs.get(AUDIO), "sampling_rate", None)
         given = {**kwargs, **(kwargs.get("processor_kwargs") or {})}
         given |= given.get("audio_kwargs") or {}
@@ -393,13 +365,6 @@ class MomaProcessor(CodeConversionMixin):
 
         A call with `sanitize_control_tokens=True` then reads them as plain characters. In a chat
         `apply_chat_template(..., sanitize_control_tokens=True)` does it with all that users say.
-
-        Args:
-            text (`str`):
-                The text; marks that it holds already are removed.
-
-        Returns:
-            `str`: the marked text, which can be joined with text of your own.
         """
         return escape_special_tokens(self.tokenizer, text)
 
@@ -508,17 +473,7 @@ class MomaProcessor(CodeConversionMixin):
                     )
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs) -> MultiModalData:
-        """Count the code tokens of images, the same for every size.
-
-        Args:
-            image_sizes (`list[list[int]]`, *optional*):
-                Height and width of each image.
-            kwargs (`Any`):
-                Not used.
-
-        Returns:
-            `MultiModalData`: `num_image_tokens` (begin and end of image count as text) and `num_image_patches`.
-        """
+        """Count the code tokens of images, the same for every size."""
         if image_sizes is None:
             return MultiModalData()
         count = len(image_sizes)
@@ -574,24 +529,7 @@ class MomaProcessor(CodeConversionMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "MomaProcessor":
-        """Load all parts from a folder or a repository.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`):
-                The folder, or the repository's name on the Hub.
-            kwargs (`Any`):
-                Parts that are loaded already, by their names (`image_processor`, `tokenizer`, `vq_model`, `codecs`,
-                `chat_template`); `backend` of the image processor (`"torchvision"` or `"pil"`); `subfolder`,
-                `revision`, `cache_dir` and further arguments of a download; settings of the image processor and of
-                the tokenizer.
-
-        Returns:
-            [`MomaProcessor`]: the processor.
-
-        Raises:
-            OSError: a part's files are missing.
-            ValueError: the parts do not fit together.
-        """
+        """Load all parts from a folder or a repository."""
         parts = {name: kwargs.pop(name, None) for name in PARTS}
         # all parts come from one state of the repository
         kwargs["revision"] = resolve_revision(

@@ -21,34 +21,12 @@ _ASSIGN_DISTANCES = 2**26
 def mean_loss(
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], values: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Compute a loss that averages over elements, and 0 where there are none.
-
-    Args:
-        loss (`Callable`):
-            Maps `(values, targets)` to a scalar.
-        values (`torch.Tensor`):
-            Predictions of any shape, maybe empty.
-        targets (`torch.Tensor`):
-            Targets of the same shape.
-
-    Returns:
-        `torch.Tensor` of shape `()`: the loss; the 0 is differentiable, too.
-    """
+    """Compute a loss that averages over elements, and 0 where there are none."""
     return loss(values, targets) if values.numel() > 0 else (values - targets).sum()
 
 
 def code_counts(image_tokens: torch.Tensor, num_codes: int) -> torch.Tensor:
-    """Count how often each code is among image tokens, without a wait for the device as `bincount` has.
-
-    Args:
-        image_tokens (`torch.LongTensor` of any shape):
-            Codes in `[0, num_codes)`, fewer than 2 ** 24.
-        num_codes (`int`):
-            Codes that there are.
-
-    Returns:
-        `torch.FloatTensor` of shape `(num_codes,)`: the counts.
-    """
+    """Count how often each code is among image tokens, without a wait for the device as `bincount` has."""
     tokens = image_tokens.flatten()
     ones = torch.ones(tokens.shape, device=tokens.device)
     return torch.zeros(num_codes, device=tokens.device).index_add_(0, tokens, ones)
@@ -114,12 +92,6 @@ class MomaVQQuantizer(nn.Module):
         """Move the averages towards vectors and their codes, and revive dead codes.
 
         In a process group those of all processes count, and the first one's revive.
-
-        Args:
-            vectors (`torch.FloatTensor` of shape `(n, embed_dim)`):
-                Latents; without any of them nothing changes.
-            image_tokens (`torch.LongTensor` of shape `(n,)`):
-                Their codes.
         """
         is_alone, num_vectors = num_processes() == 1, vectors.shape[0]
         if is_alone and num_vectors == 0:
@@ -152,12 +124,6 @@ class MomaVQQuantizer(nn.Module):
         """Set the codebook to the k-means centres of vectors, and restart the averages there.
 
         In a process group all take those of the first process.
-
-        Args:
-            vectors (`torch.FloatTensor` of shape `(n, embed_dim)`):
-                Latents, at least one.
-            iterations (`int`):
-                Steps of k-means.
         """
         num_codes, count = self.embedding.weight.shape[0], vectors.shape[0]
         order = torch.randperm(count, device=vectors.device)

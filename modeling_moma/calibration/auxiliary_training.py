@@ -68,16 +68,7 @@ def add_auxiliary_routers(model: MomaForCausalLM) -> MomaForCausalLM:
 
 
 def membership_loss(record: RouterRecord) -> torch.Tensor:
-    """Return binary cross-entropy of membership in the top K.
-
-    Args:
-        record (`RouterRecord`):
-            of a router with an auxiliary one.
-
-    Returns:
-        `torch.Tensor`: a scalar, the mean over (token, expert) pairs in nats, 0 without tokens. Only the auxiliary
-        router gets gradients, and it gets them (zeros) without tokens as well.
-    """
+    """Return binary cross-entropy of membership in the top K."""
     logits_NS = record.router.auxiliary(record.hidden_ND.detach())
     target_NS = record.is_member_NS.to(logits_NS.dtype)
     total = nn.functional.binary_cross_entropy_with_logits(logits_NS, target_NS, reduction="sum")
@@ -86,15 +77,7 @@ def membership_loss(record: RouterRecord) -> torch.Tensor:
 
 @contextmanager
 def only_auxiliary_trainable(model: nn.Module):
-    """Let the auxiliary routers alone require gradients within this context; then every parameter is as it was.
-
-    Args:
-        model (`nn.Module`):
-            with auxiliary routers.
-
-    Raises:
-        ValueError: the model has no routers.
-    """
+    """Let the auxiliary routers alone require gradients within this context; then every parameter is as it was."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     for router in named_routers(model).values():

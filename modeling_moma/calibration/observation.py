@@ -132,15 +132,7 @@ def auxiliary_rule(record: RouterRecord) -> torch.Tensor:
 
 
 def named_routers(model: torch.nn.Module) -> dict[str, MomaRouterBase]:
-    """Return all routers of a model, of experts and of depth layers, by module name.
-
-    Args:
-        model (`torch.nn.Module`):
-            the model.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """Return all routers of a model, of experts and of depth layers, by module name."""
     routers = {name: module for name, module in model.named_modules() if isinstance(module, MomaRouterBase)}
     if not routers:
         raise InputError(
@@ -156,12 +148,7 @@ def has_routers(config: MomaConfig) -> bool:
 
 
 def router_place(name: str) -> tuple[int, str | None]:
-    """Return the layer of a router and its group of experts, `None` for the router of a depth layer.
-
-    Args:
-        name (`str`):
-            `"model.layers.0.mlp.groups.text.router"` or `"model.layers.0.depth_router"`, perhaps within other modules.
-    """
+    """Return the layer of a router and its group of experts, `None` for the router of a depth layer."""
     parts = name.split(".")
     group = parts[parts.index("groups") + 1] if "groups" in parts else None
     return int(parts[parts.index("layers") + 1]), group
@@ -169,17 +156,7 @@ def router_place(name: str) -> tuple[int, str | None]:
 
 @contextmanager
 def observed_routers(model: torch.nn.Module, observe: Callable[[RouterRecord], object]):
-    """Call `observe` inside every forward of this context, after each router, also of groups without tokens.
-
-    Args:
-        model (`torch.nn.Module`):
-            its routers have to be in eval mode: in training their scores may carry noise.
-        observe (`Callable`):
-            gets a [`RouterRecord`]; what it returns is ignored.
-
-    Raises:
-        ValueError: the model has no routers, or FSDP has split its weights.
-    """
+    """Call `observe` inside every forward of this context, after each router, also of groups without tokens."""
     # imported late: it takes time, and most models are whole
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
@@ -227,21 +204,7 @@ def run_observed(
     observe: Callable[[RouterRecord], object],
     routing: str = "expert_choice",
 ):
-    """Run batches through the decoder in eval mode, without the head, and show `observe` all routers.
-
-    Args:
-        model (`PreTrainedModel`):
-            not changed.
-        batches (`Iterable[dict[str, torch.Tensor]]`):
-            its inputs; `labels` and `source_ids` are left out.
-        observe (`Callable`):
-            gets a [`RouterRecord`] of each router and batch.
-        routing (`str`, *optional*, defaults to `"expert_choice"`):
-            the routing under which the hidden states arise.
-
-    Raises:
-        ValueError: there is no batch, one is no dict, or the model has no routers.
-    """
+    """Run batches through the decoder in eval mode, without the head, and show `observe` all routers."""
     is_empty = True
     with evaluation_mode(model), observed_routers(model, observe):
         for batch in batches:

@@ -14,12 +14,7 @@ from .observation import RouterRecord, Rule, router_place
 
 
 class SelectionCounts:
-    """Exact counts of what rules take of a router's tokens, threshold by threshold, over any number of batches.
-
-    Args:
-        rules (`dict[str, Rule]`):
-            by name.
-    """
+    """Exact counts of what rules take of a router's tokens, threshold by threshold, over any number of batches."""
 
     def __init__(self, rules: dict[str, Rule]):
         self.rules = rules

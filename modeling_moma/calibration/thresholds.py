@@ -123,15 +123,7 @@ def calibrate_auxiliary_thresholds(
 
 
 def require_auxiliary_routers(model: PreTrainedModel):
-    """Check that a model has auxiliary routers.
-
-    Args:
-        model (`PreTrainedModel`):
-            its config tells.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """Check that a model has auxiliary routers."""
     if not model.config.auxiliary_routers:
         raise InputError(
             "`model` has config.auxiliary_routers=False: give it some with add_auxiliary_routers(model), or load what "

@@ -42,16 +42,7 @@ class Flag:
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A parser of the fields of a dataclass.
-
-    Args:
-        kind (`type`):
-            the dataclass. A field without a default is required; one that is `False` or `True` takes no value.
-        required (`Iterable[str]`, *optional*, defaults to `()`):
-            groups of which one flag has to be given.
-        options (`Any`):
-            see `argparse.ArgumentParser`.
-    """
+    """A parser of the fields of a dataclass."""
 
     def __init__(self, kind: type, required: Iterable[str] = (), **options: Any):
         super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **options)
@@ -71,12 +62,7 @@ class FlagParser(argparse.ArgumentParser):
             holder.add_argument(*names, **how)
 
     def read(self, arguments: list[str] | None = None) -> dict[str, Any]:
-        """Return the values that a command line gives, by field; end the program where one is not what it may be.
-
-        Args:
-            arguments (`list[str]`, *optional*):
-                by default those of the command.
-        """
+        """Return the values that a command line gives, by field; end the program where one is not what it may be."""
         return self.checked(vars(self.parse_args(arguments)))
 
     def checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,18 +76,7 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def parse_fields(kind: type[T], description: str | None, arguments: list[str] | None = None, **options: Any) -> T:
-    """Return a dataclass of a command line.
-
-    Args:
-        kind (`type[T]`):
-            the dataclass.
-        description (`str | None`):
-            stands above the help of the arguments.
-        arguments (`list[str]`, *optional*):
-            by default those of the command.
-        options (`Any`):
-            see [`FlagParser`].
-    """
+    """Return a dataclass of a command line."""
     return kind(**FlagParser(kind, description=description, **options).read(arguments))
 
 

@@ -171,15 +171,7 @@ def check_candidates(args: Arguments) -> None:
 
 
 def image_format(path: Path) -> str:
-    """Return the name of the file format for a path's ending, once images can be written there.
-
-    Args:
-        path (`Path`):
-            of an image; its folder is made.
-
-    Raises:
-        ValueError: they cannot; a drawing would be lost.
-    """
+    """Return the name of the file format for a path's ending, once images can be written there."""
     from PIL import Image
 
     name = Image.registered_extensions().get(path.suffix.lower())
@@ -196,16 +188,7 @@ def image_format(path: Path) -> str:
 
 
 def sound_format(path: Path) -> str:
-    """Return the name of the file format for a path's ending, once sounds can be written there.
-
-    Args:
-        path (`Path`):
-            of a sound; its folder is made.
-
-    Raises:
-        ValueError: they cannot.
-        ImportError: the library that writes sounds is missing.
-    """
+    """Return the name of the file format for a path's ending, once sounds can be written there."""
     with needs_extra("writing sounds needs soundfile", "audio"):
         import numpy as np
         import soundfile
@@ -224,17 +207,7 @@ def sound_format(path: Path) -> str:
 
 
 def check_sounds(args: Arguments, processor: Any) -> int | None:
-    """Return the sampling rate of a model's sounds, `None` where it has none.
-
-    Args:
-        args (`Arguments`):
-            of the command line.
-        processor (`Any`):
-            of the model.
-
-    Raises:
-        ValueError: sounds are asked for of a model that knows none, or whose codec makes something else.
-    """
+    """Return the sampling rate of a model's sounds, `None` where it has none."""
     codec = processor.codecs.get("audio")
     asked = "--audio" if args.audio else f"--mode {args.mode}"
     if codec is None and (args.audio or args.mode == "audio"):
@@ -318,23 +291,7 @@ def numbered(output: Path, number: int, total: int) -> Path:
 def write_rows(
     rows: list[list[Any]], output: Path, image_format: str | None, sound_suffix: str, sampling_rate: int | None
 ) -> None:
-    """Print texts, and write images and sounds, numbered where there are several.
-
-    Args:
-        rows (`list[list[Any]]`):
-            texts, images and sounds of each.
-        output (`Path`):
-            of an image, or of a sound where there are no images.
-        image_format (`str`, *optional*):
-            its name for Pillow.
-        sound_suffix (`str`):
-            of the files of sounds.
-        sampling_rate (`int`, *optional*):
-            of the sounds, in Hz.
-
-    Raises:
-        ValueError: one of them cannot be written; the others are.
-    """
+    """Print texts, and write images and sounds, numbered where there are several."""
     from PIL import Image
 
     from ..utils.atomic_files import write_aside

@@ -61,17 +61,7 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand.
-
-    Args:
-        arguments (`list[str]`, *optional*):
-            the subcommand and its arguments; by default those of the command line.
-
-    Returns:
-        The exit status; 2 where there is no such subcommand, an input is wrong or an extra is missing, 1 where the
-        disk is full, 130 after Ctrl-C, 141 where nobody reads its output any more, as after `| head`. Any other error
-        passes, with its traceback.
-    """
+    """Run one subcommand."""
     with _escaped_output(sys.stdout):
         try:
             status = _run(arguments)

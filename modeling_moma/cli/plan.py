@@ -157,16 +157,7 @@ def hardware_of(args: Arguments) -> "Hardware":
 
 
 def refuse_unread(args: Arguments, mode: str, names: Iterable[str]) -> None:
-    """Raise `ValueError` where a flag has another value than its default that the command would not read.
-
-    Args:
-        args (`Arguments`):
-            the command line.
-        mode (`str`):
-            the flag that leaves them out, for the error.
-        names (`Iterable[str]`):
-            fields that are not read.
-    """
+    """Raise `ValueError` where a flag has another value than its default that the command would not read."""
     defaults = {field.name: field.default for field in fields(Arguments)}
     given = [title_of(Arguments, name) for name in names if getattr(args, name) != defaults[name]]
     if given:

@@ -10,16 +10,7 @@ MOST_SCALE = 1000
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raise `ValueError` at a temperature too near to 0, or at flags of sampling without it.
-
-    Args:
-        temperature (`float`):
-            0 takes the likeliest token.
-        top_k (`int`):
-            0 for all tokens.
-        top_p (`float`):
-            1 for all tokens.
-    """
+    """Raise `ValueError` at a temperature too near to 0, or at flags of sampling without it."""
     if 0 < temperature < LEAST_TEMPERATURE:
         raise InputError(f"--temperature {temperature}: it is below {LEAST_TEMPERATURE}; 0 takes the likeliest token.")
     if temperature == 0 and (top_k or top_p < 1):

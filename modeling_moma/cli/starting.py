@@ -12,10 +12,6 @@ def starts_command() -> bool:
     """Return whether this process is at the beginning of `moma ...` or `python -m modeling_moma ...`.
 
     It is no longer once the command has taken its arguments, nor in processes that the command starts.
-
-    Returns:
-        `bool`: `True` only for the script that an installation puts beside its interpreter, so that a program of
-        somebody else that bears the name imports the package as any other does.
     """
     program = sys.argv[0] if getattr(sys, "argv", None) else ""
     # `sys.argv` begins like this while Python imports the package in which it looks for `__main__`

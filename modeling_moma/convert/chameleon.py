@@ -47,21 +47,7 @@ _TAKEN_FIELDS = (*SAME_NAMED_FIELDS, "vocab_size", "rope_parameters", "attention
 
 
 def config_from_chameleon(config: Mapping) -> MomaConfig:
-    """Return the MoMa 1t1i configuration that computes what a Chameleon computes.
-
-    Args:
-        config (`Mapping`):
-            contents of the `config.json` of a `ChameleonForConditionalGeneration`.
-
-    Returns:
-        `MomaConfig`: `norm_placement="post"` where the source has `swin_norm` (34B), else `"pre"` (7B);
-        `qk_norm="layernorm_per_head"`; special ids by their names in `vocabulary_map`, as the ids of released
-        configurations disagree with it.
-
-    Raises:
-        CheckpointError: another model type, biases in the feed-forward layers, no image tokens, or fields that
-            cannot be read.
-    """
+    """Return the MoMa 1t1i configuration that computes what a Chameleon computes."""
     source = _source_config(config)
     vocabulary = ImageVocabulary.from_map(source.vocabulary_map)
     names, vq = source.vocabulary_map or {}, vq_config_of(source)
@@ -98,17 +84,7 @@ def _source_config(config: Mapping) -> ChameleonConfig:
 
 
 def chameleon_entries(reader: CheckpointReader, config: MomaConfig) -> list[Entry]:
-    """Return the source of each tensor: all are taken, and the image expert is a copy of the text expert.
-
-    Args:
-        reader (`CheckpointReader`):
-            the source.
-        config (`MomaConfig`):
-            as [`config_from_chameleon`] gives.
-
-    Returns:
-        `list[Entry]`: layer by layer.
-    """
+    """Return the source of each tensor: all are taken, and the image expert is a copy of the text expert."""
     width, vocab = config.hidden_size, config.vocab_size
     entries = [Entry(EMBEDDING, (vocab, width), (EMBEDDING,))]
     for layer in range(config.num_hidden_layers):
@@ -167,31 +143,6 @@ def convert_chameleon(
     The codebook is renumbered, so that code `c` belongs to the `c`-th image id, as [`MomaProcessor`] wants it.
     Where the image ids do not allow that, or the folder has no tokenizer, the language model is written all the
     same, and the log and the report say what is missing.
-
-    Args:
-        source (`str | Path`):
-            folder of a `ChameleonForConditionalGeneration`: `config.json`, weights, and best the files of its
-            processor.
-        output (`str | Path`):
-            the MoMa's folder; missing or empty.
-        dtype (`torch.dtype`, *optional*):
-            of the output's language model; by default the source's. The probe compares with the source rounded
-            likewise. The image tokenizer is in float32.
-        allow_pickle (`bool`, *optional*, defaults to `False`):
-            read `pytorch_model.bin` and `vqgan.ckpt`.
-        max_shard_size (`int | str`, *optional*, defaults to `"2GB"`):
-            size of the files.
-        probe (`bool`, *optional*, defaults to `True`):
-            compare the logits of both models on a batch.
-        vqgan (`str | Path`, *optional*):
-            the original image tokenizer, which has the decoder that checkpoints of Transformers lack; see
-            [`read_vqgan`].
-
-    Returns:
-        `Receipt`: counts of keys, and the relative difference of the logits before the source masks the images'.
-
-    Raises:
-        CheckpointError: the source cannot be read or converted, or `vqgan` is not its image tokenizer.
     """
     reader = CheckpointReader(source, allow_pickle)
     config = config_from_chameleon(reader.config)

@@ -46,18 +46,7 @@ class ProcessorError(CheckpointError):
 
 @dataclass(frozen=True)
 class ImageVocabulary:
-    """Which token ids are images, and which code of the source's codebook each one stands for.
-
-    Attributes:
-        code_of_id (`dict[int, int]`):
-            code of each image id, by ascending id.
-        begin_id (`int`):
-            token before an image's codes.
-        end_id (`int`):
-            token after them.
-        placeholder_id (`int`):
-            `<image>`.
-    """
+    """Which token ids are images, and which code of the source's codebook each one stands for."""
 
     code_of_id: dict[int, int]
     begin_id: int | None
@@ -66,15 +55,7 @@ class ImageVocabulary:
 
     @classmethod
     def from_map(cls, vocabulary_map: Mapping[str, int] | None) -> "ImageVocabulary":
-        """Read `ChameleonConfig.vocabulary_map`, where `IMGIMGBCZ` is code 12: letters are digits, A is 0.
-
-        Args:
-            vocabulary_map (`Mapping[str, int] | None`):
-                the source's, from token to id.
-
-        Raises:
-            CheckpointError: no map, no image in it, or a name that spells no number.
-        """
+        """Read `ChameleonConfig.vocabulary_map`, where `IMGIMGBCZ` is code 12: letters are digits, A is 0."""
         if not vocabulary_map:
             raise CheckpointError("vocabulary_map: config.json has none, so nothing tells which ids are images.")
         if odd := [name for name, token_id in vocabulary_map.items() if type(token_id) is not int]:
@@ -100,15 +81,7 @@ class ImageVocabulary:
         return [[span[0], span[-1] + 1] for span in spans]
 
     def codebook_order(self, num_embeddings: int) -> torch.Tensor:
-        """Return the source's code of each id, from the first image id on, `[num_embeddings]`.
-
-        Args:
-            num_embeddings (`int`):
-                codes of the source's image tokenizer.
-
-        Raises:
-            CheckpointError: the ids do not follow one another, or are no permutation of the codebook.
-        """
+        """Return the source's code of each id, from the first image id on, `[num_embeddings]`."""
         if len(self.ranges) != 1:
             raise CheckpointError(
                 f"vocabulary_map: the image ids lie in {len(self.ranges)} ranges, {self.ranges[:4]}, but the "
@@ -132,24 +105,6 @@ def convert_vq_model(
     """Return the source's image tokenizer with a renumbered codebook: code `c` is that of the `c`-th image id.
 
     Token ids stay the source's, so that logits can be compared id by id.
-
-    Args:
-        config (`ChameleonConfig`):
-            the source's.
-        vocabulary (`ImageVocabulary`):
-            the source's.
-        tensors (`Mapping[str, torch.Tensor]`):
-            its tensors under `model.vqmodel.`, without that prefix.
-        vqgan (`Mapping[str, torch.Tensor]`, *optional*):
-            the original tokenizer, which has the decoder that checkpoints of Transformers lack. Without one the result
-            has none either, and raises for images.
-
-    Returns:
-        `MomaVQModel`: in float32.
-
-    Raises:
-        CheckpointError: `vqgan` is another tokenizer than the checkpoint's, or tensors are missing, extra or
-            mis-shaped, each by name; or `vq_config` cannot be expressed.
     """
     fields = vq_config_of(config).to_dict()
     known = MomaVQConfig().to_dict().keys() - {"model_type", "transformers_version", "dtype"}
@@ -191,20 +146,6 @@ def convert_tokenizer(folder: str | Path, vocabulary: ImageVocabulary) -> PreTra
 
     The chat template stays as it is. One that takes `content` for a string knows no parts of a message: write
     `<image>` into the text, and pass the images to the processor beside it.
-
-    Args:
-        folder (`str | Path`):
-            holds `tokenizer.json`, and best `tokenizer_config.json`; the chat template lies there, or in
-            `chat_template.jinja` or `chat_template.json`.
-        vocabulary (`ImageVocabulary`):
-            the source's.
-
-    Returns:
-        `PreTrainedTokenizerFast` or `None`: the tokenizer, `None` without `tokenizer.json`.
-
-    Raises:
-        CheckpointError: a file that cannot be read.
-        ProcessorError: the tokenizer has no token of an image id, or is no BPE.
     """
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
@@ -277,14 +218,7 @@ def _rename_tokens(backend: Tokenizer, names: dict[int, str]) -> Tokenizer:
 
 
 def convert_image_processor(folder: str | Path, resolution: int) -> MomaImageProcessor:
-    """Return an image processor that gives the pixel values that the source's gives.
-
-    Args:
-        folder (`str | Path`):
-            may hold `preprocessor_config.json` or `processor_config.json`.
-        resolution (`int`):
-            side of the images where it holds neither.
-    """
+    """Return an image processor that gives the pixel values that the source's gives."""
     folder = Path(folder)
     files = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
     if any([read_json(path, default={}) for path in files]):
@@ -300,23 +234,7 @@ def convert_image_processor(folder: str | Path, resolution: int) -> MomaImagePro
 
 
 def convert_processor(folder: str | Path, vocabulary: ImageVocabulary, vq_model: MomaVQModel) -> MomaProcessor | None:
-    """Join the source's tokenizer and image processor with the converted VQ model.
-
-    Args:
-        folder (`str | Path`):
-            of the source.
-        vocabulary (`ImageVocabulary`):
-            the source's.
-        vq_model (`MomaVQModel`):
-            see [`convert_vq_model`].
-
-    Returns:
-        `MomaProcessor` or `None`: the processor, `None` where the folder holds no tokenizer.
-
-    Raises:
-        CheckpointError: a file that cannot be read.
-        ProcessorError: the parts do not fit together.
-    """
+    """Join the source's tokenizer and image processor with the converted VQ model."""
     tokenizer = convert_tokenizer(folder, vocabulary)
     if tokenizer is None:
         return None

@@ -55,21 +55,7 @@ CODES, WORDS, FIRST, AFTER, ODD, NEITHER = range(6)
 
 
 def extend_rows(old: torch.Tensor, num_rows: int, new_ids: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-    """Give an embedding rows for new tokens: the mean of the old rows, and noise of 0.1 of their standard deviation.
-
-    Args:
-        old (`torch.Tensor`):
-            the source's embedding, `[V, D]`.
-        num_rows (`int`):
-            rows of the result.
-        new_ids (`Sequence[int]`):
-            rows to draw: all beyond the old ones, and old ones that no token used.
-        generator (`torch.Generator`):
-            of the noise.
-
-    Returns:
-        `torch.Tensor`: `[num_rows, D]`, in the type of the old rows.
-    """
+    """Give an embedding rows for new tokens: the mean of the old, and noise of 0.1 of their standard deviation."""
     new = torch.tensor(new_ids)
     is_kept = torch.ones(len(old), dtype=torch.bool)
     is_kept[new[new < len(old)]] = False
@@ -89,24 +75,7 @@ def extend_rows(old: torch.Tensor, num_rows: int, new_ids: Sequence[int], genera
 
 @dataclass
 class ImageTexts:
-    """Token ids of texts with an image each, before the words or after them.
-
-    Args:
-        words (`Sequence[tuple[Sequence[int], Sequence[int]]]`):
-            ids of each text as a prompt begins, and as it goes on after an image.
-        opening (`Sequence[int]`):
-            ids before an image that comes first.
-        begin (`int`):
-            id of the token before an image.
-        end (`int`):
-            id of the token after it.
-        code_ids (`Sequence[int]`):
-            ids of the codes.
-        num_codes (`int`):
-            codes of an image here.
-        odd (`Sequence[Sequence[int]]`):
-            ids of words at random, as states before codes are unusual, too, and shall not be taken for these.
-    """
+    """Token ids of texts with an image each, before the words or after them."""
 
     words: Sequence[tuple[Sequence[int], Sequence[int]]]
     opening: Sequence[int]
@@ -158,21 +127,6 @@ def fit_code_rows(
     a vector instead, found by a logistic regression on the model's own states: it tells positions before a code from
     positions before a word by `log sum exp` of the codes' logits less that of the words'. The logits of the words stay
     as they are.
-
-    Args:
-        config (`MomaConfig`):
-            the target's.
-        weights (`Mapping[str, torch.Tensor]`):
-            its tensors by name, with rows of [`extend_rows`].
-        texts (`ImageTexts`):
-            with images.
-        head (`str`):
-            name of the tensor that gives the logits; that of the embedding where they are tied.
-        tick (`Callable`, *optional*, defaults to `lambda: None`):
-            called after every round.
-
-    Returns:
-        `torch.Tensor`: new rows of the head for the codes, `[C, D]`.
     """
     is_tied = config.tie_word_embeddings
     # computed before the head is loaded, to save memory
@@ -198,18 +152,7 @@ def fit_code_rows(
 
 @torch.no_grad()
 def image_loss(config: MomaConfig, weights: Mapping[str, torch.Tensor], texts: ImageTexts, head: str) -> float:
-    """Return the mean cross-entropy of the codes in nats over the whole vocabulary, on codes that no fit has seen.
-
-    Args:
-        config (`MomaConfig`):
-            the model's.
-        weights (`Mapping[str, torch.Tensor]`):
-            its tensors by name.
-        texts (`ImageTexts`):
-            with images.
-        head (`str`):
-            name of the tensor that gives the logits.
-    """
+    """Return the mean cross-entropy of the codes in nats over the whole vocabulary, on codes that no fit has seen."""
     ids_BT, kind_BT = texts.batch(seed=ROUNDS)
     state_ND, kind_N = _states(config, weights, texts, seed=ROUNDS)
     targets_N = F.pad(ids_BT, (0, 1))[:, 1:].flatten()[kind_BT.flatten() == CODES]

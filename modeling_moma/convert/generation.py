@@ -15,22 +15,7 @@ FILE = "generation_config.json"
 def convert_generation_config(
     folder: Path, config: MomaConfig, source: PreTrainedConfig | None = None
 ) -> GenerationConfig:
-    """Keep how the source generates, with the padding and beginning tokens of the MoMa, and its end token added.
-
-    Args:
-        folder (`Path`):
-            of the source; may hold `generation_config.json`.
-        config (`MomaConfig`):
-            of the target.
-        source (`PreTrainedConfig`, *optional*):
-            of the source, where its own end tokens stop the MoMa as well.
-
-    Returns:
-        `GenerationConfig`: the settings.
-
-    Raises:
-        CheckpointError: the file cannot be read, or holds settings that Transformers does not save.
-    """
+    """Keep how the source generates, with the padding and beginning tokens of the MoMa, and its end token added."""
     path = folder / FILE
     try:
         if read_json(path, default={}):

@@ -51,20 +51,6 @@ class GgufReader(TensorSource):
 
     Transformers' own tables of names and rearrangements are used, but a tensor is dequantized when it is asked for,
     where `from_pretrained(gguf_file=...)` holds the whole model. All come as float32.
-
-    Args:
-        folder (`str | Path`):
-            holds the file.
-        file (`str`):
-            its name.
-
-    Attributes:
-        source_config (`PreTrainedConfig`):
-            as Transformers makes it of the file.
-
-    Raises:
-        CheckpointError: no such file, or Transformers cannot read it.
-        ImportError: gguf is missing, the extra of that name.
     """
 
     def __init__(self, folder: str | Path, file: str):

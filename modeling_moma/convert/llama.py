@@ -77,42 +77,6 @@ def convert_llama(
     embedding, and of an untied head, are drawn around the mean of the old rows with 0.1 of their standard deviation,
     channel by channel. All other rows of the source stay where they are. The chat template of the source stays for
     messages that are strings, and takes parts with images.
-
-    Args:
-        source (`str | Path`):
-            folder of a checkpoint of Transformers, with its tokenizer, or its name on the Hub.
-        output (`str | Path`):
-            folder for the model and its processor.
-        processor (`str | Path`):
-            folder of a [`MomaProcessor`], whose image tokenizer the model shall use.
-        gguf_file (`str`, *optional*):
-            name of a GGUF file of the source to read in place of its other weights. The weights are dequantized, so
-            `dtype` decides on the size; float32 by default.
-        image_group (`str`, *optional*, defaults to `"copy"`):
-            `"copy"` starts the image group with the text group's weights, `"new"` with random ones.
-        code_rows (`str`, *optional*, defaults to `"fitted"`):
-            `"fitted"` gives the codes' rows of the head a shared vector with which codes follow codes, see
-            [`fit_code_rows`], so that the loss of images begins at that of a guess among the codes. `"mean"` leaves
-            them around the mean row.
-        seed (`int`, *optional*, defaults to `0`):
-            of the new weights.
-        dtype (`torch.dtype`, *optional*):
-            of the output; by default the source's. The probe compares with the source rounded likewise.
-        allow_pickle (`bool`, *optional*, defaults to `False`):
-            see [`CheckpointReader`].
-        max_shard_size (`int | str`, *optional*, defaults to `"2GB"`):
-            size of the output's files.
-        probe (`bool`, *optional*, defaults to `True`):
-            compare the logits of both models on a batch of text.
-
-    Returns:
-        `Receipt`: also saved as `conversion.json`. It says what share of the probability the new tokens have on text:
-        about their share of the vocabulary where the source is undecided, less where it is sure; and the loss of
-        images.
-
-    Raises:
-        CheckpointError: the source is damaged, or has a feature that MoMa cannot express.
-        ValueError: an argument is not one of the choices.
     """
     for name, value, choices in (("image_group", image_group, IMAGE_GROUPS), ("code_rows", code_rows, CODE_ROWS)):
         if value not in choices:
@@ -233,14 +197,7 @@ def _moma_config(source: PreTrainedConfig, layout: dict, reader: TensorSource) -
 
 
 def image_texts(processor: MomaProcessor, old_ids: list[int]) -> ImageTexts:
-    """Return the texts with images in the ids of a processor.
-
-    Args:
-        processor (`MomaProcessor`):
-            of the target.
-        old_ids (`list[int]`):
-            the source's tokens.
-    """
+    """Return the texts with images in the ids of a processor."""
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(old_ids), (ODD_ROWS, MOST_WORDS), generator=generator)
     tokenizer, frame = processor.tokenizer, processor.frames["image"]

@@ -15,16 +15,7 @@ from .transfer import EMBEDDING, HEAD, Entry
 
 
 class BuiltWeights(Mapping):
-    """Tensors of the target by name, each made of the source's when it is asked for.
-
-    Args:
-        source (`TensorSource`):
-            gives the source's tensors.
-        entries (`Sequence[Entry]`):
-            one for each tensor.
-        dtype (`torch.dtype`, *optional*):
-            of floating-point tensors; by default that of their sources.
-    """
+    """Tensors of the target by name, each made of the source's when it is asked for."""
 
     def __init__(self, source: TensorSource, entries: Sequence[Entry], dtype: torch.dtype | None = None):
         self.source, self.dtype = source, dtype
@@ -53,20 +44,7 @@ def ignored_keys(config: MomaConfig) -> dict[str, str]:
 def llama_entries(
     config: MomaConfig, source: PreTrainedConfig, new_ids: list[int], image_group: str, seed: int
 ) -> list[Entry]:
-    """Return an entry for every tensor of the target.
-
-    Args:
-        config (`MomaConfig`):
-            the target's.
-        source (`PreTrainedConfig`):
-            the source's.
-        new_ids (`list[int]`):
-            tokens whose rows are drawn.
-        image_group (`str`):
-            `"copy"` or `"new"`.
-        seed (`int`):
-            of what is drawn.
-    """
+    """Return an entry for every tensor of the target."""
     width = config.hidden_size
     names = [EMBEDDING] if config.tie_word_embeddings else [EMBEDDING, HEAD]
     entries = []
@@ -87,18 +65,7 @@ def _extend(old: torch.Tensor, num_rows: int, new_ids: list[int], seed: int, pla
 
 
 def with_code_rows(entries: Sequence[Entry], name: str, code_ids: Sequence[int], row_CD: torch.Tensor) -> list[Entry]:
-    """Return the entries, one of them with other rows for the image codes.
-
-    Args:
-        entries (`Sequence[Entry]`):
-            of [`llama_entries`].
-        name (`str`):
-            of the head, or of the embedding where they are tied.
-        code_ids (`Sequence[int]`):
-            ids of the codes.
-        row_CD (`torch.Tensor`):
-            their rows, `[C, D]`.
-    """
+    """Return the entries, one of them with other rows for the image codes."""
 
     def build(extend: Callable[..., torch.Tensor], *sources: torch.Tensor) -> torch.Tensor:
         result = extend(*sources)

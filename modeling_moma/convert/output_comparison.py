@@ -17,16 +17,7 @@ NUM_ROWS, ROW_LENGTH, NUM_PADDED = 2, 16, 5
 
 @dataclass
 class ProbeResult:
-    """What a probe batch shows.
-
-    Args:
-        relative_difference (`float`):
-            see [`relative_difference`].
-        new_token_probability (`float`, *optional*):
-            see [`new_token_probability`]; None without new tokens.
-        image_loss (`float`, *optional*):
-            mean loss of image codes in nats; None without new tokens.
-    """
+    """What a probe batch shows."""
 
     relative_difference: float
     new_token_probability: float | None = None
@@ -34,14 +25,7 @@ class ProbeResult:
 
 
 class ChangedWeights(Mapping):
-    """Weights by name, each changed when it is asked for.
-
-    Args:
-        weights (`Mapping[str, torch.Tensor]`):
-            as they are.
-        change (`Callable`):
-            gets a name and its tensor.
-    """
+    """Weights by name, each changed when it is asked for."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor], change: Callable[[str, torch.Tensor], torch.Tensor]):
         self.weights, self.change = weights, change
@@ -57,14 +41,7 @@ class ChangedWeights(Mapping):
 
 
 def rounded_weights(weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> Mapping[str, torch.Tensor]:
-    """Return weights in the type that a conversion writes, so that a probe shows its errors, not the rounding.
-
-    Args:
-        weights (`Mapping[str, torch.Tensor]`):
-            the source's.
-        dtype (`torch.dtype | None`):
-            of its floating-point tensors; by default their own.
-    """
+    """Return weights in the type that a conversion writes, so that a probe shows its errors, not the rounding."""
     if dtype is None:
         return weights
     return ChangedWeights(weights, lambda name, tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
@@ -73,20 +50,7 @@ def rounded_weights(weights: Mapping[str, torch.Tensor], dtype: torch.dtype | No
 def streamed_model(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: Mapping[str, torch.Tensor]
 ) -> PreTrainedModel:
-    """Return a model in eval mode that computes in fp32 and holds the weights of one module at a time.
-
-    Args:
-        model_class (`type[PreTrainedModel]`):
-            for instance `LlamaForCausalLM`.
-        config (`PreTrainedConfig`):
-            its configuration.
-        weights (`Mapping[str, torch.Tensor]`):
-            parameters and persistent buffers by name, read anew at every use, as a `CheckpointReader`; tied weights
-            may be missing.
-
-    Returns:
-        `PreTrainedModel`: with parameters on the meta device; call it under `torch.no_grad()`.
-    """
+    """Return a model in eval mode that computes in fp32 and holds the weights of one module at a time."""
     # buffers that are not saved, as rotary frequencies, have to be real
     with init_empty_weights(include_buffers=False):
         model = model_class(config).float()
@@ -101,17 +65,7 @@ def streamed_model(
 
 
 def text_batch(token_ids: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Return a probe batch of two rows of 16 positions, one of them padded on the left.
-
-    Args:
-        token_ids (`list[int]`):
-            ids to draw from.
-        seed (`int`, *optional*, defaults to `0`):
-            of the draw.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask`, `[2, 16]`.
-    """
+    """Return a probe batch of two rows of 16 positions, one of them padded on the left."""
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(token_ids), (NUM_ROWS, ROW_LENGTH), generator=generator)
     attention_mask = torch.ones_like(picks)
@@ -120,33 +74,13 @@ def text_batch(token_ids: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def relative_difference(source: torch.Tensor, converted: torch.Tensor) -> float:
-    """Return `max |a - b| / max |a|` of the source's logits `a` and the converted model's logits `b`.
-
-    Args:
-        source (`torch.Tensor`):
-            any shape, padding left out.
-        converted (`torch.Tensor`):
-            the same shape.
-
-    Returns:
-        `float`: NaN where a logit is.
-    """
+    """Return `max |a - b| / max |a|` of the source's logits `a` and the converted model's logits `b`."""
     difference = (source.float() - converted.float()).abs().max()
     return float(difference / source.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def new_token_probability(logits: torch.Tensor, new_ids: list[int]) -> float:
-    """Share of the softmax that falls on new tokens, all together, as the mean over positions.
-
-    Args:
-        logits (`torch.Tensor`):
-            of the converted model, `[N, V]`, padding left out.
-        new_ids (`list[int]`):
-            the new tokens.
-
-    Returns:
-        `float`: 0 to 1.
-    """
+    """Share of the softmax that falls on new tokens, all together, as the mean over positions."""
     return float(logits.float().softmax(dim=-1)[:, new_ids].sum(dim=-1).mean())
 
 

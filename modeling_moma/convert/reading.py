@@ -38,24 +38,7 @@ class CheckpointError(InputError):
 
 
 class TensorSource(Mapping):
-    """The tensors of a checkpoint, by name; each one is read when it is asked for.
-
-    Attributes:
-        folder (`Path`):
-            where it lies.
-        label (`str`):
-            the source's name in the report.
-        loading (`dict[str, str]`):
-            arguments beside the folder with which `from_pretrained` of Transformers reads it.
-        config (`Mapping[str, Any]`):
-            contents of `config.json`, or what a file holds in its place.
-        shapes (`Mapping[str, tuple[int, ...]]`):
-            shape of each tensor, by name.
-        dtypes (`Mapping[str, torch.dtype]`):
-            its type.
-        files (`Mapping[str, Path]`):
-            the file it lies in.
-    """
+    """The tensors of a checkpoint, by name; each one is read when it is asked for."""
 
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
@@ -76,20 +59,7 @@ class TensorSource(Mapping):
         return len(self.shapes)
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """Read one tensor.
-
-        Args:
-            name (`str`):
-                its key.
-            rows (`slice`, *optional*):
-                read these indices of the first dimension only; without a step.
-
-        Returns:
-            `torch.Tensor`: on the CPU.
-
-        Raises:
-            KeyError: there is no such tensor.
-        """
+        """Read one tensor."""
         raise NotImplementedError
 
 
@@ -98,17 +68,6 @@ class CheckpointReader(TensorSource):
 
     Opening reads the headers alone and checks that the files are complete and agree with the index. No file stays
     mapped or open, so that the memory in use is that of the tensors that the caller holds.
-
-    Args:
-        folder (`str | Path`):
-            Holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
-        allow_pickle (`bool`, *optional*, defaults to `False`):
-            Whether to read `pytorch_model.bin` files where there are no safetensors files, see [`read_pickle`]. One of
-            them is held in memory at a time.
-
-    Raises:
-        CheckpointError: there are no weights, only pickles that were not allowed, or a shard is missing, cut short or
-            at odds with the index; or adapters lie beside them.
     """
 
     def __init__(self, folder: str | Path, allow_pickle: bool = False):
@@ -145,21 +104,7 @@ class CheckpointReader(TensorSource):
         return read_json(self.folder / "config.json")
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """See [`TensorSource.read`].
-
-        Args:
-            name (`str`):
-                its key.
-            rows (`slice`, *optional*):
-                read these indices of the first dimension only; without a step.
-
-        Returns:
-            `torch.Tensor`: on the CPU, in the type of the file.
-
-        Raises:
-            KeyError: there is no such tensor.
-            CheckpointError: the file has become shorter than when it was opened.
-        """
+        """See [`TensorSource.read`]."""
         shape, dtype, path = self.shapes[name], self.dtypes[name], self.files[name]
         if path.suffix != ".safetensors":
             tensor = self._unpickled(path)[name]
@@ -255,20 +200,7 @@ class CheckpointReader(TensorSource):
 
 
 def read_json(path: Path, default: dict | None = None) -> dict:
-    """Read a JSON object.
-
-    Args:
-        path (`Path`):
-            the file.
-        default (`dict`, *optional*):
-            what to return where there is no such file.
-
-    Returns:
-        `dict`: its contents.
-
-    Raises:
-        CheckpointError: the file is missing and there is no default, or it holds no JSON object.
-    """
+    """Read a JSON object."""
     if default is not None and not path.is_file():
         return default
     if not path.is_file():
@@ -286,19 +218,6 @@ def read_pickle(path: Path, map_location: str = "cpu") -> dict[str, torch.Tensor
     """Read tensors by name from a file of `torch.save`, bare or under `"state_dict"`.
 
     Tensors and plain containers are read (`torch.load(weights_only=True)`), and no code of the file is run.
-
-    Args:
-        path (`Path`):
-            the file.
-        map_location (`str`, *optional*, defaults to `"cpu"`):
-            device of the tensors; `"meta"` for their shapes alone.
-
-    Returns:
-        `dict[str, torch.Tensor]`: what lies beside `"state_dict"` is left out.
-
-    Raises:
-        CheckpointError: other objects in the file, as training checkpoints may hold; no tensors by name; or a file
-            that is truncated or of another kind.
     """
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)

@@ -11,35 +11,7 @@ RECEIPT_FILE = "conversion.json"
 
 @dataclass
 class Receipt:
-    """The account of one conversion.
-
-    Args:
-        source (`str`):
-            name of the source's folder.
-        model_type (`str`):
-            the source's.
-        taken (`int`, *optional*, defaults to `0`):
-            keys of the target that hold a tensor of the source, as it is or rearranged.
-        copied (`int`, *optional*, defaults to `0`):
-            keys that hold a further copy of one.
-        new (`int`, *optional*, defaults to `0`):
-            keys that were made here.
-        ignored (`dict[str, int]`, *optional*, defaults to `{}`):
-            keys of the source that the model has no parameter for, by reason.
-        tensor_bytes (`int`, *optional*, defaults to `0`):
-            size of the target's tensors.
-        files (`int`, *optional*, defaults to `0`):
-            number of its safetensors files.
-        relative_difference (`float`, *optional*):
-            `max |a - b| / max |a|` of the logits `a` of the source and `b` of the target on a probe batch, in fp32,
-            both of weights in the target's type; None without a probe.
-        new_token_probability (`float`, *optional*):
-            share of the softmax that falls on all new tokens together, the mean over the positions of the probe batch;
-            None without a probe or new tokens.
-        image_loss (`float`, *optional*):
-            mean loss in nats of the codes of random images beside plain words, over the whole vocabulary; None
-            without a probe or new tokens.
-    """
+    """The account of one conversion."""
 
     source: str
     model_type: str

@@ -17,22 +17,7 @@ _SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 
 
 def open_source(source: str | Path, gguf_file: str | None = None, allow_pickle: bool = False) -> TensorSource:
-    """Open a checkpoint of Transformers.
-
-    Args:
-        source (`str | Path`):
-            its folder, or its name on the Hub, which is fetched into the cache of `huggingface_hub`.
-        gguf_file (`str`, *optional*):
-            name of a GGUF file in it to read in place of its other weights.
-        allow_pickle (`bool`, *optional*, defaults to `False`):
-            see [`CheckpointReader`].
-
-    Returns:
-        `TensorSource`: a reader of its tensors.
-
-    Raises:
-        CheckpointError: there is no such folder and nothing of that name can be fetched, or its files are damaged.
-    """
+    """Open a checkpoint of Transformers."""
     folder = Path(source)
     if folder.is_file():
         raise CheckpointError(f"{source}: it is a file, and the folder of a checkpoint is needed.")
@@ -47,22 +32,7 @@ def open_source(source: str | Path, gguf_file: str | None = None, allow_pickle: 
 
 
 def fetch(name: str, gguf_file: str | None = None, allow_pickle: bool = False) -> Path:
-    """Fetch a repository of the Hub, as far as a conversion reads it.
-
-    Args:
-        name (`str`):
-            `owner/name`.
-        gguf_file (`str`, *optional*):
-            fetch these weights alone.
-        allow_pickle (`bool`, *optional*, defaults to `False`):
-            fetch `pytorch_model` files as well.
-
-    Returns:
-        `Path`: its folder in the cache.
-
-    Raises:
-        CheckpointError: the Hub cannot be reached and the cache lacks it, or there is no such repository.
-    """
+    """Fetch a repository of the Hub, as far as a conversion reads it."""
     fetched = (
         f"Without a network fetch it elsewhere, `hf download {name} --local-dir FOLDER`, and pass --source FOLDER."
     )

@@ -105,36 +105,6 @@ def transfer(
     last, and becomes the output as in [`write_folder_aside`]: whenever the process is killed, no half-written folder
     loads. The hidden folder, `.{name}.{machine}-{process}.partial`, is this process's own and lies beside the output,
     or in it where it is there already; those of processes of this machine that are no more are cleared away.
-
-    Args:
-        reader (`TensorSource`):
-            the source.
-        config (`MomaConfig`):
-            of the target.
-        entries (`Sequence[Entry]`):
-            one for every parameter and persistent buffer of the target; none for a tied head.
-        output (`str | Path`):
-            the target's folder; missing or empty.
-        ignored (`Mapping[str, str]`, *optional*):
-            patterns (as of `fnmatch`) of keys of the source that may be left out, each with the reason.
-        max_shard_size (`int | str`, *optional*, defaults to `"2GB"`):
-            size of the target's files.
-        dtype (`torch.dtype`, *optional*):
-            of the target's floating-point tensors; by default that of their sources.
-        generation_config (`GenerationConfig`, *optional*):
-            by default what follows from `config`.
-        extras (`Callable`, *optional*):
-            writes further files into the folder that it is given, as a processor.
-        probe (`Callable`, *optional*):
-            gets a reader of the written tensors and returns a [`ProbeResult`]; with a relative difference above
-            `LARGEST_DIFFERENCE` the conversion fails.
-
-    Returns:
-        `Receipt`: saved in the folder as `conversion.json`, too.
-
-    Raises:
-        CheckpointError: a key is missing, surplus or of another shape, no model has the dtype, the output exists or
-            comes to exist meanwhile, or the probe fails.
     """
     output = Path(output).absolute()
     check_dtype(dtype)
@@ -217,22 +187,7 @@ def _check_target(model: MomaForCausalLM, entries: Sequence[Entry]) -> None:
 
 
 def check_source(reader: TensorSource, entries: Sequence[Entry], ignored: Mapping[str, str]) -> Receipt:
-    """Compare the keys and shapes of a source with what the entries need, and count them.
-
-    Args:
-        reader (`TensorSource`):
-            the source.
-        entries (`Sequence[Entry]`):
-            see [`transfer`].
-        ignored (`Mapping[str, str]`):
-            see [`transfer`].
-
-    Returns:
-        `Receipt`: counts of keys alone.
-
-    Raises:
-        CheckpointError: a key is missing, surplus or of another shape.
-    """
+    """Compare the keys and shapes of a source with what the entries need, and count them."""
     used = set()
     for entry in entries:
         shapes = entry.source_shapes or (tuple(entry.shape),) * len(entry.sources)
@@ -268,17 +223,7 @@ def check_source(reader: TensorSource, entries: Sequence[Entry], ignored: Mappin
 
 
 def check_tied_head(reader: TensorSource, config: MomaConfig) -> None:
-    """Check that a head which the source has beside its embedding may be left out of a target that ties them.
-
-    Args:
-        reader (`TensorSource`):
-            the source.
-        config (`MomaConfig`):
-            of the target.
-
-    Raises:
-        CheckpointError: they are tied by `config.json`, but differ.
-    """
+    """Check that a head which the source has beside its embedding may be left out of a target that ties them."""
     if not config.tie_word_embeddings or not {EMBEDDING, HEAD} <= reader.shapes.keys():
         return
     for start in range(0, reader.shapes[EMBEDDING][0], ROWS_AT_ONCE):

@@ -16,17 +16,7 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def check_model_type(config: Mapping[str, Any], where: Path) -> None:
-    """Refuse kinds of models that cannot be converted; where much is alike, by all that differs.
-
-    Args:
-        config (`Mapping[str, Any]`):
-            contents of the source's `config.json`.
-        where (`Path`):
-            the file, for messages.
-
-    Raises:
-        CheckpointError: the model is none of `MODEL_TYPES`.
-    """
+    """Refuse kinds of models that cannot be converted; where much is alike, by all that differs."""
     model_type = config.get("model_type")
     if model_type in MODEL_TYPES:
         return
@@ -81,17 +71,7 @@ def _qwen3_moe(config: Mapping[str, Any]) -> list[str]:
 
 
 def check_features(config: PreTrainedConfig, where: Path) -> None:
-    """Refuse, by its field, what a model of a known kind may have and MoMa lacks.
-
-    Args:
-        config (`PreTrainedConfig`):
-            the source's, as Transformers reads it.
-        where (`Path`):
-            its file, for messages.
-
-    Raises:
-        CheckpointError: biases in feed-forward layers, sliding windows, or rotary embeddings of another kind.
-    """
+    """Refuse, by its field, what a model of a known kind may have and MoMa lacks."""
     rope = config.rope_parameters or {}
     sliding = config.model_type == "mistral" and config.sliding_window is not None
     sliding = sliding or "sliding_attention" in (getattr(config, "layer_types", None) or ())

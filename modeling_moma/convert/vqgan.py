@@ -34,23 +34,7 @@ _SIZES = (
 
 
 def read_vqgan(path: str | Path, *, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
-    """Read the tensors of an image tokenizer in the original layout, without those of its training losses.
-
-    Args:
-        path (`str | Path`):
-            `vqgan.ckpt`, a pickle of tensors by name, bare or under `"state_dict"`, beside which only tensors and
-            plain containers may lie; or the same tensors in a `.safetensors` file.
-        allow_pickle (`bool`, *optional*, defaults to `False`):
-            read pickles, see [`read_pickle`]. Of a training checkpoint with further objects save the `state_dict`
-            alone where the training code is installed.
-
-    Returns:
-        `dict[str, torch.Tensor]`: tensors by the names of taming-transformers, on the CPU.
-
-    Raises:
-        CheckpointError: no such file, a pickle without `allow_pickle`, objects other than tensors in it, or a file
-            that is truncated or of another kind.
-    """
+    """Read the tensors of an image tokenizer in the original layout, without those of its training losses."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file.")
@@ -75,22 +59,7 @@ def read_vqgan(path: str | Path, *, allow_pickle: bool = False) -> dict[str, tor
 
 
 def vqgan_config(tensors: Mapping[str, torch.Tensor], resolution: int = 512) -> MomaVQConfig:
-    """Return the configuration that the tensors' names and shapes tell.
-
-    Args:
-        tensors (`Mapping[str, torch.Tensor]`):
-            as [`read_vqgan`] gives.
-        resolution (`int`, *optional*, defaults to `512`):
-            side of the images in pixels, which no tensor tells: 512 in Chameleon, 256 in most models of
-            taming-transformers.
-
-    Returns:
-        `MomaVQConfig`: of the layout `patch_size=1`, `norm_type="group"`.
-
-    Raises:
-        CheckpointError: a tensor that tells a size is missing, by name; or the sizes fit no model, as a resolution
-            that the levels cannot halve.
-    """
+    """Return the configuration that the tensors' names and shapes tell."""
     fields: dict[str, Any] = {field: _size(tensors, name, axis) for field, name, axis in _SIZES}
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     widths = [_size(tensors, f"encoder.down.{level}.block.0.conv1.weight", 0) for level in range(levels)]
@@ -123,20 +92,7 @@ def _count(tensors: Mapping[str, torch.Tensor], pattern: str) -> int:
 
 
 def load_vq_model(tensors: Mapping[str, torch.Tensor], config: MomaVQConfig) -> MomaVQModel:
-    """Return a model that holds exactly these tensors.
-
-    Args:
-        tensors (`Mapping[str, torch.Tensor]`):
-            by the names of taming-transformers.
-        config (`MomaVQConfig`):
-            the model's.
-
-    Returns:
-        `MomaVQModel`: in float32 and evaluation mode.
-
-    Raises:
-        CheckpointError: missing, extra or mis-shaped tensors, by name.
-    """
+    """Return a model that holds exactly these tensors."""
     with torch.device("meta"):
         model = MomaVQModel(config)
     expected = model.state_dict()
@@ -170,26 +126,7 @@ def convert_vqgan(
     resolution: int = 512,
     config: MomaVQConfig | None = None,
 ) -> MomaVQModel:
-    """Write a `vqgan.ckpt` as a folder that `MomaVQModel.from_pretrained` loads.
-
-    Args:
-        path (`str | Path`):
-            see [`read_vqgan`].
-        output (`str | Path`):
-            the folder, missing or empty; written aside and renamed.
-        allow_pickle (`bool`, *optional*, defaults to `False`):
-            see [`read_vqgan`].
-        resolution (`int`, *optional*, defaults to `512`):
-            see [`vqgan_config`].
-        config (`MomaVQConfig`, *optional*):
-            instead of what the shapes tell.
-
-    Returns:
-        `MomaVQModel`: what was written.
-
-    Raises:
-        CheckpointError: the folder holds something or cannot be written into; see [`read_vqgan`], [`load_vq_model`].
-    """
+    """Write a `vqgan.ckpt` as a folder that `MomaVQModel.from_pretrained` loads."""
     check_free(Path(output).absolute())
     tensors = read_vqgan(path, allow_pickle=allow_pickle)
     model = load_vq_model(tensors, config if config is not None else vqgan_config(tensors, resolution))

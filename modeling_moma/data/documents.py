@@ -121,12 +121,6 @@ def mean_length(documents: Documents, longest: int | None = None) -> float:
 
     Where lengths are unknown documents spread evenly are looked at, and as many drawn by chance; if the two do not
     agree, or lengths differ widely, many more. Captions say what length is expected of each of their rows.
-
-    Args:
-        documents (`Documents`):
-            of which the lengths may be known.
-        longest (`int`, *optional*):
-            of longer ones so many tokens are read; of those alone whose lengths are known.
     """
     lengths = documents.lengths()
     if lengths is not None:

@@ -43,12 +43,6 @@ def caption_chat_template(modalities: Sequence[str] = (IMAGE,), has_bos: bool = 
 
     A message of the user and its answer are one training example, `<bos> image caption <eos>` or `<bos> caption image
     <eos>`. What a system message says has no place in one.
-
-    Args:
-        modalities (`Sequence[str]`, *optional*, defaults to `("image",)`):
-            those of the processor.
-        has_bos (`bool`, *optional*, defaults to `True`):
-            whether a document begins with `<bos>`, as the tokenizer puts it before a text or does not.
     """
     beginning = "bos_token + " if has_bos else ""
     return (
@@ -77,19 +71,6 @@ class DocumentEncoder:
     """Makes documents of texts and of the codes of images.
 
     They begin as a prompt does: with what the tokenizer puts before a text, `<bos>` or nothing.
-
-    Args:
-        processor (`MomaProcessor`):
-            gives tokenizer and the ids of an image.
-
-    Raises:
-        ValueError: the tokenizer gives special tokens for the characters of a text.
-
-    Attributes:
-        beginning (`list[int]`):
-            ids before every document, see [`beginning_ids`].
-        eos (`int`):
-            id of the token after it.
     """
 
     def __init__(self, processor: MomaProcessor):
@@ -121,30 +102,11 @@ class DocumentEncoder:
         """Return the ids of `<bos> image caption <eos>`, or of `<bos> caption image <eos>`.
 
         An image of no caption, second, has `<bos>` before it whatever the tokenizer, as the prompt `""` has.
-
-        Args:
-            text (`str`):
-                the caption, perhaps empty.
-            codes (`Any`):
-                `[image_seq_length]`, of the image.
-            image_first (`bool`):
-                whether the image comes before the caption.
         """
         return self.pair(IMAGE, text, codes, image_first)
 
     def pair(self, modality: str, text: str, codes: Any, text_second: bool) -> list[int]:
-        """Return the ids of a document of an item, such as a sound, and its text.
-
-        Args:
-            modality (`str`):
-                of the item.
-            text (`str`):
-                its text, perhaps empty.
-            codes (`Any`):
-                `[num_codes]`, of the item.
-            text_second (`bool`):
-                whether the item comes before the text.
-        """
+        """Return the ids of a document of an item, such as a sound, and its text."""
         item, words = self.processor.frame_ids(modality, codes), self.text_ids(text)
         first, second = (item, words) if text_second else (words, item)
         return [*self.opened(first), *second, self.eos]
@@ -163,15 +125,7 @@ class DocumentEncoder:
 
 @functools.lru_cache(maxsize=1)
 def loaded_encoder(folder: str) -> tuple[DocumentEncoder, str]:
-    """Return a processor, loaded once in every process, and its fingerprint.
-
-    Args:
-        folder (`str`):
-            of the processor.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
+    """Return a processor, loaded once in every process, and its fingerprint."""
     processor = open_processor(folder)
     fingerprint = processor_fingerprint(processor)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -180,12 +134,7 @@ def loaded_encoder(folder: str) -> tuple[DocumentEncoder, str]:
 
 
 def with_channels_last(processor: MomaProcessor) -> MomaProcessor:
-    """Lay the weights of a processor's image tokenizer out as CPUs convolve faster with, and return the processor.
-
-    Args:
-        processor (`MomaProcessor`):
-            whose codes stay the same.
-    """
+    """Lay the weights of a processor's image tokenizer out as CPUs convolve faster with, and return the processor."""
     # convolutions over time have five dimensions, which this format has not
     if all(weight.ndim != 5 for weight in processor.vq_model.parameters()):
         processor.vq_model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -16,14 +16,7 @@ from .sources import TRAIN, VALIDATION, Source
 
 
 class HeldOutExamples(torch.utils.data.Dataset):
-    """Examples that losses are measured on, made when they are asked for.
-
-    Args:
-        held_out (`Sequence[Any]`):
-            token ids by number, from `Documents.held_out`.
-        number (`int`, *optional*):
-            take so many, evenly spaced; all by default.
-    """
+    """Examples that losses are measured on, made when they are asked for."""
 
     def __init__(self, held_out: Sequence[Any], number: int | None = None):
         self.held_out = held_out
@@ -39,21 +32,7 @@ class HeldOutExamples(torch.utils.data.Dataset):
 def open_documents(
     folder: str, processor: MomaProcessor, split: str = TRAIN, sources: Sequence[Source] | None = None
 ) -> list[Documents]:
-    """Return the documents of a split of all sources that have it.
-
-    Args:
-        folder (`str`):
-            that `moma tokenize` has written.
-        processor (`MomaProcessor`):
-            that it was written with.
-        split (`str`, *optional*, defaults to `TRAIN`):
-            its name.
-        sources (`Sequence[Source]`, *optional*):
-            with what is to be read from them; by default as they were tokenized.
-
-    Raises:
-        ValueError: no source has the split.
-    """
+    """Return the documents of a split of all sources that have it."""
     tokens = TokenFolder(folder, processor)
     chosen = tokens.sources() if sources is None else sources
     # a source that the folder lacks is refused by name
@@ -83,14 +62,6 @@ def shuffled_held_out(
     """Return held-out examples in random order.
 
     Tokens compete within a batch, which shall hold images before and after their captions, as in training.
-
-    Args:
-        documents (`Sequence[Documents]`):
-            of each source.
-        seed (`int`):
-            of the order.
-        limit (`int`, *optional*):
-            take so many of each source's documents, drawn at random with that seed.
     """
     examples: list[dict[str, list[int]]] = []
     for entry in documents:
@@ -121,14 +92,7 @@ def check_layout(config: MomaConfig, layout: dict):
 
 
 def check_positions(config: MomaConfig, sequence_length: int):
-    """Raise `ValueError` where sequences may be longer than a model reads, which would end a training at the first.
-
-    Args:
-        config (`MomaConfig`):
-            of the model.
-        sequence_length (`int`):
-            of the recipe's section `data`, or else of the tokens.
-    """
+    """Raise `ValueError` where sequences may be longer than a model reads, which would end a training at the first."""
     limit = config.max_position_embeddings
     # scaled rotary embeddings are made to go beyond
     if sequence_length > limit and config.rope_parameters["rope_type"] == "default":

@@ -16,14 +16,7 @@ from .tokenizing import tokenize_shard
 
 
 class TokenizeStep:
-    """A step of a datatrove pipeline: each rank writes one in `world_size` shards of a folder of tokens.
-
-    Args:
-        folder (`str | Path`):
-            begun by `write_job`, on a disk that all nodes share.
-        strict (`bool`, *optional*, defaults to `False`):
-            stop at the first row that cannot be used.
-    """
+    """A step of a datatrove pipeline: each rank writes one in `world_size` shards of a folder of tokens."""
 
     # what datatrove calls it in its logs
     name = "tokenize shards"
@@ -32,16 +25,7 @@ class TokenizeStep:
         self.folder, self.strict = str(folder), strict
 
     def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterable:
-        """Write the shards of one rank, then pass on what the step before it gave.
-
-        Args:
-            data (`Any`):
-                documents of the step before it, or `None`.
-            rank (`int`, *optional*, defaults to `0`):
-                of this task.
-            world_size (`int`, *optional*, defaults to `1`):
-                tasks of the pipeline.
-        """
+        """Write the shards of one rank, then pass on what the step before it gave."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         torch.set_num_threads(1)
         job = read_job(self.folder)
@@ -62,26 +46,6 @@ def run_executor(
     """Start a tokenization in datatrove.
 
     A task that was killed is run again by the next start, and goes on.
-
-    Args:
-        folder (`str | Path`):
-            begun by `write_job`.
-        engine (`str`):
-            `"datatrove"`, processes of this machine, or `"slurm"`, jobs of a cluster, which this only submits.
-        tasks (`int`):
-            of datatrove, at most as many as there are shards.
-        workers (`int`):
-            tasks at a time.
-        strict (`bool`, *optional*, defaults to `False`):
-            stop at the first row that cannot be used.
-        partition (`str`, *optional*):
-            of Slurm.
-        time (`str`, *optional*, defaults to `"24:00:00"`):
-            longest time of a Slurm job, `"HH:MM:SS"`.
-
-    Raises:
-        ImportError: datatrove is missing.
-        ValueError: a task failed.
     """
     with needs_extra(f"--engine {engine} needs datatrove", "scale"):
         import multiprocess

@@ -76,14 +76,7 @@ def read_image(value: Any, root: str | None = None, min_side: int = 1) -> tuple[
 
 
 def image_file(value: Any, root: str | None = None) -> Path | None:
-    """Return the file that an image is read from, `None` where the row holds it itself or its address.
-
-    Args:
-        value (`Any`):
-            see [`read_image`].
-        root (`str`, *optional*):
-            folder that relative paths start from.
-    """
+    """Return the file that an image is read from, `None` where the row holds it itself or its address."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if not isinstance(value, (str, os.PathLike)) or not str(value) or os.fspath(value).startswith(_ADDRESSES):

@@ -54,18 +54,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """One shard of one split of a source.
-
-    Args:
-        source (`str`):
-            its name.
-        split (`str`):
-            the training's name of the split that is read, `train` or another one.
-        shard (`int`):
-            number of the shard, from 0.
-        shards (`int`):
-            number of the split's shards.
-    """
+    """One shard of one split of a source."""
 
     source: str
     split: str
@@ -256,10 +245,6 @@ def source_files(source: Source) -> list[Path]:
     """Return the files of this machine that a source may be read from, sorted; none of one on the Hub.
 
     Hidden files are left out, as `datasets` does.
-
-    Args:
-        source ([`Source`]):
-            of a recipe.
     """
     files = []
     for found in {Path(path) for pattern in _file_patterns(source) for path in glob(pattern, recursive=True)}:
@@ -284,12 +269,7 @@ def _file_patterns(source: Source) -> list[str]:
 
 
 def source_digest(source: Source) -> str | None:
-    """Return a hash of the files of a source: their names and sizes, and parts of those that rows stand in.
-
-    Args:
-        source ([`Source`]):
-            of a recipe. One on the Hub has none: `revision` says what it is.
-    """
+    """Return a hash of the files of a source: their names and sizes, and parts of those that rows stand in."""
     files = source_files(source)
     if not files:
         return None
@@ -415,14 +395,7 @@ def _warn_of_later_files(path: Path, job: Job) -> None:
 
 
 def done_report(folder: str | Path, task: Task) -> dict[str, Any] | None:
-    """Return the report of a shard, or `None` where the shard is yet to be written, or lacks a file that it wrote.
-
-    Args:
-        folder (`str | Path`):
-            of all tokens.
-        task (`Task`):
-            the shard.
-    """
+    """Return the report of a shard, or `None` where the shard is yet to be written, or lacks a file that it wrote."""
     path = Path(folder) / task.report_name()
     try:
         report = json.loads(path.read_text(encoding="utf-8"))

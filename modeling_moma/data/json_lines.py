@@ -29,10 +29,6 @@ def mended_copy(path: Path) -> Path:
     """Return a copy of a file of JSON lines, beside what `datasets` keeps.
 
     Every row of it has the column [`BROKEN_LINE`]; rows of broken lines have no other.
-
-    Args:
-        path (`Path`):
-            of the file.
     """
     facts = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:32]

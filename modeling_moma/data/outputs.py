@@ -9,17 +9,7 @@ from .sources import Source
 
 
 def refuse_output_in_data(output: str, sources: Sequence[Source]) -> None:
-    """Raise `ValueError` where an output lies in a folder that a source reads all files of.
-
-    Args:
-        output (`str`):
-            the folder to write.
-        sources (`Sequence[Source]`):
-            of a recipe.
-
-    Raises:
-        ValueError: names the source.
-    """
+    """Raise `ValueError` where an output lies in a folder that a source reads all files of."""
     for source in sources:
         chosen = {"data_files", "data_dir"} & source.load.keys()
         folder = Path(source.data)

@@ -267,20 +267,7 @@ class _Document:
 
 
 class _Source:
-    """The documents of one source in one block: those that wait, and those that are begun and not ended.
-
-    Args:
-        order (`DocumentOrder`):
-            of its documents.
-        start (`tuple[int, int]`):
-            the number of its first document in the block, and how many tokens of it are written already.
-        share (`float`):
-            its part of the tokens.
-        frames (`Sequence[tuple[int, int]]`):
-            begin and end ids of images and the like.
-        length (`int`):
-            tokens of a sequence.
-    """
+    """The documents of one source in one block: those that wait, and those that are begun and not ended."""
 
     candidates = CANDIDATES
 
@@ -303,17 +290,7 @@ class _Source:
                 self.open.append(self.waiting.pop())
 
     def take(self, gap: int, expected: float) -> Sequence[int] | np.ndarray | None:
-        """Return the source's next piece.
-
-        Args:
-            gap (`int`):
-                tokens there is room for.
-            expected (`float`):
-                tokens that the source is going to write in its block, about.
-
-        Returns:
-            Its ids, at most `gap`; `None` where nothing goes in.
-        """
+        """Return the source's next piece."""
         # what the block will not come to is not drawn, so that its end leaves little behind
         while len(self.waiting) < self.candidates and (self.at_hand < expected or not self.at_hand):
             self._draw()
@@ -383,19 +360,7 @@ class _WholeSource(_Source):
 
 
 def fullest(documents: Sequence[_Document], gap: int, most: int) -> tuple[_Document, int] | None:
-    """Return the first piece of those that fill a gap best together.
-
-    Args:
-        documents (`Sequence[_Document]`):
-            of which pieces may be taken, the ones to prefer first.
-        gap (`int`):
-            tokens there is room for.
-        most (`int`):
-            where the gap is not filled, it is to be filled so far at most.
-
-    Returns:
-        One of the documents, and how many of its tokens make the piece; `None` where none goes in.
-    """
+    """Return the first piece of those that fill a gap best together."""
     # bit n of a number says whether pieces of the documents so far may have n tokens together
     sums, mask = [1], (2 << gap) - 1
     for document in documents:

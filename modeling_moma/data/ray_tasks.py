@@ -47,26 +47,6 @@ def run_on_ray(
 
     Ray keeps the processes of its tasks, so that each of them loads the processor once. A shard whose worker or node
     dies is begun anew elsewhere, up to 3 times; nothing else is.
-
-    Args:
-        folder (`str | Path`):
-            of all tokens, begun by `write_job`, on a disk that all nodes share.
-        job (`Job`):
-            what to do.
-        processes (`int`):
-            that work side by side where this starts a Ray of its own; a cluster gives as many as it has cores.
-        threads (`int`, *optional*, defaults to `1`):
-            of each process, and cores that a task asks Ray for.
-        strict (`bool`, *optional*, defaults to `False`):
-            stop at the first row that cannot be used.
-        address (`str`, *optional*):
-            `HOST:PORT` of a Ray cluster, or `"auto"` for one that this machine belongs to; by default a Ray of this
-            machine alone, which ends with the call.
-
-    Raises:
-        ImportError: Ray is missing.
-        ValueError: no cluster answers at the address, a node does not see the folder, the workers of a shard died
-            again and again, or what a shard raised.
     """
     tasks = [task for task in job.tasks() if done_report(folder, task) is None]
     if not tasks:
@@ -82,26 +62,7 @@ def run_on_ray(
 
 
 def write_shard(task: Task, folder: str, home: str, strict: bool, threads: int) -> int:
-    """Write one shard in a worker, unless it is there.
-
-    Args:
-        task (`Task`):
-            one of the job's.
-        folder (`str`):
-            of all tokens.
-        home (`str`):
-            folder that relative paths of the job start from.
-        strict (`bool`):
-            stop at the first row that cannot be used.
-        threads (`int`):
-            of this process.
-
-    Returns:
-        `int`: images that were coded.
-
-    Raises:
-        ValueError: this node does not see the folders, or what the shard raised.
-    """
+    """Write one shard in a worker, unless it is there."""
     for name in (home, os.path.join(folder, JOB_FILE)):
         if not os.path.exists(name):
             raise InputError(

@@ -109,15 +109,7 @@ def _is_manifest(manifest: Any) -> bool:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Return the manifest of a folder of tokens.
-
-    Args:
-        folder (`str | Path`):
-            that `moma tokenize` has written.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """Return the manifest of a folder of tokens."""
     path, where = Path(folder) / MANIFEST_FILE, f"`--tokens` {str(folder)!r}"
     if not path.parent.is_dir():
         raise InputError(f"{where}: {no_folder(str(folder))}.")

@@ -25,27 +25,7 @@ BATCH = 128
 
 @dataclass
 class ShardReport:
-    """What became of the rows of a shard.
-
-    Attributes:
-        rows (`int`):
-            rows read.
-        images (`int`):
-            images coded.
-        written (`Counter`):
-            documents by split.
-        tokens (`dict[str, Counter]`):
-            by split, `text` (with the frames of documents, images and sounds), and the codes of `image` and, where
-            there are any, of further modalities, of one reading of every document, captions by their first template.
-        left_out (`Counter`):
-            rows by reason.
-        images_left_out (`Counter`):
-            images of interleaved documents, whose rest is written, by reason.
-        changed (`Counter`):
-            images that were brought into another form, by what they were.
-        named (`list[dict]`):
-            `row`, `reason` and `detail` of what was left out.
-    """
+    """What became of the rows of a shard."""
 
     rows: int = 0
     images: int = 0
@@ -69,32 +49,7 @@ class ShardReport:
 
 @dataclass
 class Shard(ABC):
-    """What a kind of source makes its documents of.
-
-    Args:
-        encoder (`DocumentEncoder`):
-            gives ids and codes.
-        packed (`bool`):
-            whether training cuts texts wherever a sequence ends; otherwise longer documents are left out.
-        sequence_length (`int`):
-            longest document that cannot be cut, in tokens.
-        list_columns (`list[str]`):
-            those of the stored columns that hold lists.
-        is_training (`bool`):
-            whether the rows are trained on, but for those that are held out.
-        start (`int`):
-            number of the first row.
-        seed (`int`):
-            of what is drawn.
-        root (`str`):
-            folder that relative paths of images start from.
-        where (`str`):
-            source and split, for errors.
-        is_strict (`bool`, *optional*, defaults to `False`):
-            whether the first row that cannot be used is an error.
-        on_work (`Callable[[int], object]`, *optional*):
-            is called with numbers of images that have been coded.
-    """
+    """What a kind of source makes its documents of."""
 
     encoder: DocumentEncoder
     packed: bool
@@ -116,19 +71,7 @@ class Shard(ABC):
         """Yield number, split and columns of every row that can be read."""
 
     def leave_out(self, row: int, error: LeftOut, is_whole: bool = True) -> None:
-        """Count a row that cannot be used, or an image of it.
-
-        Args:
-            row (`int`):
-                its number.
-            error (`LeftOut`):
-                what is wrong with it.
-            is_whole (`bool`, *optional*, defaults to `True`):
-                whether it is left out, and not an image of it alone.
-
-        Raises:
-            ValueError: where the shard is strict.
-        """
+        """Count a row that cannot be used, or an image of it."""
         if self.is_strict:
             reason = str(error).rstrip(".")
             raise InputError(
@@ -137,17 +80,7 @@ class Shard(ABC):
         self.report.leave_out(row, error, is_whole)
 
     def pixel_values(self, value: Any, min_side: int) -> torch.Tensor:
-        """Return the pixel values `[1, 3, H, W]` of an image as a row holds it.
-
-        Args:
-            value (`Any`):
-                see [`read_image`].
-            min_side (`int`):
-                shortest side in pixels.
-
-        Raises:
-            LeftOut: it cannot be used.
-        """
+        """Return the pixel values `[1, 3, H, W]` of an image as a row holds it."""
         image, changes = read_image(value, self.root, min_side)
         self.report.changed.update(changes)
         return self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
@@ -158,31 +91,13 @@ class Shard(ABC):
         return model.get_image_tokens(pixel_values.to(model.device, torch.float32)).cpu()
 
     def stored_text(self, name: str, value: Any) -> str | list[str]:
-        """Return a value of a stored column as it is kept: a text, or a list of texts where the column holds lists.
-
-        Args:
-            name (`str`):
-                of the column.
-            value (`Any`):
-                of a row.
-
-        Raises:
-            LeftOut: there is something in it that is no text, see [`as_text`].
-        """
+        """Return a value of a stored column as it is kept: a text, or a list of texts where the column holds lists."""
         if name in self.list_columns:
             return [as_text(name, entry) for entry in value or [] if is_something(entry)]
         return as_text(name, value)
 
     def sound_codes(self, value: Any) -> list[int]:
-        """Return the codes of a sound as a row holds it.
-
-        Args:
-            value (`Any`):
-                see [`read_row_sound`]. A codec without `sampling_rate` gets it as it is.
-
-        Raises:
-            LeftOut: it cannot be used.
-        """
+        """Return the codes of a sound as a row holds it."""
         codec = self.processor.codecs[AUDIO]
         rate = getattr(codec, "sampling_rate", None)
         item = value if rate is None else read_row_sound(value, rate, self.root)

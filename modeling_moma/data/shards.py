@@ -16,15 +16,7 @@ from ..utils.messages import one_line
 
 
 class ShardTable:
-    """The rows of several Arrow files, of which only those that are asked for are read.
-
-    Args:
-        paths (`Sequence[str | Path]`):
-            the files, which have the same columns.
-
-    Raises:
-        ValueError: one is missing, or is no whole file of Arrow.
-    """
+    """The rows of several Arrow files, of which only those that are asked for are read."""
 
     def __init__(self, paths: Sequence[str | Path]):
         self.paths = list(paths)

@@ -42,17 +42,7 @@ def _reader(source: Source, names: Mapping[str, str]) -> _Reader:
 
 
 def warn_of_shared_rows(sources: Sequence[Source], names: Mapping[str, Mapping[str, str]]) -> None:
-    """Tell of sources that train on what another one holds out, in a split or by a draw of its own.
-
-    Args:
-        sources (`Sequence[Source]`):
-            of a recipe.
-        names (`Mapping[str, Mapping[str, str]]`):
-            what [`Source.split_names`] says of each, by the source's name.
-
-    Raises:
-        ValueError: the data of one cannot be opened.
-    """
+    """Tell of sources that train on what another one holds out, in a split or by a draw of its own."""
     # one alone has no other, and its files need not be looked for
     readers = [_reader(source, names[source.name]) for source in sources if len(sources) > 1]
     for first, second in combinations(readers, 2):

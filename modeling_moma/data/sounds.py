@@ -22,19 +22,7 @@ def refused_sounds_left_out() -> Iterator[None]:
 
 
 def read_row_sound(value: Any, sampling_rate: int, root: str | None = None) -> np.ndarray:
-    """Return the samples `[num_samples]` of a sound as a row holds it.
-
-    Args:
-        value (`Any`):
-            see [`read_sound`].
-        sampling_rate (`int`):
-            samples of one second that are asked for.
-        root (`str`, *optional*):
-            folder that relative paths start from.
-
-    Raises:
-        LeftOut: it cannot be used.
-    """
+    """Return the samples `[num_samples]` of a sound as a row holds it."""
     with refused_sounds_left_out():
         return read_sound(value, sampling_rate, root)
 

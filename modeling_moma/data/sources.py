@@ -133,11 +133,7 @@ class Source:
             raise InputError(f"sources: {self.name!r}: splits: {error}") from error
 
     def split_files(self) -> dict[str, frozenset[str]]:
-        """Return the files of each of the data set's splits, as `datasets` finds them, links followed.
-
-        Raises:
-            ValueError: the data cannot be opened.
-        """
+        """Return the files of each of the data set's splits, as `datasets` finds them, links followed."""
         files = self._call(load_dataset_builder, *self._loading()).config.data_files or {}
         return {str(split): frozenset(map(_real_file, _without_metadata(found))) for split, found in files.items()}
 
@@ -349,15 +345,7 @@ def _telling(error: BaseException) -> BaseException:
 
 
 def placed_rows(rows: Dataset | IterableDataset) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield undecoded rows and where each stands, by which [`Source.is_held_out`] goes.
-
-    Args:
-        rows (`Dataset | IterableDataset`):
-            of a split.
-
-    Raises:
-        ValueError: a file cannot be read any further.
-    """
+    """Yield undecoded rows and where each stands, by which [`Source.is_held_out`] goes."""
     shards = rows.num_shards if isinstance(rows, IterableDataset) else 1
     for shard in range(shards):
         part = rows if shards == 1 else rows.shard(num_shards=shards, index=shard)
@@ -374,13 +362,6 @@ def undecoded_rows(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
     """Yield rows whose images and sounds are `{"bytes": ..., "path": ...}`, in whatever depth of lists they stand.
 
     Classes, such as the folders that images are sorted into, are their names.
-
-    Args:
-        rows (`Dataset | IterableDataset`):
-            of a split.
-
-    Raises:
-        ValueError: a file cannot be read any further.
     """
     streamed = rows.to_iterable_dataset() if isinstance(rows, Dataset) else rows
     # nothing is decoded where nobody knows what it is
@@ -467,12 +448,6 @@ def source_texts(sources: Sequence[Source], rows: int) -> Iterator[str]:
     """Yield all texts of the training rows, which a text tokenizer learns from: every caption, those of a document.
 
     Rows that become `validation` are left out.
-
-    Args:
-        sources (`Sequence[Source]`):
-            of a recipe.
-        rows (`int`):
-            of each source, at most.
     """
     for source in sources:
         names = source.split_names()

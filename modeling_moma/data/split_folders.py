@@ -52,16 +52,7 @@ def saved_files(folder: Path) -> dict[str, list[str]]:
 
 
 def rows_below(rows: Dataset, folders: Sequence[Path], column: str) -> Dataset:
-    """Return the rows whose image lies below one of some folders, and those that name no image.
-
-    Args:
-        rows (`Dataset`):
-            of `imagefolder`.
-        folders (`Sequence[Path]`):
-            of a split.
-        column (`str`):
-            of the images.
-    """
+    """Return the rows whose image lies below one of some folders, and those that name no image."""
     values: Any = rows.select_columns(column).cast_column(column, Image(decode=False))[column]
     below = [folder.resolve() for folder in folders]
     # a row without an image is of no split: whoever reads the rows tells of it
@@ -70,16 +61,7 @@ def rows_below(rows: Dataset, folders: Sequence[Path], column: str) -> Dataset:
 
 
 def warn_of_unnamed(name: str, rows: Dataset, files: Collection[str]) -> None:
-    """Tell of images of a folder that no row of its file of captions names: `imagefolder` passes over them.
-
-    Args:
-        name (`str`):
-            of the source.
-        rows (`Dataset`):
-            of a split.
-        files (`Collection[str]`):
-            of that split, links followed.
-    """
+    """Tell of images of a folder that no row of its file of captions names: `imagefolder` passes over them."""
     images = sorted(file for file in files if Path(file).suffix.lower() in registered_extensions())
     column = next((name for name, entry in rows.features.items() if isinstance(entry, Image)), None)
     if column is None or not images:

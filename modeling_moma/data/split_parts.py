@@ -15,28 +15,14 @@ _MANY_ROWS = 10**12
 
 @dataclass(frozen=True)
 class SplitPart:
-    """Rows of one split that follow one another.
-
-    Args:
-        split (`str`):
-            the data set's name.
-        unit (`str`, *optional*):
-            what its bounds are numbers of, `"%"` or `"rows"`; `None` for the whole split.
-        rows (`range`):
-            those of a split of very many rows.
-    """
+    """Rows of one split that follow one another."""
 
     split: str
     unit: str | None
     rows: range
 
     def overlaps(self, other: "SplitPart") -> bool:
-        """Return whether another part has some of the rows, as far as no length is needed to tell.
-
-        Args:
-            other (`SplitPart`):
-                of the same files.
-        """
+        """Return whether another part has some of the rows, as far as no length is needed to tell."""
         # where a row is in percent, the length alone says
         if {self.unit, other.unit} == {"%", "rows"}:
             return False
@@ -44,15 +30,7 @@ class SplitPart:
 
 
 def split_parts(text: str) -> list[SplitPart]:
-    """Return the parts that a text of `datasets` names.
-
-    Args:
-        text (`str`):
-            such as `"train"`, `"train[:98%]"` or `"train[:100]+test"`.
-
-    Raises:
-        ValueError: it names none.
-    """
+    """Return the parts that a text of `datasets` names."""
     parts = []
     for entry in map(str.strip, text.split("+")):
         split, bracket, bounds = entry.partition("[")
@@ -66,19 +44,7 @@ def split_parts(text: str) -> list[SplitPart]:
 
 
 def refuse_shared_parts(where: str, train: str, validation: str | None) -> None:
-    """Raise `ValueError` where rows of `validation` are those of `train`, too.
-
-    Args:
-        where (`str`):
-            names the source, for errors.
-        train (`str`):
-            its parts that are trained on.
-        validation (`str`, *optional*):
-            its parts that are held out.
-
-    Raises:
-        ValueError: they have rows in common, or one cannot be read.
-    """
+    """Raise `ValueError` where rows of `validation` are those of `train`, too."""
     try:
         trained_on, held_out = split_parts(train), [] if validation is None else split_parts(validation)
     except InputError as error:

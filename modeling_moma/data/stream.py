@@ -26,16 +26,7 @@ _UNUSED = np.random.default_rng(0)
 
 
 class DocumentOrder:
-    """The endless order of a source's documents: every pass over them is a permutation of its own.
-
-    Args:
-        documents (`Documents`):
-            of the source.
-        seed (`int`):
-            of order and choices.
-        cuts (`bool`, *optional*, defaults to `False`):
-            whether of documents longer than a sequence the beginnings alone are read.
-    """
+    """The endless order of a source's documents: every pass over them is a permutation of its own."""
 
     def __init__(self, documents: Documents, seed: int, cuts: bool = False):
         if len(documents) == 0:
@@ -50,16 +41,7 @@ class DocumentOrder:
         return mean_length(self.documents, self._longest)
 
     def place(self, tokens: float) -> tuple[int, int]:
-        """Return where the order is after so many tokens.
-
-        Args:
-            tokens (`float`):
-                of all documents before the place.
-
-        Returns:
-            The number of the document that comes next, and how many tokens of it are gone; none where the lengths of
-            documents are not known.
-        """
+        """Return where the order is after so many tokens."""
         lengths = self.documents.lengths()
         if lengths is None:
             return round(tokens / self.mean_length), 0
@@ -136,12 +118,6 @@ class SourceTurns:
 
     The documents of each source stand at even distances along the tokens of the mixture, which says without those
     before it of which source one is.
-
-    Args:
-        lengths (`Sequence[float]`):
-            mean tokens of a document of each source.
-        weights (`Sequence[float]`):
-            each source's part of the tokens, relative to the others'.
     """
 
     def __init__(self, lengths: Sequence[float], weights: Sequence[float]):

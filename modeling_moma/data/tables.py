@@ -19,14 +19,7 @@ _OF_FIELDS = (
 
 
 def reading_options(suffix: str, columns: Sequence[str]) -> dict[str, Any]:
-    """Return arguments of the reader of CSV, by which a caption is what stands there: 007 is no 7, and NA is a word.
-
-    Args:
-        suffix (`str`):
-            ending of the file, `.csv` or `.tsv`.
-        columns (`Sequence[str]`):
-            that are read.
-    """
+    """Return arguments of the reader of CSV by which a caption is what stands there: 007 is no 7, NA is a word."""
     texts = {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
     # quotes mean nothing in a table of tabs
     tabs = {"sep": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
@@ -34,12 +27,7 @@ def reading_options(suffix: str, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def table_files(data_files: Any) -> list[str]:
-    """Return the tables of this machine that the argument `data_files` of `datasets` names.
-
-    Args:
-        data_files (`Any`):
-            a pattern, a list of these, or either by split.
-    """
+    """Return the tables of this machine that the argument `data_files` of `datasets` names."""
     if isinstance(data_files, Mapping):
         return [file for entry in data_files.values() for file in table_files(entry)]
     if isinstance(data_files, str):
@@ -53,17 +41,6 @@ def refuse_longer_rows(where: str, files: Sequence[str], options: Mapping[str, A
 
     The reader takes the first ones of each row for its name then, and reads all others as columns further to the
     left: an unquoted comma in a caption would give other captions.
-
-    Args:
-        where (`str`):
-            names the source, for errors.
-        files (`Sequence[str]`):
-            the tables.
-        options (`Mapping[str, Any]`):
-            arguments of the reader; where these say what a row's fields are, nothing is refused.
-
-    Raises:
-        ValueError: names the table.
     """
     separator = options.get("delimiter") or options.get("sep") or ","
     if any(options.get(name) is not None for name in _OF_FIELDS) or len(separator) != 1:

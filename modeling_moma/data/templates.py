@@ -18,12 +18,7 @@ from .images import LeftOut
 
 @dataclass(frozen=True)
 class Template:
-    """A text with places for the columns of a row.
-
-    Args:
-        text (`str`):
-            the name of a column, or a text with names of columns in braces; `{{` is a brace.
-    """
+    """A text with places for the columns of a row."""
 
     text: str
 
@@ -62,27 +57,12 @@ class Template:
                 yield self.render(row)
 
     def render(self, row: Mapping[str, Any], rng: np.random.Generator | None = None) -> str:
-        """Return the text of a row.
-
-        Args:
-            row (`Mapping[str, Any]`):
-                values by column; what there is in lists is joined by `", "`.
-            rng (`np.random.Generator`, *optional*):
-                decides on the order of lists, which stays without it.
-
-        Raises:
-            LeftOut: a value is neither a text, a number, a time nor a list of these.
-        """
+        """Return the text of a row."""
         return "".join(fixed + ("" if name is None else as_text(name, row[name], rng)) for fixed, name in self.parts)
 
 
 def is_something(value: Any) -> bool:
-    """Return whether there is a text in a value: not in an empty one, in NaN, nor in a list of these.
-
-    Args:
-        value (`Any`):
-            of a row.
-    """
+    """Return whether there is a text in a value: not in an empty one, in NaN, nor in a list of these."""
     if isinstance(value, (list, tuple)):
         return any(map(is_something, value))
     return not _is_nothing(value) and str(value).strip() != ""
@@ -94,19 +74,7 @@ def _is_nothing(value: Any) -> bool:
 
 
 def as_text(name: str, value: Any, rng: np.random.Generator | None = None) -> str:
-    """Return the text of a value, see [`Template.render`].
-
-    Args:
-        name (`str`):
-            of the column, for errors.
-        value (`Any`):
-            of a row.
-        rng (`np.random.Generator`, *optional*):
-            decides on the order of lists, which stays without it.
-
-    Raises:
-        LeftOut: it is neither a text, a number, a time nor a list of these.
-    """
+    """Return the text of a value, see [`Template.render`]."""
     if isinstance(value, str):
         return value
     if isinstance(value, (list, tuple)):

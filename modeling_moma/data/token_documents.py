@@ -11,16 +11,7 @@ from .shards import ShardTable
 
 
 class Documents(Protocol):
-    """Documents of one split of one source.
-
-    Attributes:
-        name (`str`):
-            of the source.
-        can_be_cut (`bool`):
-            whether a text of them may go on in another sequence.
-        has_choice (`bool`):
-            whether a row is drawn with chance.
-    """
+    """Documents of one split of one source."""
 
     name: str
     can_be_cut: bool
@@ -42,18 +33,7 @@ class Documents(Protocol):
 
 
 class TokenDocuments:
-    """Documents whose ids were made once, which may be cut in their texts.
-
-    Args:
-        name (`str`):
-            of the source.
-        table (`ShardTable`):
-            with a column `input_ids`.
-        longest (`int`):
-            longest held-out document in tokens; longer ones are cut to it.
-        frames (`Sequence[tuple[int, int]]`):
-            begin and end ids of images and the like.
-    """
+    """Documents whose ids were made once, which may be cut in their texts."""
 
     can_be_cut, has_choice = True, False
 
@@ -98,14 +78,7 @@ class HeldOutTokens(Sequence):
 
 
 class HeldOutPairs(Sequence):
-    """Ids of both orders of pairs, such as images and captions, made when they are asked for.
-
-    Args:
-        make (`Callable[[int, bool], list[int]]`):
-            gives the ids of a row, its item before its text or after it: `make(row, item_first)`.
-        rows (`Sequence[int]`):
-            which; all with the item first come before the rest.
-    """
+    """Ids of both orders of pairs, such as images and captions, made when they are asked for."""
 
     def __init__(self, make: Callable[[int, bool], list[int]], rows: Sequence[int]):
         self.make, self.rows = make, rows
@@ -121,19 +94,7 @@ class HeldOutPairs(Sequence):
 
 
 def cut_place(ids: Sequence[int] | np.ndarray, room: int, frames: Sequence[tuple[int, int]]) -> int:
-    """Return how many tokens of a document go into a room, no image of it cut in two.
-
-    Args:
-        ids (`Sequence[int] | np.ndarray`):
-            `[length]`.
-        room (`int`):
-            tokens there is room for.
-        frames (`Sequence[tuple[int, int]]`):
-            begin and end ids of images and the like.
-
-    Returns:
-        `int`: between 0 and `room`.
-    """
+    """Return how many tokens of a document go into a room, no image of it cut in two."""
     if len(ids) <= room:
         return len(ids)
     spans = frame_spans(ids[:room], frames)
@@ -141,18 +102,7 @@ def cut_place(ids: Sequence[int] | np.ndarray, room: int, frames: Sequence[tuple
 
 
 def frame_spans(ids: Sequence[int] | np.ndarray, frames: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return where the images of a document lie.
-
-    Args:
-        ids (`Sequence[int] | np.ndarray`):
-            `[length]`.
-        frames (`Sequence[tuple[int, int]]`):
-            begin and end ids of images and the like.
-
-    Returns:
-        The places of the first and the last token of each, in their order; `length` for the last one of an image
-        that does not end.
-    """
+    """Return where the images of a document lie."""
     ids, spans = np.asarray(ids), []
     for begin, end in frames:
         begins = np.flatnonzero(ids == begin)

@@ -24,17 +24,7 @@ from .sources import TRAIN, VALIDATION, Source, read_sources, row_place, undecod
 
 
 def load_encoder(folder: str, fingerprint: str) -> DocumentEncoder:
-    """Return the encoder of a job.
-
-    Args:
-        folder (`str`):
-            of the processor.
-        fingerprint (`str`):
-            of the processor that the job was begun with.
-
-    Raises:
-        ValueError: the processor is another one than the job was begun with.
-    """
+    """Return the encoder of a job."""
     encoder, found = loaded_encoder(folder)
     if found != fingerprint:
         # of an earlier job of this process
@@ -47,16 +37,7 @@ def load_encoder(folder: str, fingerprint: str) -> DocumentEncoder:
 
 @functools.lru_cache(maxsize=8)
 def open_rows(name: str, fields: str, split: str) -> Dataset | IterableDataset:
-    """Return a split of a source, opened once in every process: its files may take long to list.
-
-    Args:
-        name (`str`):
-            of the source.
-        fields (`str`):
-            of it, as JSON.
-        split (`str`):
-            the data set's name of it.
-    """
+    """Return a split of a source, opened once in every process: its files may take long to list."""
     return read_sources({name: json.loads(fields)})[0].open(split)
 
 
@@ -97,18 +78,7 @@ def tokenize_shard(
 
 
 class ShardFiles:
-    """The Arrow files of a shard, one for each split, which are there whole or not at all.
-
-    Args:
-        folder (`Path`):
-            of all tokens.
-        task (`Task`):
-            the shard.
-        splits (`list[str]`):
-            that its rows go to.
-        features (`Features`):
-            of its documents.
-    """
+    """The Arrow files of a shard, one for each split, which are there whole or not at all."""
 
     def __init__(self, folder: Path, task: Task, splits: list[str], features: Features):
         self.paths = {split: folder / task.file_name(split) for split in splits}
@@ -144,20 +114,7 @@ class ShardFiles:
 
 
 class SourceShard(Shard):
-    """A shard whose rows are read from its source.
-
-    Args:
-        job (`Job`):
-            see [`tokenize_shard`], as the others.
-        task (`Task`):
-            see there.
-        encoder (`DocumentEncoder`):
-            of the job's processor.
-        strict (`bool`):
-            see there.
-        on_work (`Callable[[int], object]`, *optional*):
-            see there.
-    """
+    """A shard whose rows are read from its source."""
 
     def __init__(
         self,

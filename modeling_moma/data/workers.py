@@ -32,14 +32,6 @@ class Workers:
 
     Each is started once and loads the processor once; while the first one does, this one may find out what there is to
     do.
-
-    Args:
-        number (`int`):
-            of processes beside this one, at most.
-        threads (`int`):
-            of each.
-        processor (`str`):
-            folder of a [`MomaProcessor`].
     """
 
     def __init__(self, number: int, threads: int, processor: str):
@@ -161,14 +153,7 @@ def _raise_first(futures: list[Future]) -> None:
 
 
 class Progress:
-    """A bar of all images of a job, or of its shards where nothing has images or nobody knows how many.
-
-    Args:
-        folder (`str | Path`):
-            of all tokens.
-        job (`Job`):
-            what to do.
-    """
+    """A bar of all images of a job, or of its shards where nothing has images or nobody knows how many."""
 
     def __init__(self, folder: str | Path, job: Job):
         self.folder, self.job, self.own = Path(folder), job, 0

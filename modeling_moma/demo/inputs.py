@@ -33,29 +33,14 @@ MOST_SECONDS, MOST_SAMPLES = 30, 2**23
 
 @dataclass
 class Examples:
-    """Examples of a page.
-
-    Attributes:
-        images (`list[str]`):
-            paths.
-        prompts (`list[str]`):
-            words to draw.
-    """
+    """Examples of a page."""
 
     images: list[str] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Examples":
-        """Return the images of a folder, by name, and the lines of its `prompts.txt`, where it has one.
-
-        Args:
-            folder (`str | Path`):
-                holds PNG, JPEG or WebP files.
-
-        Raises:
-            ValueError: there is no such folder, it holds neither, or the lines are no text in UTF-8.
-        """
+        """Return the images of a folder, by name, and the lines of its `prompts.txt`, where it has one."""
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"--examples: there is no folder {str(folder)!r}.")
@@ -103,21 +88,7 @@ def _page_error(error: ValueError) -> gr.Error:
 
 
 def read_upload(path: str, folder: str) -> Image.Image:
-    """Open, check and decode an uploaded image.
-
-    Args:
-        path (`str`):
-            of the file, as the visitor's browser names it.
-        folder (`str`):
-            where uploads lie; a request made by hand may name any file of this machine.
-
-    Returns:
-        `Image.Image`: the image, upright, in an 8-bit mode.
-
-    Raises:
-        ValueError: it was not uploaded, is no image, damaged, empty or too large; says so to the visitor, without
-            naming files here.
-    """
+    """Open, check and decode an uploaded image."""
     if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
         raise InputError("This file was not uploaded to this page.")
     try:
@@ -174,23 +145,7 @@ def sound_input(label: str, elem_id: str) -> gr.Audio:
 
 
 def read_sound_upload(path: str, sampling_rate: int, folder: str | None = None) -> np.ndarray:
-    """Open, check and decode an uploaded sound.
-
-    Args:
-        path (`str`):
-            of the file, as the visitor's browser names it.
-        sampling_rate (`int`):
-            samples of one second that are asked for.
-        folder (`str`, *optional*):
-            where uploads lie, by default Gradio's; a request made by hand may name any file of this machine.
-
-    Returns:
-        `np.ndarray`: samples `[num_samples]`.
-
-    Raises:
-        ValueError: it was not uploaded, is no sound, damaged, empty or too long; says so to the visitor, without
-            naming files here.
-    """
+    """Open, check and decode an uploaded sound."""
     folder = get_upload_folder() if folder is None else folder
     if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
         raise InputError("This file was not uploaded to this page.")
@@ -228,15 +183,7 @@ def words_input(label: str, elem_id: str, placeholder: str, lines: int = 1) -> g
 
 
 def checked_words(words: str | None) -> str:
-    """Return words as a visitor sent them: their input has a limit in the browser alone.
-
-    Args:
-        words (`str | None`):
-            what the page sent.
-
-    Raises:
-        ValueError: they are too long, or hold half a pair of surrogates.
-    """
+    """Return words as a visitor sent them: their input has a limit in the browser alone."""
     words = words or ""
     if len(words) > MOST_CHARACTERS:
         raise InputError(f"The words have {len(words)} characters, more than {MOST_CHARACTERS}: shorten them.")
@@ -271,15 +218,7 @@ def sampling_inputs(prefix: str, temperature: float, guidance_scale: float) -> t
 
 
 def checked_seed(seed: float | None) -> int:
-    """Return a seed that the samplers take.
-
-    Args:
-        seed (`float | None`):
-            what the page sent.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Return a seed that the samplers take."""
     if seed is None or not 0 <= seed < 2**32:
         raise InputError(f"The seed must be a whole number from 0 to {2**32 - 1}, got {seed}.")
     return int(seed)

@@ -28,17 +28,7 @@ CSS = """
 
 
 def build_page(studio: Studio, examples: Examples | None = None) -> gr.Blocks:
-    """Return a page of five tabs for one model, and of six where it hears.
-
-    Args:
-        studio (`Studio`):
-            the model. All visitors share it; what they ask and get stays with each of them.
-        examples (`Examples`, *optional*):
-            images and words to begin with.
-
-    Returns:
-        `gr.Blocks`: the page, with its queue.
-    """
+    """Return a page of five tabs for one model, and of six where it hears."""
     examples = examples or Examples()
     # by default Gradio reports each page to its makers
     with gr.Blocks(title=f"{studio.name}: MoMa", analytics_enabled=False, delete_cache=CLEANING) as page:
@@ -82,22 +72,7 @@ def free_port() -> int:
 
 
 def open_page(page: gr.Blocks, host: str | None = None, port: int | None = None) -> str:
-    """Start the page's server in threads of this process, which fetches nothing and sends nothing elsewhere.
-
-    Args:
-        page (`gr.Blocks`):
-            of [`build_page`].
-        host (`str`, *optional*):
-            address to listen on; by default `GRADIO_SERVER_NAME`, or this machine alone.
-        port (`int`, *optional*):
-            by default `GRADIO_SERVER_PORT`, or the first free one from 7860; 0 for any free one.
-
-    Returns:
-        `str`: the page's address.
-
-    Raises:
-        ValueError: the address cannot be listened on.
-    """
+    """Start the page's server in threads of this process, which fetches nothing and sends nothing elsewhere."""
     # fonts of the visitor's system are not fetched from elsewhere
     theme = gr.themes.Soft(
         primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]

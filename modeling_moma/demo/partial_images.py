@@ -20,10 +20,6 @@ class PartialImages:
 
     The decoder wants all codes, so those of a white image stand for the missing ones; their patches are then covered
     with [`PAPER`], which is told apart from the drawing.
-
-    Args:
-        processor (`Any`):
-            a [`MomaProcessor`] whose image tokenizer has a decoder.
     """
 
     def __init__(self, processor: Any):
@@ -32,15 +28,7 @@ class PartialImages:
         (self.white,) = processor.encode_images([Image.new("RGB", (width, height), "white")])
 
     def decode(self, rows: list[list[int]]) -> list[Image.Image]:
-        """Return the images of rows of codes, complete or not.
-
-        Args:
-            rows (`list[list[int]]`):
-                the first codes of each image, from 0 and at most `image_seq_length`.
-
-        Raises:
-            ValueError: there are more codes than an image has.
-        """
+        """Return the images of rows of codes, complete or not."""
         whole = self.processor.image_seq_length
         for row in rows:
             if len(row) > whole:

@@ -28,16 +28,7 @@ CROSSED = "repeating-linear-gradient(45deg,#ffffff 0 4px,#8a8a8a 4px 6px)"
 
 @dataclass
 class RoutedExample:
-    """A sequence of `T` tokens, and the experts of each.
-
-    Attributes:
-        image (`Image.Image | None`):
-            whose codes stand in the sequence, as it was cropped; `None` without one.
-        pieces (`list[str | None]`):
-            the text of each token, `None` where it is an image code; `[T]`.
-        routed (`RoutedTokens`):
-            who took which token.
-    """
+    """A sequence of `T` tokens, and the experts of each."""
 
     image: Image.Image | None
     pieces: list[str | None]
@@ -45,26 +36,14 @@ class RoutedExample:
 
 
 class RoutingView:
-    """Draws layers of routed examples of one model.
-
-    Args:
-        config (`Any`):
-            of the model.
-    """
+    """Draws layers of routed examples of one model."""
 
     def __init__(self, config: Any):
         self.config = config
         self.colors = expert_colors(config)
 
     def image(self, example: RoutedExample, layer: int) -> Image.Image | None:
-        """Return the image with every patch in the colours and numbers of its experts; `None` without an image.
-
-        Args:
-            example (`RoutedExample`):
-                a routed sequence.
-            layer (`int`):
-                from 0.
-        """
+        """Return the image with every patch in the colours and numbers of its experts; `None` without an image."""
         if example.image is None:
             return None
         places = [place for place, piece in enumerate(example.pieces) if piece is None]

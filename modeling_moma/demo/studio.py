@@ -56,20 +56,6 @@ class Studio:
     """A model and its processor. It keeps nothing of what it is asked.
 
     Sampling draws from the one random state of the process, so requests wait for each other.
-
-    Args:
-        model (`Any`):
-            in eval mode.
-        processor (`Any`):
-            its processor, whose image tokenizer has a decoder.
-        name (`str`):
-            of the model, for people.
-        form ([`CaptionForm`], *optional*):
-            how the captions are written that it was trained on.
-        library (`str`, *optional*):
-            folder of images that can be searched; they are read at once.
-        memory (`str`, *optional*):
-            file of `moma build-memory`, by which images are named as well.
     """
 
     model: Any
@@ -103,26 +89,13 @@ class Studio:
         return labeler
 
     def label(self, image: Image.Image) -> tuple[list[Guess], list[Guess]]:
-        """Return the likeliest names and the likeliest tags of an image, with their probabilities.
-
-        Args:
-            image (`Image.Image`):
-                any.
-        """
+        """Return the likeliest names and the likeliest tags of an image, with their probabilities."""
         with self._lock:
             codes = self.labeler.encode([image])
             return self.labeler.names(codes)[0], self.labeler.tags(codes)[0]
 
     def find(self, words: str) -> list[tuple[Image.Image, str]]:
-        """Return images of the library that fit words, the best first, with their paths in it, as [`shown`] has them.
-
-        Args:
-            words (`str`):
-                one query.
-
-        Raises:
-            ValueError: there is no library, or there are no words.
-        """
+        """Return images of the library that fit words, the best first, with their paths in it."""
         if self.coded is None:
             raise InputError("This page has no folder of images to search.")
         with self._lock:
@@ -149,21 +122,7 @@ class Studio:
         return self.processor.decode_items(AUDIO, self.processor.encode_items(AUDIO, [samples]))[0]
 
     def say(self, words: str, temperature: float = 0.7, guidance_scale: float = 1.0, seed: int = 0) -> np.ndarray:
-        """Return a sound of the words, as samples `[num_samples]`.
-
-        Args:
-            words (`str`):
-                what to say; special tokens in them are the characters that they are.
-            temperature (`float`, *optional*, defaults to `0.7`):
-                0 takes the likeliest code.
-            guidance_scale (`float`, *optional*, defaults to `1.0`):
-                1 for none.
-            seed (`int`, *optional*, defaults to `0`):
-                of the sampling.
-
-        Raises:
-            ValueError: the words leave no tokens for a sound.
-        """
+        """Return a sound of the words, as samples `[num_samples]`."""
         inputs = self._inputs(words, [])
         arguments = {"generation_mode": AUDIO, "max_new_tokens": self._words_room(inputs, MOST_CODES)}
         with self._lock:
@@ -190,29 +149,7 @@ class Studio:
         seed: int = 0,
         sounds: Sequence[np.ndarray] = (),
     ) -> Iterator[tuple[int, list[Image.Image]]]:
-        """Draw images of the words, or of a sound, and show them as their codes arrive.
-
-        Args:
-            words (`str`):
-                what to draw; special tokens in them are the characters that they are.
-            count (`int`, *optional*, defaults to `1`):
-                images, drawn side by side.
-            temperature (`float`, *optional*):
-                0 takes the likeliest code; by default that of [`Studio.image_sampling`].
-            guidance_scale (`float`, *optional*):
-                1 for none; by default that of [`Studio.image_sampling`].
-            seed (`int`, *optional*, defaults to `0`):
-                of the sampling.
-            sounds (`Sequence[np.ndarray]`, *optional*, defaults to `()`):
-                samples `[num_samples]` of those that come before the words.
-
-        Yields:
-            `tuple[int, list[Image.Image]]`: the number of codes that each image has, and the images; the last ones
-            are complete.
-
-        Raises:
-            ValueError: the words leave too few tokens for an image.
-        """
+        """Draw images of the words, or of a sound, and show them as their codes arrive."""
         own_temperature, own_scale = self.image_sampling()
         temperature = own_temperature if temperature is None else temperature
         guidance_scale = own_scale if guidance_scale is None else guidance_scale
@@ -234,28 +171,7 @@ class Studio:
         num_images: int = 1,
         seed: int = 0,
     ) -> Iterator[list[str | Image.Image | np.ndarray]]:
-        """Go on after words and images with words and images in turn.
-
-        Args:
-            words (`str`):
-                `<image>` in them stands for the place of an image; without one, images come before the words.
-            images (`list[Image.Image]`):
-                those of the prompt.
-            temperature (`float`, *optional*, defaults to `0.7`):
-                0 takes the likeliest token.
-            guidance_scale (`float`, *optional*, defaults to `1.0`):
-                1 for none.
-            num_images (`int`, *optional*, defaults to `1`):
-                the answer has tokens for so many.
-            seed (`int`, *optional*, defaults to `0`):
-                of the sampling.
-
-        Yields:
-            `list[str | Image.Image | np.ndarray]`: the parts so far, an image that is being drawn among them.
-
-        Raises:
-            ValueError: there are more or fewer images than places, or the prompt is too long.
-        """
+        """Go on after words and images with words and images in turn."""
         inputs = self._inputs(words, images)
         room = self._words_room(inputs, num_images * (self.processor.image_seq_length + 2))
         arguments = {"generation_mode": INTERLEAVED, "max_new_tokens": room}
@@ -263,17 +179,7 @@ class Studio:
             yield self.partial.parts(ids_BT[0].tolist())
 
     def route(self, image: Image.Image | None, words: str) -> RoutedExample:
-        """Write down which expert takes which patch and which word.
-
-        Args:
-            image (`Image.Image | None`):
-                comes first, where there is one.
-            words (`str`):
-                without any, the caption that the model gives the image.
-
-        Raises:
-            ValueError: there is neither, or both together are too long.
-        """
+        """Write down which expert takes which patch and which word."""
         if image is None and not words.strip():
             raise InputError("Give an image or words: there is nothing to route yet.")
         words = words if words.strip() or image is None else self.caption(image)
@@ -352,20 +258,7 @@ def _sampling(temperature: float, guidance_scale: float) -> dict:
 
 
 def load_studio(folder: str | Path, form: CaptionForm | None = None, library: str | None = None) -> Studio:
-    """Load a model and its processor, on the GPU where there is one.
-
-    Args:
-        folder (`str | Path`):
-            folder or Hub name.
-        form ([`CaptionForm`], *optional*):
-            see [`Studio`], as the next.
-        library (`str`, *optional*):
-            folder of images.
-
-    Raises:
-        ValueError: it cannot be opened, see [`open_saved`]; weights that are not finite, a model that writes no
-            images, or an image tokenizer without a decoder.
-    """
+    """Load a model and its processor, on the GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = open_processor(str(folder), "FOLDER")
     model: Any = open_model(str(folder), "FOLDER", dtype=torch.float32 if device == "cpu" else "auto")
@@ -407,22 +300,6 @@ def stream_ids(model: Any, inputs: dict[str, torch.Tensor], every: int, **argume
     """Run `generate` in a thread, and yield its new tokens as they arrive.
 
     Closing the iterator ends the generation after the step that runs, and waits for it.
-
-    Args:
-        model (`Any`):
-            in eval mode.
-        inputs (`dict[str, torch.Tensor]`):
-            of `generate`, prompts `[B, T]`.
-        every (`int`):
-            steps between two yields.
-        arguments (`Any`):
-            further ones of `generate`, without beams.
-
-    Yields:
-        `torch.Tensor`: all new ids so far `[B, T]`, last those of the whole generation.
-
-    Raises:
-        ValueError: `every` is below 1; and whatever `generate` raises.
     """
     if every < 1:
         raise InputError(f"`every` must be at least 1, got {every}.")

@@ -23,17 +23,7 @@ def normalise(text: str) -> str:
 
 
 def word_overlap(text: str, reference: str) -> float:
-    """Return the F1 of the words of two texts, counted as SQuAD measures answers, but with punctuation.
-
-    Args:
-        text (`str`):
-            what a model wrote.
-        reference (`str`):
-            what it is compared with.
-
-    Returns:
-        `float`: in [0, 1]; 1 where both have no word.
-    """
+    """Return the F1 of the words of two texts, counted as SQuAD measures answers, but with punctuation."""
     words, wanted = Counter(normalise(text).split()), Counter(normalise(reference).split())
     if not words or not wanted:
         return float(words == wanted)
@@ -42,21 +32,7 @@ def word_overlap(text: str, reference: str) -> float:
 
 
 def caption_scores(texts: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Return the means over pairs of a text and its reference.
-
-    Args:
-        texts (`Sequence[str]`):
-            what a model wrote.
-        references (`Sequence[str]`):
-            one for each text.
-
-    Returns:
-        `dict[str, float]`: `exact_match`, the share of texts that are the reference but for case and spaces, and
-        `overlap`, the mean F1 of words.
-
-    Raises:
-        ValueError: there are no pairs, or texts and references are of different number.
-    """
+    """Return the means over pairs of a text and its reference."""
     if len(texts) != len(references) or not texts:
         raise InputError(
             f"there are {len(texts)} texts and {len(references)} references: as many, and some, are needed."
@@ -69,24 +45,7 @@ def caption_scores(texts: Sequence[str], references: Sequence[str]) -> dict[str,
 
 
 def measure_captions(model, processor, rows: CaptionedImages, batch_size: int, seed: int = 0) -> dict:
-    """Caption images greedily, and compare the texts with their captions.
-
-    Args:
-        model (`MomaForCausalLM`):
-            in eval mode.
-        processor (`MomaProcessor`):
-            gives the ids.
-        rows (`CaptionedImages`):
-            images and their captions.
-        batch_size (`int`):
-            images at once.
-        seed (`int`, *optional*, defaults to `0`):
-            of the floor.
-
-    Returns:
-        `dict`: `images`, their number; `generated`, the scores; `floor`, those of the same texts against the
-        captions of other images, `None` for a single image; `samples`, the first captions and what was generated.
-    """
+    """Caption images greedily, and compare the texts with their captions."""
     references = rows.captions
     encoder = DocumentEncoder(processor)
     # enough for the longest reference and its end

@@ -18,18 +18,6 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """Return the squared 2-Wasserstein distance of Gaussians with the means and covariances of two sets of features.
 
     Few images make it larger than it would be of many, so compare only figures that stand on equally many.
-
-    Args:
-        first (`torch.Tensor`):
-            `[N, D]`.
-        second (`torch.Tensor`):
-            `[M, D]`.
-
-    Returns:
-        `float`: `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`.
-
-    Raises:
-        ValueError: a set has fewer than two features, or the two differ in dimensions.
     """
     _check(first, second, least=2)
     first, second = first.double(), second.double()
@@ -52,21 +40,6 @@ def precision_recall(real: torch.Tensor, drawn: torch.Tensor, neighbours: int = 
     """Return improved precision and recall (arXiv 1904.06991).
 
     A set covers all that is no farther from one of its members than that member's k-th nearest neighbour in the set.
-
-    Args:
-        real (`torch.Tensor`):
-            features `[N, D]`.
-        drawn (`torch.Tensor`):
-            features `[M, D]`.
-        neighbours (`int`, *optional*, defaults to `3`):
-            k.
-
-    Returns:
-        `dict[str, float]`: `precision`, the share of `drawn` that `real` covers, and `recall`, the share of `real`
-        that `drawn` covers.
-
-    Raises:
-        ValueError: a set has not more than k features, or the two differ in dimensions.
     """
     _check(real, drawn, least=neighbours + 1)
     real, drawn = real.double(), drawn.double()

@@ -21,15 +21,7 @@ LEAST_IMAGES = 2 * (NEIGHBOURS + 1)
 
 
 def feature_extractor(device: str | torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function from pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, 1280]`.
-
-    Args:
-        device (`str | torch.device`):
-            where the network runs.
-
-    Raises:
-        ImportError: the extra `train` is not installed.
-    """
+    """Return a function from pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, 1280]`."""
     # channels_last is a third faster on CPUs
     layout = torch.channels_last
     with needs_extra("drawings are compared by a trained network", "train"):
@@ -52,33 +44,7 @@ def measure_drawings(
     sampling: dict,
     seed: int = 0,
 ) -> dict:
-    """Draw an image for each caption, and compare all of them with the real ones.
-
-    Args:
-        model (`MomaForCausalLM`):
-            in eval mode.
-        processor (`MomaProcessor`):
-            decodes codes.
-        rows (`CaptionedImages`):
-            captions, and the real images.
-        extract (`Callable`):
-            pixel values `[B, 3, H, W]` in [-1, 1] to features `[B, D]`, such as those of [`feature_extractor`].
-        batch_size (`int`):
-            images at once.
-        sampling (`dict`):
-            arguments of `generate`.
-        seed (`int`, *optional*, defaults to `0`):
-            of the sampling and of the halves.
-
-    Returns:
-        `dict`: `images`, their number; `sampling`; `real`, `"images"` or `"reconstructions"`, whichever stands for
-        them; and `comparisons` of [`compare_features`] by name. `drawn` and `reconstructed` are against all real
-        images. `real, halves` is of one half of the real images against the other, what the best of models would
-        reach; `drawn, halves` is of the drawings for one half's captions against the other half, on as many images.
-
-    Raises:
-        ValueError: there are too few images, or the image tokenizer has no decoder.
-    """
+    """Draw an image for each caption, and compare all of them with the real ones."""
     check_drawings(processor, len(rows))
     # before the drawings, which take long: an image that cannot be read ends them
     real = None if rows.images is None else all_features(extract, rows.images)

@@ -29,24 +29,7 @@ DEFAULT_MEASURES = (LOSSES, CAPTIONS)
 
 @dataclass
 class MeasureSettings:
-    """How to measure.
-
-    Args:
-        measures (`tuple[str, ...]`, *optional*):
-            some of `MEASURES`; by default `DEFAULT_MEASURES`, as far as the sources allow them.
-        batch_size (`int`, *optional*, defaults to `64`):
-            documents, images or continuations at once.
-        seed (`int`, *optional*, defaults to `0`):
-            of everything random.
-        retrieval_pairs (`int`, *optional*, defaults to `DEFAULT_PAIRS`):
-            pairs of each source among which retrieval ranks.
-        sampling (`dict`, *optional*):
-            arguments of `generate` for drawings; by default `image_sampling` of the model's `generation_config`, or
-            else `{"do_sample": True, "top_k": 0}`.
-
-    Raises:
-        ValueError: there is no such measure, or a number is too small.
-    """
+    """How to measure."""
 
     measures: tuple[str, ...] | None = None
     batch_size: int = 64
@@ -65,27 +48,7 @@ class MeasureSettings:
 
 
 def measure_sources(model, processor, sources: Mapping[str, HeldOutSource], settings: MeasureSettings) -> dict:
-    """Measure a model on every source.
-
-    Args:
-        model (`MomaForCausalLM`):
-            a `MomaForCausalLM` in eval mode.
-        processor (`MomaProcessor`):
-            of the same vocabulary.
-        sources (`Mapping[str, HeldOutSource]`):
-            by name.
-        settings (`MeasureSettings`):
-            what to measure, and how.
-
-    Returns:
-        `dict`: for each source `documents` and `images`, its numbers; an entry for each measure, as
-        [`source_losses`], [`measure_captions`], [`measure_information`], [`measure_retrieval`] and
-        [`measure_drawings`] give it; and `seconds` by measure. A source without captions has the losses alone.
-
-    Raises:
-        ImportError: drawings are asked for, and the extra `train` is not installed.
-        ValueError: a measure that needs captions is asked for, and no source has any; or a source is too small for it.
-    """
+    """Measure a model on every source."""
     chosen = _chosen_measures(sources, settings)
     # a missing extra should fail now rather than after hours of other measures
     extract = feature_extractor(model.device) if DRAWINGS in chosen else None

@@ -19,10 +19,6 @@ class MomaTextLM(HFLM):
     of text in it is measured, as `generate(generation_mode="text")` writes it: so a converted model has the figures of
     the text model that it was made of.
 
-    Args:
-        pretrained (`str` or [`MomaForCausalLM`]):
-            folder or Hub name, or the model itself; and further arguments of the harness' `HFLM`.
-
     Example:
     ```python
     >>> import lm_eval

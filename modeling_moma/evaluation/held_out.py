@@ -59,14 +59,7 @@ class CaptionedImages:
 
 @dataclass
 class HeldOutSource:
-    """The held-out part of one source.
-
-    Args:
-        documents (`Sequence[dict]`):
-            `input_ids` each, from `<bos>` to `<eos>`; every token but the first is a target.
-        captioned (`CaptionedImages`, *optional*):
-            images with captions; none in a source of plain text or interleaved documents.
-    """
+    """The held-out part of one source."""
 
     documents: Sequence[dict]
     captioned: CaptionedImages | None = None
@@ -80,25 +73,7 @@ def read_held_out(
     seed: int = 0,
     sources: Sequence[str] | None = None,
 ) -> dict[str, HeldOutSource]:
-    """Return held-out documents, and captioned images where there are any, by source.
-
-    Args:
-        folder (`str`):
-            that `moma tokenize` wrote.
-        processor (`MomaProcessor`):
-            gives the ids.
-        split (`str`):
-            its name; sources that lack it are left out.
-        limit (`int`, *optional*):
-            take so many documents of a source, drawn at random.
-        seed (`int`, *optional*, defaults to `0`):
-            of the draw and of the order.
-        sources (`Sequence[str]`, *optional*):
-            names of those to read; all by default.
-
-    Raises:
-        ValueError: there is no such split or source, or the limit is none.
-    """
+    """Return held-out documents, and captioned images where there are any, by source."""
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}: it must be at least 1.")
     found = {entry.name: entry for entry in open_documents(folder, processor, split)}
@@ -130,18 +105,6 @@ def real_images(
     """Return pixel values `[B, 3, H, W]` of rows, from where they were tokenized.
 
     It is `None` where the data cannot be opened any more, have changed, or were streamed, so that rows have no number.
-
-    Args:
-        folder (`str`):
-            the folder of tokens.
-        processor (`MomaProcessor`):
-            prepares the images.
-        documents (`CaptionDocuments`):
-            captions of the source.
-        split (`str`):
-            split of the source.
-        rows (`Sequence[int]`):
-            numbers of the rows in that split.
     """
     if not (Path(folder) / JOB_FILE).is_file():
         return None

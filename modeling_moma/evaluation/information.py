@@ -31,24 +31,6 @@ def measure_information(model, processor, rows: CaptionedImages, batch_size: int
 
     An image's codes are scored behind its caption and behind nothing; a caption's words and what ends them behind its
     image and, before an image, behind nothing. That an image or words come first is none of what is scored.
-
-    Args:
-        model (`MomaForCausalLM`):
-            in eval mode.
-        processor (`MomaProcessor`):
-            gives the ids.
-        rows (`CaptionedImages`):
-            images and their captions. Those without words are left out.
-        batch_size (`int`):
-            pairs at once.
-
-    Returns:
-        `dict`: `pairs`; `image` and `caption`, of each a `dict` of `alone` and `with_other` (mean nats that its tokens
-        cost), `taken` (their difference) and `standard_error` of that; and `ratio`, what images take from captions
-        over what captions take from images, `None` where that is not above 0.
-
-    Raises:
-        ValueError: there are fewer than two pairs.
     """
     encoder = DocumentEncoder(processor)
     pairs = [

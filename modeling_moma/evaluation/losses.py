@@ -22,28 +22,7 @@ WORDS = "words"
 def source_losses(
     model, processor, documents: Sequence[dict], batch_size: int, seed: int = 0, name: str = "losses"
 ) -> dict[str, dict]:
-    """Return losses under the model's inference routing and, where it was trained under `expert_choice`, under that.
-
-    Args:
-        model (`MomaForCausalLM`):
-            a `MomaForCausalLM` in eval mode.
-        processor (`MomaProcessor`):
-            its tokenizer pads.
-        documents (`Sequence[dict]`):
-            `input_ids` each.
-        batch_size (`int`):
-            documents at once.
-        seed (`int`, *optional*, defaults to `0`):
-            of the order under `expert_choice`, in which the documents of a batch compete.
-        name (`str`, *optional*, defaults to `"losses"`):
-            of the progress bars.
-
-    Returns:
-        `dict[str, dict]`: [`document_losses`] by the name of the routing; that of `expert_choice` is its warning.
-
-    Raises:
-        ValueError: there are no documents, or one is longer than the model's context.
-    """
+    """Return losses under the model's inference routing and, where trained under `expert_choice`, under that."""
     documents = list(documents)
     check_lengths(model.config, documents, name)
     # rows of about one length pad little, and a causal loss does not depend on the neighbours
@@ -86,28 +65,7 @@ def trains_by_expert_choice(model) -> bool:
 def document_losses(
     model, processor, documents: Sequence[dict], batch_size: int, routing: str | None, description: str
 ) -> dict:
-    """Return the losses of documents under one routing.
-
-    Args:
-        model (`MomaForCausalLM`):
-            in eval mode.
-        processor (`MomaProcessor`):
-            its tokenizer pads.
-        documents (`Sequence[dict]`):
-            examples with `input_ids`.
-        batch_size (`int`):
-            examples at once.
-        routing (`str | None`):
-            a rule for experts, the model's inference routing by default.
-        description (`str`):
-            text of the progress bar.
-
-    Returns:
-        `dict`: in nats per target token: `overall`, and for each modality its loss, `None` where it has no targets.
-        `text` counts all that is no code, the tokens around images and `<eos>` too; `words` leaves those around
-        images out. `perplexity` is that of `words`. `bits_per_code` holds the loss of each other modality in bits;
-        its targets are codes alone. `targets` holds the numbers of targets, that of all as `overall`.
-    """
+    """Return the losses of documents under one routing."""
     losses, frames = ModalityLosses(), FrameLosses(model.config)
     for inputs, output in loss_outputs(model, processor, list(documents), batch_size, routing, description):
         losses.add(output)
@@ -136,18 +94,7 @@ def perplexity(nats: float) -> float:
 
 
 class FrameLosses:
-    """Adds up the losses of the tokens that begin and end images and the like.
-
-    Args:
-        config (`MomaConfig`):
-            gives the frames.
-
-    Attributes:
-        sum (`float`):
-            in nats.
-        count (`int`):
-            number of these targets.
-    """
+    """Adds up the losses of the tokens that begin and end images and the like."""
 
     def __init__(self, config: MomaConfig):
         tokens = [token for frame in config.frames.values() for token in (frame.begin, frame.end)]

@@ -47,33 +47,13 @@ def load_model(
 
 
 def padded_batches(processor, examples: list[dict], batch_size: int) -> list[dict[str, torch.Tensor]]:
-    """Return the examples as inputs of the model, in their order.
-
-    Args:
-        processor (`MomaProcessor`):
-            its tokenizer pads.
-        examples (`list[dict]`):
-            `input_ids` each.
-        batch_size (`int`):
-            examples at once; the last batch may be short.
-    """
+    """Return the examples as inputs of the model, in their order."""
     collate = MomaDataCollator(processor.tokenizer)
     return [collate(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
 
 
 def held_out_batches(documents: Sequence[Documents], processor, batch_size: int, seed: int) -> list[dict]:
-    """Return held-out examples as padded batches of one size in random order.
-
-    Args:
-        documents (`Sequence[Documents]`):
-            of each source.
-        processor (`MomaProcessor`):
-            gives the ids; its tokenizer pads.
-        batch_size (`int`):
-            examples of a batch; a short last one is left out, unless it is the only one.
-        seed (`int`):
-            of the order.
-    """
+    """Return held-out examples as padded batches of one size in random order."""
     examples = shuffled_held_out(documents, seed)
     num_full = len(examples) // batch_size * batch_size
     return padded_batches(processor, examples[: num_full or None], batch_size)
@@ -126,25 +106,7 @@ def held_out_loss(
     routing: str | None = None,
     description: str = "loss",
 ) -> dict[str, float]:
-    """Return the mean cross-entropy in nats per target token.
-
-    Args:
-        model (`MomaForCausalLM`):
-            in eval mode.
-        processor (`MomaProcessor`):
-            its tokenizer pads.
-        examples (`list[dict]`):
-            `input_ids` each; every token but the first is a target.
-        batch_size (`int`):
-            examples at once; under `expert_choice` they compete with one another.
-        routing (`str`, *optional*):
-            the model's inference routing by default.
-        description (`str`, *optional*, defaults to `"loss"`):
-            of the progress bar.
-
-    Returns:
-        `dict[str, float]`: `overall`, one entry for each modality, and `tokens`, the number of targets.
-    """
+    """Return the mean cross-entropy in nats per target token."""
     losses = ModalityLosses()
     for _, output in loss_outputs(model, processor, examples, batch_size, routing, description):
         losses.add(output)
@@ -153,23 +115,7 @@ def held_out_loss(
 
 @torch.no_grad()
 def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_new_tokens: int = 32) -> list[str]:
-    """Caption images greedily.
-
-    Args:
-        model (`MomaForCausalLM`):
-            in eval mode.
-        processor (`MomaProcessor`):
-            gives the ids.
-        codes (`torch.Tensor`):
-            `[N, image_seq_length]`, the images.
-        batch_size (`int`):
-            images at once.
-        max_new_tokens (`int`, *optional*, defaults to `32`):
-            longest caption.
-
-    Returns:
-        `list[str]`: the generated texts.
-    """
+    """Caption images greedily."""
     texts = []
     for batch in tqdm(codes.split(batch_size), desc="captions"):
         ids = torch.tensor([with_beginning(processor.tokenizer, processor.image_ids(image)) for image in batch])
@@ -188,12 +134,7 @@ def write_captions(model, processor, codes: torch.Tensor, batch_size: int, max_n
 
 @contextmanager
 def plain_generation(model) -> Iterator[None]:
-    """Let a model generate by the arguments of `generate` alone: what its own configuration says is no measure's.
-
-    Args:
-        model (`MomaForCausalLM`):
-            has its configuration again behind the block.
-    """
+    """Let a model generate by the arguments of `generate` alone: what its own configuration says is no measure's."""
     own = model.generation_config
     ids = {name: getattr(own, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     model.generation_config = GenerationConfig(**ids)
@@ -205,25 +146,7 @@ def plain_generation(model) -> Iterator[None]:
 
 @torch.no_grad()
 def draw_images(model, processor, captions: list[str], batch_size: int, sampling: dict, seed: int) -> torch.Tensor:
-    """Draw an image for each caption; `<image>` and the like in one are the characters that they are.
-
-    Args:
-        model (`MomaForCausalLM`):
-            in eval mode.
-        processor (`MomaProcessor`):
-            gives the ids.
-        captions (`list[str]`):
-            `[N]`.
-        batch_size (`int`):
-            images at once.
-        sampling (`dict`):
-            arguments of `generate`.
-        seed (`int`):
-            of the sampling.
-
-    Returns:
-        `torch.Tensor`: codes `[N, image_seq_length]`.
-    """
+    """Draw an image for each caption; `<image>` and the like in one are the characters that they are."""
     set_seed(seed)
     texts = [processor.escape_special_tokens(caption) for caption in captions]
     codes = []
@@ -257,19 +180,7 @@ def decode_images(processor, codes: torch.Tensor, batch_size: int) -> Iterator[t
 
 
 def tokenizer_quality(processor, images: list[torch.Tensor], codes: torch.Tensor) -> dict[str, float]:
-    """Return how well codes keep images, and how many codes do the work.
-
-    Args:
-        processor (`MomaProcessor`):
-            holds the VQ model.
-        images (`list[torch.Tensor]`):
-            batches of pixel values in [-1, 1], all but the last of one size.
-        codes (`torch.Tensor`):
-            theirs, `[N, image_seq_length]`.
-
-    Returns:
-        `dict[str, float]`: `psnr` (mean over images, dB), `codes_used`, `codebook_size`, `perplexity`.
-    """
+    """Return how well codes keep images, and how many codes do the work."""
     decoded = decode_images(processor, codes, len(images[0]))
     ratios = [psnr(found, batch) for found, batch in zip(decoded, images, strict=True)]
     shares = torch.bincount(codes.flatten(), minlength=processor.codebook_size).double() / codes.numel()

@@ -118,12 +118,7 @@ def drawing_table(drawings: dict[str, dict]) -> str:
 
 
 def router_table(routers: Sequence[dict]) -> str:
-    """Return a Markdown table of how well causal rules hit the oracle's choice, a row for each layer and group.
-
-    Args:
-        routers (`Sequence[dict]`):
-            rows of `auxiliary_report`, or of a calibration, which has one rule alone.
-    """
+    """Return a Markdown table of how well causal rules hit the oracle's choice, a row for each layer and group."""
     titles = {rule: title for rule, title in CAUSAL_RULES.items() if rule in routers[0]["rules"]}
     rows = []
     for router in routers:

@@ -28,31 +28,6 @@ def measure_retrieval(
 
     A caption is scored by its words and `<eos>` behind the image, an image by its codes behind the caption and the
     token that begins an image. Equal captions are one answer, and so are images of equal codes.
-
-    Args:
-        model (`MomaForCausalLM`):
-            in eval mode.
-        processor (`MomaProcessor`):
-            gives the ids.
-        rows (`CaptionedImages`):
-            images and their captions.
-        batch_size (`int`):
-            continuations at once.
-        num_pairs (`int`, *optional*, defaults to `DEFAULT_PAIRS`):
-            so many of the rows, drawn at random.
-        seed (`int`, *optional*, defaults to `0`):
-            of the draw.
-
-    Returns:
-        `dict`: `pairs`, and under `captions` and `images` the figures of [`rank_figures`] by the score that ranks:
-
-        - `captions`: `CAPTION`, that is `log p(caption | image)`; the same divided by the number of tokens;
-          `IMAGE`, `log p(image | caption)`.
-        - `images`: `IMAGE`; the same minus `log p(image)`, the pointwise mutual information of the two;
-          `CAPTION`.
-
-    Raises:
-        ValueError: there are fewer than two pairs.
     """
     num_pairs = min(num_pairs, len(rows))
     if num_pairs < 2:
@@ -94,24 +69,7 @@ def check_retrieval(source: str, num_images: int) -> None:
 def pair_scores(
     model, processor, images: list[tuple[int, ...]], captions: list[str], batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log-probabilities of all pairs, in nats.
-
-    Args:
-        model (`MomaForCausalLM`):
-            in eval mode.
-        processor (`MomaProcessor`):
-            gives the ids.
-        images (`list[tuple[int, ...]]`):
-            codes of each.
-        captions (`list[str]`):
-            text of each.
-        batch_size (`int`):
-            continuations at once.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: `log p(caption | image)`, `[images, captions]`; `log
-        p(image | caption)`, `[captions, images]`; and `log p(image)` without any words before it, `[images]`.
-    """
+    """Return log-probabilities of all pairs, in nats."""
     framed = [processor.image_ids(list(codes)) for codes in images]
     codes = [ids[1:-1] for ids in framed]
     encoder = DocumentEncoder(processor)
@@ -129,26 +87,7 @@ def pair_scores(
 def likeliest_drawings(
     model, processor, codes_QAL: torch.Tensor, captions: Sequence[str], batch_size: int = 64
 ) -> torch.Tensor:
-    """Choose among several drawings of each caption the one of which the caption is likeliest, by the model itself.
-
-    Args:
-        model (`MomaForCausalLM`):
-            in eval mode.
-        processor (`MomaProcessor`):
-            gives the ids.
-        codes_QAL (`torch.Tensor`):
-            codes of the drawings, `[captions, drawings, image_seq_length]`.
-        captions (`Sequence[str]`):
-            what was to be drawn. Words may go on behind them, so a beginning of a caption will do.
-        batch_size (`int`, *optional*, defaults to `64`):
-            drawings at once.
-
-    Returns:
-        `torch.Tensor`: `[captions]`, the place of the chosen drawing, the first of several that are alike.
-
-    Raises:
-        ValueError: there is no drawing of each caption, or a caption without words.
-    """
+    """Choose among several drawings of each caption the one of which the caption is likeliest, by the model itself."""
     if codes_QAL.ndim != 3 or len(codes_QAL) != len(captions) or not codes_QAL.shape[1]:
         raise InputError(
             f"`codes_QAL` has the shape {tuple(codes_QAL.shape)}, but for {len(captions)} captions it has to be "
@@ -164,20 +103,7 @@ def likeliest_drawings(
 
 
 def ranks(scores_QA: torch.Tensor, query_N: torch.Tensor, answer_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the rank of every pair's answer among those that are wrong for its query.
-
-    Args:
-        scores_QA (`torch.Tensor`):
-            higher is better.
-        query_N (`torch.Tensor`):
-            the query of each pair.
-        answer_N (`torch.Tensor`):
-            its answer. Other answers that the query has in other pairs are right as well and do not count.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: ranks `[N]` from 1, a wrong answer of equal score ahead of the right one,
-        and so where either score is NaN; and among how many, `[N]`.
-    """
+    """Return the rank of every pair's answer among those that are wrong for its query."""
     is_right_QA = torch.zeros_like(scores_QA, dtype=torch.bool)
     is_right_QA[query_N, answer_N] = True
     is_wrong_NA = ~is_right_QA[query_N]
@@ -188,18 +114,7 @@ def ranks(scores_QA: torch.Tensor, query_N: torch.Tensor, answer_N: torch.Tensor
 
 
 def rank_figures(rank_N: torch.Tensor, candidates_N: torch.Tensor) -> dict:
-    """Return what is told of ranks, and what chance would reach.
-
-    Args:
-        rank_N (`torch.Tensor`):
-            from 1.
-        candidates_N (`torch.Tensor`):
-            among how many each.
-
-    Returns:
-        `dict`: `recall@1`, `recall@5` (shares of pairs of at most that rank), `mean_reciprocal_rank`, `median_rank`,
-        and the same under `chance`, as expected of a random order.
-    """
+    """Return what is told of ranks, and what chance would reach."""
     rank, candidates = rank_N.double(), candidates_N.double()
     harmonic = (1 / torch.arange(1, int(candidates_N.max()) + 1).double()).cumsum(0)
     return {

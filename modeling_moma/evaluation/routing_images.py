@@ -25,17 +25,7 @@ IMAGE_SHARE, DARKEST = 0.3, 110
 
 @dataclass
 class RoutedTokens:
-    """The experts of each of `T` tokens in each of `L` layers.
-
-    Attributes:
-        groups (`list[str]`):
-            the expert group of each token, `[T]`.
-        experts (`list[list[list[int]]]`):
-            by layer and token the experts that took it, best gate first, `[L][T][*]`. A group of one expert has no
-            router: expert 0 takes all its tokens.
-        skipped (`list[list[bool]]`):
-            by layer and token whether a depth layer left the token as it came, `[L][T]`.
-    """
+    """The experts of each of `T` tokens in each of `L` layers."""
 
     groups: list[str]
     experts: list[list[list[int]]]
@@ -44,20 +34,7 @@ class RoutedTokens:
 
 @torch.no_grad()
 def record_routing(model: MomaForCausalLM, input_ids: torch.Tensor) -> RoutedTokens:
-    """Run one sequence through a model in its causal routing, and record which expert took which token.
-
-    Args:
-        model (`MomaForCausalLM`):
-            in `eval()` mode.
-        input_ids (`torch.Tensor`):
-            `[T]`, without padding.
-
-    Returns:
-        `RoutedTokens`: which expert took which token.
-
-    Raises:
-        ValueError: the model is in training mode, whose routing sees the future.
-    """
+    """Run one sequence through a model in its causal routing, and record which expert took which token."""
     if model.training:
         raise InputError("`model` is in training mode, whose routing may see the future: call `model.eval()` first.")
     config = model.config
@@ -101,16 +78,7 @@ def expert_colors(config) -> dict[tuple[str, int], str]:
 
 
 def fill_stripes(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colors: Sequence[str]):
-    """Draw upright stripes of equal width, grey where there is no colour.
-
-    Args:
-        pen (`ImageDraw.ImageDraw`):
-            of the image.
-        box (`tuple[int, int, int, int]`):
-            left, top, right and bottom in pixels, the last two included.
-        colors (`Sequence[str]`):
-            from left to right.
-    """
+    """Draw upright stripes of equal width, grey where there is no colour."""
     left, top, right, bottom = box
     colors = colors or [UNCOVERED]
     step = (right + 1 - left) / len(colors)

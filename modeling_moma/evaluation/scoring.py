@@ -26,24 +26,6 @@ def continuation_log_probs(
     """Return `log p(continuation | prefix)` in nats, summed over the tokens of the continuation.
 
     Every prefix is read once; its continuations go on from the cache of it.
-
-    Args:
-        model (`MomaForCausalLM`):
-            a `MomaForCausalLM` in eval mode. Its inference routing is causal, so neighbours do not matter.
-        prefixes (`Sequence[Sequence[int]]`):
-            token ids of each, one at least.
-        continuations (`Sequence[Sequence[int]]`):
-            token ids of each, one at least.
-        batch_size (`int`):
-            continuations at once.
-        description (`str`, *optional*, defaults to `"scores"`):
-            of the progress bar.
-
-    Returns:
-        `torch.Tensor`: `[P, C]`, float64, on the CPU.
-
-    Raises:
-        ValueError: a prefix or a continuation is empty, or the two together are longer than the model's context.
     """
     if not all(map(len, prefixes)) or not all(map(len, continuations)):
         raise InputError("`prefixes` or `continuations` has an empty one: each needs one token at least.")
@@ -84,24 +66,7 @@ def _scores(model, cache: DynamicCache, last_V: torch.Tensor, continuations: lis
 def paired_log_probs(
     model, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], batch_size: int
 ) -> torch.Tensor:
-    """Return `log p(continuation | prefix)` in nats for each prefix with the continuation of its own.
-
-    Args:
-        model (`MomaForCausalLM`):
-            see [`continuation_log_probs`].
-        prefixes (`Sequence[Sequence[int]]`):
-            token ids of each, one at least.
-        continuations (`Sequence[Sequence[int]]`):
-            token ids of each, one at least; as many as there are prefixes.
-        batch_size (`int`):
-            pairs at once.
-
-    Returns:
-        `torch.Tensor`: `[P]`, float64, on the CPU.
-
-    Raises:
-        ValueError: one is empty, or they are of different number.
-    """
+    """Return `log p(continuation | prefix)` in nats for each prefix with the continuation of its own."""
     if not all(map(len, prefixes)) or not all(map(len, continuations)) or len(prefixes) != len(continuations):
         raise InputError("`prefixes` and `continuations` are to be pairs, and to have one token at least each.")
     scores = []

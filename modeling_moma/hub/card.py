@@ -65,20 +65,7 @@ def _target(link: re.Match) -> str:
 
 
 def with_datasets(text: str, datasets: Mapping[str, str]) -> str:
-    """Put the Hub's ids of data sets in the place of local paths: in `datasets`, in `model-index`, and in links.
-
-    Args:
-        text (`str`):
-            the card.
-        datasets (`Mapping[str, str]`):
-            local path, as the card has it, -> id on the Hub.
-
-    Returns:
-        `str`: the card; the very text where `datasets` is empty.
-
-    Raises:
-        ValueError: the card names no such data set, or an id is none.
-    """
+    """Put the Hub's ids of data sets in the place of local paths: in `datasets`, in `model-index`, and in links."""
     if not datasets:
         return text
     head = _HEAD.match(text)
@@ -116,21 +103,7 @@ def with_datasets(text: str, datasets: Mapping[str, str]) -> str:
 
 
 def check_card(text: str, files: Mapping[str, Path], folder: str | Path, given: Collection[str] = ()) -> Iterator[str]:
-    """Check a card beside the files that go with it.
-
-    Args:
-        text (`str`):
-            the card.
-        files (`Mapping[str, Path]`):
-            path in the repository -> file.
-        folder (`str | Path`):
-            where the card lies; tells local paths from ids of the Hub.
-        given (`Collection[str]`, *optional*, defaults to `()`):
-            data sets that are ids of the Hub, whatever lies in a local folder.
-
-    Yields:
-        `str`: a problem: the field, its value and the likely cause.
-    """
+    """Check a card beside the files that go with it."""
     yield from check_links(text, files)
     head = _HEAD.match(text)
     if not head:

@@ -14,15 +14,7 @@ PACKAGES = (Path(__file__).resolve().parents[1], Path(tokenization.__file__).res
 
 @lru_cache(maxsize=256)
 def code_facts(source: bytes) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the classes of a module, and the sibling modules that it imports.
-
-    Args:
-        source (`bytes`):
-            the module's text.
-
-    Raises:
-        SyntaxError, ValueError: it is no Python.
-    """
+    """Return the classes of a module, and the sibling modules that it imports."""
     tree, siblings = ast.parse(source), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -47,14 +39,6 @@ def code_closure(files: Mapping[str, Path], references: Iterable[str]) -> set[st
 
 
 def installed_code(references: Iterable[str]) -> dict[str, Path]:
-    """Return the installed packages' files for the classes of an `auto_map`, with all that these import.
-
-    Args:
-        references (`Iterable[str]`):
-            `module.Class` each.
-
-    Returns:
-        `dict[str, Path]`: name in the repository -> file. Modules that are none of ours are left out.
-    """
+    """Return the installed packages' files for the classes of an `auto_map`, with all that these import."""
     files = {path.name: path for package in PACKAGES for path in sorted(package.glob("*_moma*.py"))}
     return {name: files[name] for name in sorted(code_closure(files, references))}

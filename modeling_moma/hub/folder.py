@@ -129,21 +129,6 @@ def gather(model: str | Path, processor: str | Path | None = None) -> tuple[dict
 
     Nothing is copied. A link to a file counts as the file, as in the Hub's cache; one to a folder is left out. A
     folder without any of the code that its `auto_map`s name gets that of the installed packages.
-
-    Args:
-        model (`str | Path`):
-            folder of a saved model, laid out as its repository.
-        processor (`str | Path`, *optional*):
-            folder whose processor, image tokenizer and code are added; its files replace those of a processor in
-            `model`.
-
-    Returns:
-        `tuple[dict[str, Path], dict[str, str]]`: the file for each path in the repository, and for what is left out
-        the reason.
-
-    Raises:
-        ValueError: a folder is missing, a link leads nowhere, or the same file of code has different text in both, or
-            in one and in the installed packages whose code the other gets.
     """
     for name, folder in (("model", model), ("processor", processor)):
         if folder is not None and not Path(folder).is_dir():
@@ -179,15 +164,7 @@ def _add_processor(files: dict[str, Path], model: Path, processor: Path, added: 
 
 
 def read_json(path: Path) -> dict:
-    """Return a JSON file that holds an object.
-
-    Args:
-        path (`Path`):
-            the file.
-
-    Raises:
-        ValueError: it holds something else.
-    """
+    """Return a JSON file that holds an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -227,15 +204,7 @@ def _object_in(content: dict, field: str, where: str) -> dict:
 
 
 def check_files(files: Mapping[str, Path]) -> Iterator[str]:
-    """Check that the model loads from these files alone, without the package.
-
-    Args:
-        files (`Mapping[str, Path]`):
-            path in the repository -> file.
-
-    Yields:
-        `str`: a problem: the file or field, its value and the likely cause.
-    """
+    """Check that the model loads from these files alone, without the package."""
     missing = [name for name in REQUIRED if name not in files]
     for name in missing:
         yield f"{name} is missing: {REQUIRED[name]}."
@@ -294,15 +263,6 @@ def check_shapes(files: Mapping[str, Path], folder: str) -> Iterator[str]:
     """Check that weights are those of the model that the configuration beside them describes.
 
     Quantised ones, whose names are others, and image tokenizers of Transformers are not looked at.
-
-    Args:
-        files (`Mapping[str, Path]`):
-            see [`check_files`].
-        folder (`str`):
-            `""`, or one that ends with a slash.
-
-    Yields:
-        `str`: a problem.
     """
     name, config = f"{folder}config.json", read_json(files[f"{folder}config.json"])
     kinds = {"moma": (MomaForCausalLM, MomaConfig), "moma_vq": (MomaVQModel, MomaVQConfig)}

@@ -36,18 +36,7 @@ WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_IND
 
 @dataclass(frozen=True)
 class Saved:
-    """What a folder holds that something was saved into.
-
-    Args:
-        name (`str`):
-            of the thing, for people.
-        subcommand (`str`):
-            of `moma` that writes such a folder.
-        files (`tuple[tuple[str, ...], ...]`):
-            groups of files, of each of which one has to be there.
-        model_types (`tuple[str, ...]`, *optional*, defaults to `()`):
-            what `config.json` may say, where it has to say one of them.
-    """
+    """What a folder holds that something was saved into."""
 
     name: str
     subcommand: str
@@ -77,17 +66,7 @@ TEXT_TOKENIZER = Saved("text tokenizer", "build-processor", (("tokenizer.json", 
 
 
 def open_model(place: str, option: str = "--model", **kwargs: Any) -> MomaForCausalLM:
-    """Return a model; see [`open_saved`]. One that lacks weights, for which random ones would stand, is an error.
-
-    Args:
-        place (`str`):
-            see [`open_saved`].
-        option (`str`, *optional*, defaults to `"--model"`):
-            see [`open_saved`].
-        kwargs (`Any`):
-            of `from_pretrained`; a model that bitsandbytes has quantised keeps the type that it was saved in, whatever
-            `dtype` says.
-    """
+    """Return a model; see [`open_saved`]. One that lacks weights, for which random ones would stand, is an error."""
     missing: list[str] = []
 
     def load() -> MomaForCausalLM:
@@ -111,12 +90,7 @@ def open_model(place: str, option: str = "--model", **kwargs: Any) -> MomaForCau
 
 
 def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what a saved model has to hold: its parameters, tied ones once, and thresholds and biases of routers.
-
-    Args:
-        model (`nn.Module`):
-            such as a `MomaForCausalLM`.
-    """
+    """Return what a saved model has to hold: its parameters, tied ones once, and thresholds and biases of routers."""
     parameters, buffers, saved = model.named_parameters(), model.named_buffers(), model.state_dict().keys()
     return {**dict(parameters), **{name: buffer for name, buffer in buffers if name in saved}}
 
@@ -142,23 +116,7 @@ def open_text_tokenizer(place: str, option: str = "--text-tokenizer") -> Any:
 
 
 def open_saved(saved: Saved, option: str, place: str, load: Callable[[], T]) -> T:
-    """Load what a folder or a repository on the Hub holds.
-
-    Args:
-        saved (`Saved`):
-            what it shall be.
-        option (`str`):
-            of the command line that named it.
-        place (`str`):
-            the folder or the name on the Hub.
-        load (`Callable`):
-            reads it.
-
-    Raises:
-        ValueError: there is no such folder or repository, it is unfinished or of another kind, it is damaged, or a
-            tensor of it is not finite. The message is one line and names option, value and likely cause.
-        ImportError: the model is quantised, or has adapters, and the library for that is missing.
-    """
+    """Load what a folder or a repository on the Hub holds."""
     check_saved(saved, option, place)
     loaded = open_checked(saved, option, place, load)
     where = f"`{option}` {str(place)!r}"
@@ -213,12 +171,7 @@ def check_saved(saved: Saved, option: str, place: str) -> None:
 
 
 def base_of_adapters(folder: str | Path) -> str | None:
-    """Return the base model that PEFT's adapters in a folder name, `None` where they name none.
-
-    Args:
-        folder (`str | Path`):
-            with `adapter_config.json`.
-    """
+    """Return the base model that PEFT's adapters in a folder name, `None` where they name none."""
     try:
         return json.loads((Path(folder) / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
@@ -226,19 +179,7 @@ def base_of_adapters(folder: str | Path) -> str | None:
 
 
 def require_plain_weights(option: str, place: str, config: PreTrainedConfig) -> None:
-    """Raise for a model whose weights can be neither trained nor saved again: quantised ones, and adapters alone.
-
-    Args:
-        option (`str`):
-            of the command line that named it.
-        place (`str`):
-            a folder or a name on the Hub.
-        config (`PreTrainedConfig`):
-            of the model.
-
-    Raises:
-        ValueError: the model is such a one.
-    """
+    """Raise for a model whose weights can be neither trained nor saved again: quantised ones, and adapters alone."""
     if (Path(place) / ADAPTER_CONFIG_NAME).is_file():
         raise InputError(
             f"`{option}` {place!r} holds adapters over {base_of_adapters(place)!r}, and whole weights are needed: "
@@ -252,17 +193,7 @@ def require_plain_weights(option: str, place: str, config: PreTrainedConfig) -> 
 
 
 def refuse_non_finite(model: nn.Module, source: str):
-    """Raise for a model whose parameters or buffers hold NaN or infinity.
-
-    Args:
-        model (`nn.Module`):
-            The loaded model.
-        source (`str`):
-            Where it came from, for the message.
-
-    Raises:
-        ValueError: names the first such tensor.
-    """
+    """Raise for a model whose parameters or buffers hold NaN or infinity."""
     for name, tensor in model.state_dict().items():
         count = int((~_is_finite(tensor)).sum()) if tensor.is_floating_point() else 0
         if count:

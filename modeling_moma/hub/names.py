@@ -18,18 +18,7 @@ TIMEOUT_SECONDS = 10
 
 
 def why_nowhere(place: str, kind: Literal["model", "dataset"] = "model") -> str | None:
-    """Return why a name that is no folder here cannot be read from the Hub, after one request.
-
-    Args:
-        place (`str`):
-            what a user gave.
-        kind (`Literal["model", "dataset"]`, *optional*, defaults to `"model"`):
-            of the repository.
-
-    Returns:
-        `str | None`: what is wrong, as the end of a sentence; `None` where the Hub has it, or its cache on this
-        machine.
-    """
+    """Return why a name that is no folder here cannot be read from the Hub, after one request."""
     missing = no_folder(place)
     try:
         validate_repo_id(place)

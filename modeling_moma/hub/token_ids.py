@@ -25,15 +25,7 @@ TOKEN_FILES = (
 
 
 def token_problems(contents: Mapping[str, dict]) -> Iterator[str]:
-    """Check that model, tokenizer, image tokenizer and codecs mean the same by a token id.
-
-    Args:
-        contents (`Mapping[str, dict]`):
-            what [`TOKEN_FILES`] hold, by their names.
-
-    Yields:
-        `str`: a problem: the file or field, its value and the likely cause.
-    """
+    """Check that model, tokenizer, image tokenizer and codecs mean the same by a token id."""
     config, vq_config, tokenizer, settings, processor, generation = (contents[name] for name in TOKEN_FILES)
     try:
         facts = _token_facts(config, vq_config, tokenizer)

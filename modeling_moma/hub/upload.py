@@ -30,14 +30,7 @@ class UploadError(RuntimeError):
 
 @dataclass(frozen=True)
 class Upload:
-    """What a commit will hold.
-
-    Args:
-        files (`dict[str, Path | bytes]`):
-            path in the repository -> file, or content where it is not that of a file.
-        left_out (`dict[str, str]`):
-            what of the folder stays here, and why.
-    """
+    """What a commit will hold."""
 
     files: dict[str, Path | bytes]
     left_out: dict[str, str]
@@ -49,15 +42,7 @@ class Upload:
 
 
 def check_repo_id(repo_id: str | None) -> None:
-    """Check the name of a repository, without asking the Hub.
-
-    Args:
-        repo_id (`str`, *optional*):
-            see [`push`].
-
-    Raises:
-        ValueError: no repository can have it.
-    """
+    """Check the name of a repository, without asking the Hub."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -67,22 +52,7 @@ def check_repo_id(repo_id: str | None) -> None:
 def prepare(
     model: str | Path, processor: str | Path | None = None, datasets: Mapping[str, str] | None = None
 ) -> Upload:
-    """Gather a repository from local folders and check it. Nothing is sent.
-
-    Args:
-        model (`str | Path`):
-            folder of a saved model with its card.
-        processor (`str | Path`, *optional*):
-            folder of the processor, where `model` has none.
-        datasets (`Mapping[str, str]`, *optional*):
-            ids on the Hub of data sets that the card names by local paths.
-
-    Returns:
-        [`Upload`]: all files, each of them checked.
-
-    Raises:
-        ValueError: lists every problem, with the file or field, its value and the likely cause.
-    """
+    """Gather a repository from local folders and check it. Nothing is sent."""
     files, left_out = gather(model, processor)
     datasets = datasets or {}
     problems = list(check_files(files))
@@ -108,20 +78,7 @@ def prepare(
 
 
 def write_repository(upload: Upload, folder: str | Path) -> Path:
-    """Write a repository into a folder, as it would lie on the Hub.
-
-    Args:
-        upload ([`Upload`]):
-            see [`prepare`].
-        folder (`str | Path`):
-            missing or empty.
-
-    Returns:
-        `Path`: the folder, which is complete or missing.
-
-    Raises:
-        ValueError: the folder holds files.
-    """
+    """Write a repository into a folder, as it would lie on the Hub."""
     check_new_folder(folder)
 
     def write(aside: Path):
@@ -143,26 +100,7 @@ def push(
     revision: str | None = None,
     message: str = "Upload model and processor",
 ) -> CommitInfo:
-    """Send all files, then commit them at once. A repository or branch that is missing is created.
-
-    Args:
-        upload ([`Upload`]):
-            see [`prepare`].
-        repo_id (`str`):
-            `USER/NAME`, or `NAME` for the user who is logged in.
-        private (`bool`, *optional*, defaults to `False`):
-            whether a new repository is private.
-        revision (`str`, *optional*):
-            the branch; by default `main`.
-        message (`str`, *optional*, defaults to `"Upload model and processor"`):
-            of the commit.
-
-    Returns:
-        `CommitInfo`: the commit; the present one if it holds these very files already.
-
-    Raises:
-        UploadError: no commit was made, or none is known of; or `private`, but the repository is there and public.
-    """
+    """Send all files, then commit them at once. A repository or branch that is missing is created."""
     api, branch, is_there, before = HfApi(), revision or "main", False, None
     try:
         repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id

@@ -29,17 +29,6 @@ def file_name_shares(files: Iterable[str], queries: Sequence[str], memory: Image
     Words do that are the query's, in its order; or, by a memory, that are a name it keeps of which the query is a tag.
     What counts is the largest share. Of `cog-outline.svg` half speaks of `cog`, and half of `settings` where that is a
     tag of `cog`.
-
-    Args:
-        files (`Iterable[str]`):
-            N paths, of which the last part counts, without its ending.
-        queries (`Sequence[str]`):
-            Q of them, words each. Capital letters, signs and the English plural count for nothing.
-        memory ([`ImageMemory`], *optional*):
-            gives the tags.
-
-    Returns:
-        `torch.Tensor`: `[N, Q]`, float64, from 0 to 1.
     """
     wanted = [_words(query) for query in queries]
     tags = {} if memory is None else _tags_of_names(memory)
@@ -58,16 +47,7 @@ def file_name_shares(files: Iterable[str], queries: Sequence[str], memory: Image
 
 
 def with_file_names(scores_NQ: torch.Tensor, shares_NQ: torch.Tensor, weight: float) -> torch.Tensor:
-    """Return scores of images and shares of file names as one: `log((1 - weight) exp(score) + weight share)`.
-
-    Args:
-        scores_NQ (`torch.Tensor`):
-            see [`ImageLabeler.match`].
-        shares_NQ (`torch.Tensor`):
-            see [`file_name_shares`].
-        weight (`float`):
-            what file names count for, from 0 to 1.
-    """
+    """Return scores of images and shares of file names as one: `log((1 - weight) exp(score) + weight share)`."""
     counts = torch.tensor(weight, dtype=torch.float64)
     return torch.logaddexp(scores_NQ + (1 - counts).log(), shares_NQ.log() + counts.log())
 

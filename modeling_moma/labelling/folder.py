@@ -34,16 +34,7 @@ TABLES = (".csv", ".json")
 
 @dataclass(frozen=True)
 class Label:
-    """What a model says of an image.
-
-    Args:
-        file (`str`):
-            its path in the folder.
-        names (`list[Guess]`):
-            the likeliest first.
-        tags (`list[Guess]`):
-            the likeliest first.
-    """
+    """What a model says of an image."""
 
     file: str
     names: list[Guess]
@@ -52,18 +43,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Found:
-    """An image that a search has found.
-
-    Args:
-        query (`str`):
-            the words.
-        rank (`int`):
-            from 1.
-        file (`str`):
-            its path in the folder.
-        score (`float`):
-            see [`ImageLabeler.match`], and [`with_file_names`] where names of files count.
-    """
+    """An image that a search has found."""
 
     query: str
     rank: int
@@ -77,19 +57,6 @@ def coded_images(
     """Yield the images of a folder in pieces: paths in it, and codes as [`ImageLabeler.encode`] has them.
 
     Each file and each subfolder that is left out is told in a line on the standard error.
-
-    Args:
-        folder (`str`):
-            with subfolders.
-        labeler ([`ImageLabeler`]):
-            its processor makes the codes.
-        output (`str`, *optional*):
-            a table that may stand in the folder, and is none of its images.
-        option (`str`, *optional*, defaults to `"FOLDER"`):
-            what a command calls the folder, for errors.
-
-    Raises:
-        ValueError: there is no image.
     """
     own = None if output is None else os.path.realpath(output)
 
@@ -133,20 +100,7 @@ def shown(text: str) -> str:
 def label_folder(
     folder: str, labeler: ImageLabeler, names: int = 5, tags: int = 8, output: str | None = None
 ) -> list[Label]:
-    """Return names and tags of the images of a folder, in the order of their paths; see [`coded_images`].
-
-    Args:
-        folder (`str`):
-            see [`coded_images`].
-        labeler ([`ImageLabeler`]):
-            see [`coded_images`].
-        names (`int`, *optional*, defaults to `5`):
-            of each image at most.
-        tags (`int`, *optional*, defaults to `8`):
-            of each image at most; 0 for none.
-        output (`str`, *optional*):
-            see [`coded_images`].
-    """
+    """Return names and tags of the images of a folder, in the order of their paths; see [`coded_images`]."""
     labels = []
     for paths, codes in coded_images(folder, labeler, output):
         named = labeler.names(codes, names)
@@ -163,25 +117,7 @@ def search_folder(
     output: str | None = None,
     file_name_share: float = FILE_NAME_SHARE,
 ) -> list[Found]:
-    """Return the images of a folder that fit words best, query by query; see [`coded_images`].
-
-    Args:
-        folder (`str`):
-            see [`coded_images`].
-        queries (`Sequence[str]`):
-            words each.
-        labeler ([`ImageLabeler`]):
-            see [`coded_images`].
-        top (`int`, *optional*, defaults to `10`):
-            images of each query at most.
-        output (`str`, *optional*):
-            see [`coded_images`].
-        file_name_share (`float`, *optional*, defaults to `0.5`):
-            what words in names of files, and tags that the labeler's memory has of them, count for beside the images.
-
-    Raises:
-        ValueError: the share is not between 0 and 1, a query has no words, or there is no image.
-    """
+    """Return the images of a folder that fit words best, query by query; see [`coded_images`]."""
     check_queries(queries)
     labeler.check_room(queries)
     if not 0 <= file_name_share <= 1:
@@ -228,18 +164,7 @@ class CodedFolder:
     def read(
         cls, folder: str, labeler: ImageLabeler, option: str = "FOLDER", other: str | None = None
     ) -> "CodedFolder":
-        """Read a folder.
-
-        Args:
-            folder (`str`):
-                see [`coded_images`], as the others.
-            labeler ([`ImageLabeler`]):
-                makes the codes.
-            option (`str`, *optional*, defaults to `"FOLDER"`):
-                see [`coded_images`].
-            other (`str`, *optional*):
-                name of a file that may stand in the folder, and is none of its images.
-        """
+        """Read a folder."""
         paths, codes = [], []
         for names, codes_NT in coded_images(folder, labeler, other and os.path.join(folder, other), option):
             paths += names
@@ -247,25 +172,11 @@ class CodedFolder:
         return cls(folder, paths, torch.cat(codes))
 
     def search(self, words: str, labeler: ImageLabeler, top: int = 10) -> list[Found]:
-        """Return the images that fit words best, as [`search_folder`] does where names of files count for nothing.
-
-        Args:
-            words (`str`):
-                one query.
-            labeler ([`ImageLabeler`]):
-                that made the codes.
-            top (`int`, *optional*, defaults to `10`):
-                images at most.
-        """
+        """Return the images that fit words best, as [`search_folder`] does where names of files count for nothing."""
         return _ranked([words], self.paths, labeler.match(self.codes, [words]), top)
 
     def images(self, found: Sequence[Found]) -> list[tuple[Image.Image, str]]:
-        """Return what was found with its paths; a file that is gone since is left out.
-
-        Args:
-            found (`Sequence[Found]`):
-                of a search.
-        """
+        """Return what was found with its paths; a file that is gone since is left out."""
         read = read_files([Path(self.folder, entry.file) for entry in found])
         return [
             (image, entry.file)
@@ -297,17 +208,7 @@ def label_rows(labels: Sequence[Label]) -> list[dict[str, Any]]:
 
 
 def write_table(output: str, entries: Sequence[Label | Found], rows: Sequence[dict[str, Any]]) -> Path:
-    """Write a table aside and rename it.
-
-    Args:
-        output (`str`):
-            path in `.json` for all that entries hold, `null` for a score of minus infinity, or in `.csv` for their
-            rows.
-        entries (`Sequence[Label | Found]`):
-            of the table.
-        rows (`Sequence[dict]`):
-            the entries as lines of CSV, one at least.
-    """
+    """Write a table aside and rename it."""
 
     def write(path: Path) -> None:
         if Path(output).suffix.lower() == ".json":

@@ -8,26 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Guess:
-    """A name or a tag of an image.
-
-    Args:
-        text (`str`):
-            its words.
-        probability (`float`):
-            that it has among all names, or among all tags that may stand first.
-    """
+    """A name or a tag of an image."""
 
     text: str
     probability: float
 
 
 def mean_guesses(views: Sequence[dict[str, float]]) -> list[Guess]:
-    """Return the texts of the views of an image with their mean probabilities, the likeliest first.
-
-    Args:
-        views (`Sequence[dict[str, float]]`):
-            the probability of each text in each view, where it has any.
-    """
+    """Return the texts of the views of an image with their mean probabilities, the likeliest first."""
     totals = defaultdict(float)
     for texts in views:
         for text, probability in texts.items():
@@ -38,16 +26,7 @@ def mean_guesses(views: Sequence[dict[str, float]]) -> list[Guess]:
 def mixed_guesses(
     written: Sequence[Sequence[Guess]], known: Sequence[dict[str, float]], share: float
 ) -> list[list[Guess]]:
-    """Return guesses of a model and shares of a memory as one, the likeliest first.
-
-    Args:
-        written (`Sequence[Sequence[Guess]]`):
-            of each image.
-        known (`Sequence[dict[str, float]]`):
-            of each image. Where there are none, as of tags that no near image has, the model's stay as they are.
-        share (`float`):
-            what the memory counts for, from 0 to 1.
-    """
+    """Return guesses of a model and shares of a memory as one, the likeliest first."""
     found = []
     for guesses, shares in zip(written, known, strict=True):
         weight = share if shares else 0.0

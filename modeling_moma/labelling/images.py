@@ -32,21 +32,7 @@ def folder_files(
     option: str = "FOLDER",
     on_link: Callable[[Path], object] | None = None,
 ) -> list[Path]:
-    """Return the files under a folder, sorted, without hidden ones and those in hidden folders.
-
-    Args:
-        folder (`str | Path`):
-            its subfolders are read as well; links to folders are not followed.
-        on_unread (`Callable`, *optional*):
-            is called with the error, and in it the `filename`, of each folder that cannot be read.
-        option (`str`, *optional*, defaults to `"FOLDER"`):
-            what a command calls it, for errors.
-        on_link (`Callable`, *optional*):
-            is called with each link to a folder.
-
-    Raises:
-        ValueError: it is no folder, cannot be read, or holds no file.
-    """
+    """Return the files under a folder, sorted, without hidden ones and those in hidden folders."""
     root = Path(folder)
     # no text at all, as of a variable that is not set, would be the working directory
     is_named = bool(os.fspath(folder))
@@ -74,12 +60,7 @@ def folder_files(
 
 
 def read_files(files: list[Path]) -> Iterator[tuple[Path, Image.Image | LeftOut]]:
-    """Yield each file with its image, or with the reason why there is none.
-
-    Args:
-        files (`list[Path]`):
-            of images that Pillow reads, and SVG where the extra `icons` is installed.
-    """
+    """Yield each file with its image, or with the reason why there is none."""
     with SvgRenderer() as renderer:
         for file in files:
             try:
@@ -120,17 +101,7 @@ class SvgRenderer:
         self._end()
 
     def render(self, file: Path, seconds: float = SVG_SECONDS) -> bytes:
-        """Return a PNG on white, of `SVG_SIDE` pixels along its longer side.
-
-        Args:
-            file (`Path`):
-                SVG, or SVG compressed by gzip.
-            seconds (`float`, *optional*, defaults to `SVG_SECONDS`):
-                after which the process is ended.
-
-        Raises:
-            LeftOut: it cannot be rendered, or there is no renderer.
-        """
+        """Return a PNG on white, of `SVG_SIDE` pixels along its longer side."""
         if importlib.util.find_spec("resvg_py") is None:
             raise LeftOut("no SVG renderer", 'install it with `pip install "modeling-moma[icons]"`')
         process = self._process = self._process or self._start()

@@ -28,16 +28,7 @@ MOST_TOLD = 20
 
 @dataclass(frozen=True)
 class NamedImages(ImageKind):
-    """Images with names, as a memory is made of.
-
-    Args:
-        label (`str`, *optional*, defaults to `"name"`):
-            column of the name.
-        tags (`str`, *optional*):
-            column of the tags, a list or a text with commas.
-        group (`str`, *optional*):
-            column of what draws one thing alike, such as a maker.
-    """
+    """Images with names, as a memory is made of."""
 
     label: str = "name"
     tags: str | None = None
@@ -70,23 +61,6 @@ def build_memory(
 
     Of each name and group one image is kept, the first, and of every name the tags of all its rows, whether or not any
     image of it is. Images that cannot be read, and how many rows have no name, are told on the standard error.
-
-    Args:
-        source ([`Source`]):
-            whose kind is [`NamedImages`].
-        labeler ([`ImageLabeler`]):
-            of the model that the memory is for.
-        least_groups (`int`, *optional*, defaults to `1`):
-            of names that fewer groups have no image is kept: one maker's alone are often of their own making.
-        most (`int`, *optional*, defaults to `24`):
-            images of a name.
-        dimensions (`int`, *optional*, defaults to `64`):
-            see [`ImageMemory.build`].
-        known ([`ImageMemory`], *optional*):
-            of the same model, which the images are added to, in as many dimensions as it has.
-
-    Raises:
-        ValueError: the data cannot be opened, have no such column, or too few images that can be kept.
     """
     kind = source.kind
     if not isinstance(kind, NamedImages):
@@ -133,18 +107,7 @@ def build_memory(
 
 
 def chosen_rows(rows: Iterator[dict[str, Any]], kind: NamedImages, least_groups: int, most: int) -> list[int]:
-    """Return the numbers of the rows that are kept, see [`build_memory`].
-
-    Args:
-        rows (`Iterator[dict]`):
-            of the columns but for the image.
-        kind ([`NamedImages`]):
-            their columns.
-        least_groups (`int`):
-            see [`build_memory`].
-        most (`int`):
-            see [`build_memory`].
-    """
+    """Return the numbers of the rows that are kept, see [`build_memory`]."""
     groups: dict[str, set[str | int]] = defaultdict(set)
     kept: dict[str, list[int]] = defaultdict(list)
     nameless = 0
@@ -165,14 +128,7 @@ def chosen_rows(rows: Iterator[dict[str, Any]], kind: NamedImages, least_groups:
 
 
 def tags_of_names(rows: Iterable[dict[str, Any]], kind: NamedImages) -> dict[str, list[str]]:
-    """Return the tags of each name that has any, the most frequent first.
-
-    Args:
-        rows (`Iterable[dict]`):
-            see [`chosen_rows`].
-        kind ([`NamedImages`]):
-            see [`chosen_rows`].
-    """
+    """Return the tags of each name that has any, the most frequent first."""
     counted = defaultdict(Counter[str])
     for row in rows:
         if name := kind.row_name(row):

@@ -46,16 +46,6 @@ class CaptionForm:
     """How the captions are written that a model was trained on, behind their images.
 
     The defaults are for captions such as `house (tabler, filled)`, and `tags: home, building` in any order.
-
-    Args:
-        name_prompt (`str`, *optional*, defaults to `""`):
-            what stands before a name and a space; spaces at its end are left out.
-        name_ends (`tuple[str, ...]`, *optional*, defaults to `(" (",)`):
-            what may follow one, beside the end of the caption.
-        tag_prompt (`str`, *optional*, defaults to `"tags:"`):
-            what stands before the first tag and a space, likewise.
-        tag_ends (`tuple[str, ...]`, *optional*, defaults to `(",",)`):
-            what may follow a tag, beside the end of the caption.
     """
 
     name_prompt: str = ""
@@ -75,23 +65,6 @@ class ImageLabeler:
 
     A name's probability is that of a caption to begin with it and to end or to go on as `form` says, among those that
     are no lists of tags. Tags stand in any order in training, so those that are likely as the first one are the tags.
-
-    Args:
-        model (`MomaForCausalLM`):
-            in eval mode.
-        processor (`MomaProcessor`):
-            its processor.
-        form ([`CaptionForm`], *optional*):
-            of the captions that it was trained on.
-        batch_size (`int`, *optional*, defaults to `32`):
-            views of images at once; in a search of names or tags as many fewer as each has more than 4 beams, two
-            for each name or tag and 10 at least.
-        views (`int`, *optional*, defaults to `1`):
-            codings of each image, up to 9, which take as many times as long.
-        memory ([`ImageMemory`], *optional*):
-            images of known names, made by this model; with it a probability is a mean of the model's and the memory's.
-        memory_share (`float`, *optional*, defaults to `0.5`):
-            what the memory counts for, from 0 to 1.
     """
 
     def __init__(
@@ -122,18 +95,7 @@ class ImageLabeler:
         self._tag_begins = self._text_ids(form.name_prompt, form.tag_prompt) if tags_begin_alike else []
 
     def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return the codes of images, which is all that the model sees of them.
-
-        Args:
-            images (`Sequence[Image.Image]`):
-                N, of any size.
-
-        Returns:
-            `torch.Tensor`: `[N, image_seq_length]`, or `[N, views, image_seq_length]` of several views.
-
-        Raises:
-            ValueError: there is no image.
-        """
+        """Return the codes of images, which is all that the model sees of them."""
         if not len(images):
             raise InputError("`images` is empty: give the images to encode.")
         return self.encode_pixels(torch.cat([self.pixel_values(image) for image in images]))
@@ -156,18 +118,7 @@ class ImageLabeler:
         return codes[0] if self.views == 1 else torch.stack(codes, dim=1)
 
     def names(self, codes: torch.Tensor, count: int = 5) -> list[list[Guess]]:
-        """Return the likeliest names of each image, the likeliest first, by a beam search and by the memory.
-
-        Args:
-            codes (`torch.Tensor`):
-                of N images, see [`encode`].
-            count (`int`, *optional*, defaults to `5`):
-                of names at most, up to 100; fewer where different beams write the same one. A name that is not among
-                the likeliest of a view counts there as impossible.
-
-        Raises:
-            ValueError: the count is none of these, or these are no codes of images.
-        """
+        """Return the likeliest names of each image, the likeliest first, by a beam search and by the memory."""
         found = self.written_names(codes, count)
         if self.memory is not None:
             found = mixed_guesses(found, self.memory.name_shares(self.features(codes)), self.memory_share)
@@ -181,14 +132,7 @@ class ImageLabeler:
         return [guesses[:count] for guesses in found]
 
     def written_names(self, codes: torch.Tensor, count: int = 5) -> list[list[Guess]]:
-        """Return what the beam search of [`names`] finds without a memory: so many names, and what else it came upon.
-
-        Args:
-            codes (`torch.Tensor`):
-                see [`names`].
-            count (`int`, *optional*, defaults to `5`):
-                see [`names`].
-        """
+        """Return what the beam search of [`names`] finds without a memory: `count` names and what else it met."""
         return self._guesses(codes, self.form.name_prompt, self._name_ends, count, self._tag_begins)
 
     def written_tags(self, codes: torch.Tensor, count: int = 8) -> list[list[Guess]]:
@@ -197,12 +141,7 @@ class ImageLabeler:
 
     @torch.no_grad()
     def features(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return the hidden states where captions of images begin, means over views, `[N, D]`, float32 on the CPU.
-
-        Args:
-            codes (`torch.Tensor`):
-                see [`names`].
-        """
+        """Return the hidden states where captions of images begin, means over views, `[N, D]`, float32 on the CPU."""
         self._check_codes(codes)
         found = []
         for codes_B in codes.flatten(0, -2).split(self.batch_size):
@@ -216,17 +155,7 @@ class ImageLabeler:
         return self.features(codes)[0], processor_fingerprint(self.processor)
 
     def take_memory(self, place: str | None, option: str = "--memory") -> None:
-        """Name by a memory of images as well.
-
-        Args:
-            place (`str`, *optional*):
-                its file; without one the model names alone.
-            option (`str`, *optional*, defaults to `"--memory"`):
-                what a command calls it, for errors.
-
-        Raises:
-            ValueError: it is no memory, or that of another model or processor.
-        """
+        """Name by a memory of images as well."""
         memory = None if place is None else ImageMemory.load(place, option)
         if memory is not None:
             memory.check_fits(*self.probe(), f"{option} {str(place)!r}")
@@ -234,35 +163,12 @@ class ImageLabeler:
 
     @torch.no_grad()
     def match(self, codes: torch.Tensor, queries: Sequence[str]) -> torch.Tensor:
-        """Return how well words fit images: `log (p(a name begins with them) + p(they are the first tag))`.
-
-        Args:
-            codes (`torch.Tensor`):
-                see [`names`].
-            queries (`Sequence[str]`):
-                words, such as `"cog"`.
-
-        Returns:
-            `torch.Tensor`: `[N, Q]`, float64, in nats. Values of one query compare images with each other; those of
-            different queries depend on how frequent their words are.
-
-        Raises:
-            ValueError: a query has no words, or these are no codes of images.
-        """
+        """Return how well words fit images: `log (p(a name begins with them) + p(they are the first tag))`."""
         check_queries(queries)
         return self.with_memory(self.written_match(codes, queries), codes, queries)
 
     def with_memory(self, scores: torch.Tensor, codes: torch.Tensor, queries: Sequence[str]) -> torch.Tensor:
-        """Return scores of [`written_match`] and the memory's as one; without a memory they stay.
-
-        Args:
-            scores (`torch.Tensor`):
-                `[N, Q]`.
-            codes (`torch.Tensor`):
-                see [`names`].
-            queries (`Sequence[str]`):
-                see [`match`].
-        """
+        """Return scores of [`written_match`] and the memory's as one; without a memory they stay."""
         if self.memory is None or self.memory_share == 0:
             return scores
         known, share = self.memory.match(self.features(codes), queries), torch.tensor(self.memory_share).double()
@@ -270,14 +176,7 @@ class ImageLabeler:
 
     @torch.no_grad()
     def written_match(self, codes: torch.Tensor, queries: Sequence[str]) -> torch.Tensor:
-        """Return what [`match`] does without a memory.
-
-        Args:
-            codes (`torch.Tensor`):
-                see [`names`].
-            queries (`Sequence[str]`):
-                see [`match`].
-        """
+        """Return what [`match`] does without a memory."""
         self._check_codes(codes)
         self.check_room(queries)
         words = [" ".join(query.split()) for query in queries]
@@ -435,16 +334,7 @@ class ImageLabeler:
 
 
 def moved(pixel_values: torch.Tensor, down: int, right: int) -> torch.Tensor:
-    """Return images moved by so many times `SHIFT` of their sides, a pixel at least; their edges are repeated.
-
-    Args:
-        pixel_values (`torch.Tensor`):
-            `[N, 3, height, width]`.
-        down (`int`):
-            times; negative ones move up.
-        right (`int`):
-            times; negative ones move to the left.
-    """
+    """Return images moved by so many times `SHIFT` of their sides, a pixel at least; their edges are repeated."""
     height, width = pixel_values.shape[-2:]
     y, x = down * max(1, round(height * SHIFT)), right * max(1, round(width * SHIFT))
     # the sides of which there is more, and less, of the image
@@ -461,25 +351,7 @@ def open_labeler(
     memory: str | None = None,
     memory_share: float = 0.5,
 ) -> ImageLabeler:
-    """Return the labeler of a saved model with its processor and memory, on a GPU where there is one.
-
-    Args:
-        model (`str`):
-            folder or name on the Hub.
-        form ([`CaptionForm`], *optional*):
-            see [`ImageLabeler`], as the next.
-        batch_size (`int`, *optional*, defaults to `32`):
-            see [`ImageLabeler`], as the next.
-        views (`int`, *optional*, defaults to `1`):
-            codings of each image.
-        memory (`str`, *optional*):
-            file of an [`ImageMemory`]; by default the one that is saved with the model, where there is one.
-        memory_share (`float`, *optional*, defaults to `0.5`):
-            what it counts for, 0 for no memory.
-
-    Raises:
-        ValueError: something cannot be opened, or the memory was made by another model or processor.
-    """
+    """Return the labeler of a saved model with its processor and memory, on a GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = with_channels_last(open_processor(model, "--model")).to(device)
     labeler = ImageLabeler(

@@ -103,25 +103,7 @@ class ImageMemory:
         processor: str,
         dimensions: int = 64,
     ) -> "ImageMemory":
-        """Keep images.
-
-        Args:
-            features (`torch.Tensor`):
-                `[M, D]`, see [`ImageLabeler.features`].
-            names (`Sequence[str]`):
-                of each image.
-            tags (`Sequence[Sequence[str]]`):
-                of each image, perhaps none. Those of a name are pooled.
-            probe (`torch.Tensor`):
-                see [`ImageMemory`].
-            processor (`str`):
-                see [`ImageMemory`].
-            dimensions (`int`, *optional*, defaults to `64`):
-                numbers kept of each hidden state, half a byte each: its first principal components.
-
-        Raises:
-            ValueError: there are fewer than two images, or hidden states that are not finite or all alike.
-        """
+        """Keep images."""
         features_MD = features.double()
         if len(features_MD) < 2:
             raise InputError(f"a memory of {len(features_MD)} images: it is made of two at least.")
@@ -150,16 +132,7 @@ class ImageMemory:
         return nothing.extended(features_MD, names, tags)
 
     def extended(self, features: torch.Tensor, names: Sequence[str], tags: Sequence[Sequence[str]]) -> "ImageMemory":
-        """Return a memory that keeps further images as well; what it keeps already is not kept twice.
-
-        Args:
-            features (`torch.Tensor`):
-                `[M, D]`, of the same model, see [`ImageLabeler.features`].
-            names (`Sequence[str]`):
-                of each image.
-            tags (`Sequence[Sequence[str]]`):
-                of each image, perhaps none. Those of a name are pooled, and come before tags that it has already.
-        """
+        """Return a memory that keeps further images as well; what it keeps already is not kept twice."""
         kept_MF = F.normalize((features.double() - self.mean).float() @ self.projection, dim=1)
         step_M1 = kept_MF.std(1, keepdim=True).clamp(min=1e-12) * STEPS / LARGEST
         keys_MF = (kept_MF / step_M1).round().clamp(-LARGEST, LARGEST)
@@ -181,24 +154,14 @@ class ImageMemory:
         )
 
     def with_tags(self, tags: Mapping[str, Sequence[str]]) -> "ImageMemory":
-        """Return a memory of the same images that knows tags of further names, or further tags of its own.
-
-        Args:
-            tags (`Mapping[str, Sequence[str]]`):
-                of each name. Those of a known name come behind the ones that it has.
-        """
+        """Return a memory of the same images that knows tags of further names, or further tags of its own."""
         known = dict(zip(self.names, self.tags, strict=True))
         names = [*known, *(name for name, found in tags.items() if found and name not in known)]
         both = {name: list(dict.fromkeys([*known.get(name, ()), *tags.get(name, ())])) for name in names}
         return replace(self, names=names, tags=list(both.values()))
 
     def name_shares(self, features: torch.Tensor) -> list[dict[str, float]]:
-        """Return the names of the nearest images with their shares, which sum to 1.
-
-        Args:
-            features (`torch.Tensor`):
-                `[N, D]`, see [`ImageLabeler.features`].
-        """
+        """Return the names of the nearest images with their shares, which sum to 1."""
         found = []
         for shares_K, places_K in zip(*self._nearest(features), strict=True):
             shares = defaultdict(float)
@@ -208,12 +171,7 @@ class ImageMemory:
         return found
 
     def tag_shares(self, features: torch.Tensor) -> list[dict[str, float]]:
-        """Return the tags of the nearest images that have any, each the first of its image by equal chance.
-
-        Args:
-            features (`torch.Tensor`):
-                see [`name_shares`].
-        """
+        """Return the tags of the nearest images that have any, each the first of its image by equal chance."""
         found = []
         for shares_K, places_K in zip(*self._nearest(features), strict=True):
             shares, total = defaultdict(float), 0.0
@@ -226,17 +184,7 @@ class ImageMemory:
         return found
 
     def match(self, features: torch.Tensor, queries: Sequence[str]) -> torch.Tensor:
-        """Return the shares of nearest images whose name begins with words, and of those whose first tag they are.
-
-        Args:
-            features (`torch.Tensor`):
-                see [`name_shares`].
-            queries (`Sequence[str]`):
-                words each.
-
-        Returns:
-            `torch.Tensor`: `[N, Q]`, float64.
-        """
+        """Return the shares of nearest images whose name begins with words, and of those whose first tag they are."""
         shares_NK, places_NK = self._nearest(features)
         scores_NQ = torch.zeros(len(shares_NK), len(queries), dtype=torch.float64)
         for column, query in enumerate(queries):
@@ -270,16 +218,7 @@ class ImageMemory:
         ]
 
     def check_fits(self, probe: torch.Tensor, processor: str, option: str = "memory") -> None:
-        """Raise `ValueError` where a memory is of another model or processor.
-
-        Args:
-            probe (`torch.Tensor`):
-                what the model makes of the fixed image.
-            processor (`str`):
-                its processor's fingerprint.
-            option (`str`, *optional*, defaults to `"memory"`):
-                what the memory is called, for errors.
-        """
+        """Raise `ValueError` where a memory is of another model or processor."""
         is_same_model = len(probe) == len(self.probe) and (
             F.cosine_similarity(probe.float().cpu(), self.probe, dim=0).item() >= SAME_MODEL
         )
@@ -292,12 +231,7 @@ class ImageMemory:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write the memory aside and rename it; its folder is made where it is missing. Its names are sorted in it.
-
-        Args:
-            path (`str | Path`):
-                of the file, `.safetensors`.
-        """
+        """Write the memory aside and rename it; its folder is made where it is missing. Its names are sorted in it."""
         # of two numbers one in each half of a byte
         halves_MF = (self.keys + LARGEST + 1).to(torch.uint8)
         # names that begin alike take fewer bytes beside each other
@@ -323,17 +257,7 @@ class ImageMemory:
 
     @classmethod
     def load(cls, path: str | Path, option: str = "memory") -> "ImageMemory":
-        """Read a memory.
-
-        Args:
-            path (`str | Path`):
-                of the file.
-            option (`str`, *optional*, defaults to `"memory"`):
-                what it is called, for errors.
-
-        Raises:
-            ValueError: it is no memory, or damaged.
-        """
+        """Read a memory."""
         if not Path(path).is_file():
             raise InputError(f"{option} {str(path)!r}: there is no such file.")
         try:
@@ -374,12 +298,7 @@ class ImageMemory:
 
 
 def memory_of(model: str) -> str | None:
-    """Return the file of the memory that is saved with a model, `None` where there is none.
-
-    Args:
-        model (`str`):
-            folder or name on the Hub.
-    """
+    """Return the file of the memory that is saved with a model, `None` where there is none."""
     return cached_file(
         model,
         MEMORY_FILE,

@@ -24,21 +24,7 @@ def check_queries(queries: Sequence[str]) -> None:
 
 
 def check_room(queries: Sequence[str], config: MomaConfig, encoder: DocumentEncoder, prompts: Sequence[str]) -> None:
-    """Raise for the first query that does not fit behind an image into the model's positions.
-
-    Args:
-        queries (`Sequence[str]`):
-            words each.
-        config (`MomaConfig`):
-            of the model.
-        encoder (`DocumentEncoder`):
-            of its processor.
-        prompts (`Sequence[str]`):
-            that stand before the words, perhaps empty.
-
-    Raises:
-        ValueError: names the query and its tokens.
-    """
+    """Raise for the first query that does not fit behind an image into the model's positions."""
     # others are made to go beyond
     if config.rope_parameters["rope_type"] != "default":
         return

@@ -204,17 +204,7 @@ def eta(dense: Sequence[tuple[float, float]], sparse: Sequence[tuple[float, floa
 def eta_by_modality(
     dense: Mapping[str, Sequence[tuple[float, float]]], sparse: Mapping[str, Sequence[tuple[float, float]]]
 ) -> dict[str, Eta]:
-    """Return [`eta`] for each loss of two models: `{"overall": ..., "text": ..., "image": ...}` or whatever they name.
-
-    Args:
-        dense (`Mapping[str, Sequence[tuple[float, float]]]`):
-            the dense model's curves by name. FLOPs are the model's total, for a modality's loss as well.
-        sparse (`Mapping[str, Sequence[tuple[float, float]]]`):
-            the sparse model's curves, same names.
-
-    Raises:
-        ValueError: the names differ.
-    """
+    """Return [`eta`] for each loss that two models name, `{"overall": ..., "text": ..., "image": ...}`."""
     if set(dense) != set(sparse):
         raise InputError(f"`dense` has the curves {sorted(dense)}, but `sparse` has {sorted(sparse)}.")
     return {name: eta(dense[name], sparse[name]) for name in dense}

@@ -46,16 +46,7 @@ class Layout:
         return " + ".join(parts)
 
     def check(self, config: MomaConfig):
-        """Refuse what the model's sizes forbid.
-
-        Args:
-            config (`MomaConfig`):
-                the model.
-
-        Raises:
-            ValueError: a size is below 1, heads, widths or vocabulary do not divide by `tensor`, the experts of a
-                group or the shard group do not divide by `expert`, or these have fewer experts than ranks.
-        """
+        """Refuse what the model's sizes forbid."""
         for name in ("replicate", "shard", "tensor", "expert"):
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:

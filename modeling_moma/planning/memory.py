@@ -18,18 +18,7 @@ FP32, BF16 = 4, 2
 
 @dataclass(frozen=True)
 class ParameterParts:
-    """Parameters by the way that layouts split them.
-
-    Attributes:
-        experts (`int`):
-            packed experts of one layer: sharded, and split by tensor and expert parallelism.
-        matrices (`int`):
-            attention and other feed-forward matrices of one layer: not by expert parallelism.
-        replicated (`int`):
-            norms and routers of one layer: sharded only. A depth layer's router is left out.
-        ends (`int`):
-            embedding and head, once if tied: split by tensor parallelism.
-    """
+    """Parameters by the way that layouts split them."""
 
     experts: int
     matrices: int
@@ -38,12 +27,7 @@ class ParameterParts:
 
 
 def parameter_parts(config: MomaConfig) -> ParameterParts:
-    """Count the parameters of a layer by how layouts split them; see [`ParameterParts`].
-
-    Args:
-        config (`MomaConfig`):
-            the model.
-    """
+    """Count the parameters of a layer by how layouts split them; see [`ParameterParts`]."""
     check_config(config)
     width = config.hidden_size
     experts = matrices = 0
@@ -65,21 +49,7 @@ def parameter_parts(config: MomaConfig) -> ParameterParts:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the peak of a training step.
-
-    Attributes:
-        weights (`float`):
-            fp32 weights.
-        gradients (`float`):
-            fp32 gradients.
-        moments (`float`):
-            AdamW's two fp32 moments.
-        working (`float`):
-            bf16 weights in use; under FSDP those of two layers, of embedding and head, and the gradients of one layer
-            before they are sharded.
-        activations (`float`):
-            what the backward pass needs, and the gradient of the logits.
-    """
+    """Bytes on one GPU at the peak of a training step."""
 
     weights: float
     gradients: float
@@ -132,16 +102,6 @@ def activation_bytes(config: MomaConfig, tokens: int, tensor: int = 1, checkpoin
     The peak is where the logits' gradient is made: fp32 logits, their log-softmax and the gradient of each use of
     them. The residual stream, norms and routers are fp32. Modalities are equally frequent; a token meets as many
     experts as under `training_routing`, which keep what they keep under `expert_choice`.
-
-    Args:
-        config (`MomaConfig`):
-            the model.
-        tokens (`int`):
-            tokens of one forward.
-        tensor (`int`, *optional*, defaults to `1`):
-            ranks that split heads and inner widths.
-        checkpointing (`bool`, *optional*, defaults to `False`):
-            see [`training_memory`].
     """
     check_config(config)
     num_depth = len(config.depth_layers or ())
@@ -169,10 +129,6 @@ def experts_per_token(config: MomaConfig) -> float:
     """Return packed experts that a token meets in training on average; 0 without packed experts.
 
     Modalities are taken to be equally frequent.
-
-    Args:
-        config (`MomaConfig`):
-            the model.
     """
     check_config(config)
     rule = rule_of(config.training_routing)

@@ -63,10 +63,6 @@ class Hardware:
         Rings between nodes use the adapters of all the group's GPUs in a node; of an all-to-all each GPU sends what
         leaves the node through its own. Groups follow one another over all nodes, so that those whose size does not
         divide a node lie partly in two: the slowest counts.
-
-        Args:
-            collective ([`Collective`]):
-                the exchange.
         """
         waiting = collective.calls * collective.hops * self.latency
         span = collective.ranks * collective.stride
@@ -125,14 +121,6 @@ def candidate_layouts(config: MomaConfig, gpus: int, node_size: int) -> list[Lay
     """Return layouts worth a look: DDP, FSDP over all GPUs, HSDP with a shard group in each node, each with TP and EP.
 
     For EP there is HSDP with shard groups as small as EP needs, too.
-
-    Args:
-        config (`MomaConfig`):
-            the model, whose sizes decide on TP and EP.
-        gpus (`int`):
-            number of GPUs.
-        node_size (`int`):
-            GPUs of one node. TP stays within it.
     """
     result = []
     counts = [config.group_num_experts(group) for group in config.expert_groups]

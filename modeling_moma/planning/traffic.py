@@ -11,24 +11,7 @@ from .memory import BF16, FP32, experts_per_token, mean_over_modalities, paramet
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of exchange between GPUs, summed over a training step.
-
-    Attributes:
-        name (`str`):
-            what is exchanged.
-        kind (`str`):
-            `"all_gather"`, `"reduce_scatter"`, `"all_reduce"` or `"all_to_all"`.
-        payload (`float`):
-            bytes of the full tensors: gathered, reduced, or one rank's tokens.
-        ranks (`int`):
-            size of the group.
-        stride (`int`):
-            distance of neighbours in the group, in ranks.
-        calls (`float`):
-            how often the exchange starts in the step, each time with its share of the payload.
-        is_overlapped (`bool`):
-            runs beside the computation, which does not wait for it.
-    """
+    """One kind of exchange between GPUs, summed over a training step."""
 
     name: str
     kind: str

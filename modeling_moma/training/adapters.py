@@ -23,20 +23,6 @@ def with_adapters(model: MomaForCausalLM, rank: int, frozen_groups: Sequence[str
     """Put adapters beside attention and expert groups, and let the rows of all tokens but those of text learn.
 
     Routers stay as they are. After training, `merge_and_unload()` gives the model with the adapters in its weights.
-
-    Args:
-        model (`MomaForCausalLM`):
-            its weights are frozen.
-        rank (`int`):
-            of the adapters; their output is scaled by 2, whatever the rank.
-        frozen_groups (`Sequence[str]`, *optional*, defaults to `()`):
-            expert groups without adapters; with `config.untied_attention` neither have the projections of their
-            modalities.
-
-    Raises:
-        ImportError: PEFT is missing, the extra `finetune`.
-        ValueError: `rank` is below 1, the model has no such group, or nothing is left that an adapter could stand
-            beside.
     """
     if rank < 1:
         raise InputError(f"`--lora-rank` = {rank}: a rank is at least 1.")

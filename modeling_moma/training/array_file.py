@@ -8,16 +8,7 @@ import numpy as np
 
 
 class ArrayWriter:
-    """A `.npy` file that is written entry by entry, so that memory holds one of them at a time.
-
-    Args:
-        path (`Path`):
-            the file; one that exists is overwritten.
-        shape (`tuple[int, ...]`):
-            of an entry.
-        dtype (`type`, *optional*, defaults to `np.uint8`):
-            of its numbers.
-    """
+    """A `.npy` file that is written entry by entry, so that memory holds one of them at a time."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: type = np.uint8):
         self.shape, self.dtype, self.count = shape, np.dtype(dtype), 0
@@ -72,14 +63,7 @@ def read_array(path: Path) -> np.ndarray:
 
 
 def read_whole_array(path: Path, count: int) -> np.ndarray | None:
-    """Return what [`read_array`] does, or `None` where the file is missing, damaged or of another length.
-
-    Args:
-        path (`Path`):
-            the file.
-        count (`int`):
-            of the array's entries.
-    """
+    """Return what [`read_array`] does, or `None` where the file is missing, damaged or of another length."""
     try:
         array = read_array(path)
     # an empty file, one that is cut short, or something else

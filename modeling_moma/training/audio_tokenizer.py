@@ -28,34 +28,14 @@ DECIBELS = 10 / math.log(10)
 
 @dataclass(frozen=True)
 class TrainedCodec:
-    """A codec, and what was found of it.
-
-    Attributes:
-        codec (`MelCodec`):
-            the codec.
-        facts (`dict[str, Any]`):
-            `sounds`, `held_out_sounds`, `left_out` (by reason) and `codes_a_second`; `train_db` and `held_out_db`, the
-            mean distance of a band of a spectrogram from that of its code in decibels; `train_codes` and
-            `held_out_codes`, how many codes are met. Of held-out sounds `None` where there are none.
-    """
+    """A codec, and what was found of it."""
 
     codec: MelCodec
     facts: dict[str, Any]
 
 
 def train_audio_tokenizer(sources: Sequence[Source], settings: AudioTokenizerSettings) -> TrainedCodec:
-    """Learn a codebook by k-means on the mel spectrograms of sounds.
-
-    Args:
-        sources (`Sequence[Source]`):
-            those with sounds.
-        settings (`AudioTokenizerSettings`):
-            of the codec.
-
-    Raises:
-        ValueError: there are fewer vectors than codes, or no sound can be used.
-        ImportError: the extra `audio` is missing.
-    """
+    """Learn a codebook by k-means on the mel spectrograms of sounds."""
     with needs_extra("moma train-audio-tokenizer needs scikit-learn", "audio"):
         from sklearn.cluster import MiniBatchKMeans
 

@@ -115,17 +115,7 @@ def check_output_is_own(output: str, resume: bool):
 
 
 def split_batches(batches: list[dict], batch_size: int) -> tuple[list[dict], list[dict]]:
-    """Return batches to calibrate on, and batches to report on.
-
-    Args:
-        batches (`list[dict]`):
-            all batches.
-        batch_size (`int`):
-            examples of one, for the error.
-
-    Raises:
-        ValueError: there are too few.
-    """
+    """Return batches to calibrate on, and batches to report on."""
     if len(batches) < 2:
         raise InputError(
             f"`--batch-size` = {batch_size} gives {len(batches)} batch of the validation split: two are needed, "
@@ -136,16 +126,7 @@ def split_batches(batches: list[dict], batch_size: int) -> tuple[list[dict], lis
 
 
 def train_auxiliary_routers(args: argparse.Namespace) -> None:
-    """Train the auxiliary routers of a saved model, calibrate them, and save the model with a report.
-
-    Args:
-        args (`argparse.Namespace`):
-            of `moma train-auxiliary-routers`.
-
-    Raises:
-        ValueError: the output folder holds another run, or this one and `--resume` is not given; or one is at work in
-            it.
-    """
+    """Train the auxiliary routers of a saved model, calibrate them, and save the model with a report."""
     check_output_is_own(args.output, args.resume)
     processor = open_processor(args.processor)
     training_arguments, tokens = make_training_arguments(args), TokenFolder(args.tokens, processor)

@@ -28,14 +28,7 @@ NONE = -1
 
 
 class CaptionWordHead(nn.Module):
-    """Codes `(batch, embed_dim, grid, grid)` to scores of words `(batch, words)`.
-
-    Args:
-        embed_dim (`int`):
-            of the codes.
-        words (`int`):
-            that there are.
-    """
+    """Codes `(batch, embed_dim, grid, grid)` to scores of words `(batch, words)`."""
 
     def __init__(self, embed_dim: int, words: int):
         super().__init__()
@@ -55,14 +48,7 @@ def caption_words(text: str) -> list[str]:
 
 
 def read_captions(sources: list[Source], places: np.ndarray) -> list[list[str]]:
-    """Return the words of the first caption of each image, none where its source has no captions.
-
-    Args:
-        sources (`list[Source]`):
-            of the images.
-        places (`np.ndarray`):
-            source and row of each image, `(images, 2)`, in the order of the sources' rows.
-    """
+    """Return the words of the first caption of each image, none where its source has no captions."""
     words: list[list[str]] = [[] for _ in places]
     for number, source in enumerate(sources):
         columns = source.kind.stored_columns()
@@ -81,25 +67,6 @@ class CaptionTraining:
     """The head with its optimizer, and the term that it adds to an image tokenizer's loss.
 
     The term is the cross-entropy to the words of the caption, each of which counts by the logarithm of how rare it is.
-
-    Args:
-        weight (`float`):
-            of the term.
-        sources (`list[Source]`):
-            of the images.
-        store (`ImageStore`):
-            the images.
-        config (`MomaVQConfig`):
-            of the image tokenizer.
-        learning_rate (`float`):
-            of the head.
-        seed (`int`):
-            of the fresh weights.
-        device (`torch.device`):
-            of the image tokenizer.
-
-    Raises:
-        ValueError: no word stands in enough captions.
     """
 
     def __init__(
@@ -137,14 +104,7 @@ class CaptionTraining:
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
 
     def term(self, output: MomaVQOutput, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the term of the tokenizer's loss, and the loss before its weight.
-
-        Args:
-            output (`MomaVQOutput`):
-                of the forward pass with gradients.
-            indices (`torch.Tensor`):
-                of the images in the store, `(batch,)`.
-        """
+        """Return the term of the tokenizer's loss, and the loss before its weight."""
         words = self.words[indices].long().to(self.device)
         weights = self.rarity[words.clamp(min=0)] * (words != NONE)
         total = weights.sum(dim=1, keepdim=True)
@@ -169,15 +129,7 @@ class CaptionTraining:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from [`CaptionTraining.state_dict`].
-
-        Args:
-            state (`dict[str, Any]`):
-                of the checkpoint.
-
-        Raises:
-            ValueError: the captions have other words than at the first start.
-        """
+        """Go on from [`CaptionTraining.state_dict`]."""
         self._check_same_words(state)
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -31,13 +31,6 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
     `Trainer` writes straight into a checkpoint's folder, its state last of all: where no state can be read, a run was
     killed while it wrote. Such a folder is warned of.
-
-    Args:
-        folder (`str | Path`):
-            the run's output folder, which may be missing.
-
-    Returns:
-        `str | None`: the checkpoint's folder, or `None` where none is complete.
     """
     for path in numbered_checkpoints(folder):
         if read_state(path) is not None:
@@ -64,12 +57,7 @@ def remove_torn_checkpoints(output: str | Path) -> None:
 
 @contextmanager
 def without_torn_checkpoints(trainer: Trainer) -> Iterator[None]:
-    """Train without checkpoints that were never written to their end: of killed runs, and on a full disk its own.
-
-    Args:
-        trainer (`Trainer`):
-            which is to train, of any number of processes.
-    """
+    """Train without checkpoints that were never written to their end: of killed runs, and on a full disk its own."""
     output = str(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         remove_torn_checkpoints(output)
@@ -100,17 +88,7 @@ def checkpoint_step(checkpoint: str | Path) -> int:
 
 
 def check_kind(checkpoint: str | Path, kind: str | None) -> None:
-    """Raise where a checkpoint was written under another kind of parallelism than the run that goes on from it.
-
-    Args:
-        checkpoint (`str | Path`):
-            its folder.
-        kind (`str | None`):
-            what the run writes: `SHARDS`, `WHOLE`, `DEEPSPEED`, or `None` without FSDP and DeepSpeed.
-
-    Raises:
-        ValueError: names both kinds, and how to start the run; or a file that the checkpoint lacks.
-    """
+    """Raise where a checkpoint was written under another kind of parallelism than the run that goes on from it."""
     written = next((name for name in (SHARDS, WHOLE, DEEPSPEED) if (Path(checkpoint) / name).exists()), None)
     if written != kind:
         by = {

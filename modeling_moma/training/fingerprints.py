@@ -54,12 +54,7 @@ _WAYS = "Give another `--output`, or delete this folder to start over."
 
 
 class RunFingerprint(TrainerCallback, ExportableState):
-    """Puts what a run is made of into the state that `Trainer` writes last of all into each checkpoint.
-
-    Args:
-        facts (`Facts`):
-            plain values as JSON has them, by section and name.
-    """
+    """Puts what a run is made of into the state that `Trainer` writes last of all into each checkpoint."""
 
     def __init__(self, facts: Facts):
         self.facts = facts
@@ -83,26 +78,7 @@ def run_facts(
     earlier_steps: int = 0,
     **training: Any,
 ) -> Facts:
-    """Return what a run is made of, as its checkpoints hold it.
-
-    Args:
-        config (`MomaConfig`):
-            of the model that is trained.
-        weights (`str | None`):
-            folder, or name on the Hub, of those that it starts from; `None` where they are new.
-        tokens (`TokenFolder`):
-            the folder.
-        sources (`Sequence[Source]`):
-            those that are trained on.
-        packing (`tuple[bool, int]`):
-            whether sequences are packed, and their tokens.
-        arguments (`TrainingArguments`):
-            of the Trainer.
-        earlier_steps (`int`, *optional*, defaults to `0`):
-            steps of an earlier stage, whose data are passed over.
-        training (`Any`):
-            what else decides on the steps.
-    """
+    """Return what a run is made of, as its checkpoints hold it."""
     facts = {
         "model": {**_model_facts(config, weights), "processor": tokens.manifest["fingerprint"]},
         "data": {**_data_facts(tokens, sources, *packing), EARLIER_STEPS: earlier_steps},
@@ -115,26 +91,14 @@ def run_facts(
 
 
 def _training_facts(arguments: TrainingArguments) -> dict[str, Any]:
-    """Return the settings of a Trainer that decide on the steps, whatever their number and wherever they are taken.
-
-    Args:
-        arguments (`TrainingArguments`):
-            of the Trainer; a setting that none of the lists above has counts.
-    """
+    """Return the settings of a Trainer that decide on the steps, whatever their number and wherever they are taken."""
     names = [entry.name for entry in dataclasses.fields(arguments)]
     counting = [name for name in names if name not in _MAY_CHANGE and not name.startswith(_MAY_CHANGE_FAMILIES)]
     return {name: getattr(arguments, name) for name in counting}
 
 
 def _model_facts(config: MomaConfig, folder: str | None) -> dict[str, Any]:
-    """Return the settings of a model and the source of its weights.
-
-    Args:
-        config (`MomaConfig`):
-            that it is trained with.
-        folder (`str | None`):
-            of the weights that it starts from, or a name on the Hub; `None` where they are new.
-    """
+    """Return the settings of a model and the source of its weights."""
     # `use_cache` concerns decoding alone
     names = [name for name in MomaConfig.__annotations__ if hasattr(config, name) and name != "use_cache"]
     weights: Any = None
@@ -146,18 +110,7 @@ def _model_facts(config: MomaConfig, folder: str | None) -> dict[str, Any]:
 
 
 def _data_facts(tokens: TokenFolder, sources: Sequence[Source], packed: bool, sequence_length: int) -> dict[str, Any]:
-    """Return what decides on the rows of a training, wherever the tokens lie.
-
-    Args:
-        tokens (`TokenFolder`):
-            the folder.
-        sources (`Sequence[Source]`):
-            those that are trained on.
-        packed (`bool`):
-            whether sequences are packed.
-        sequence_length (`int`):
-            of them, in tokens.
-    """
+    """Return what decides on the rows of a training, wherever the tokens lie."""
     facts: dict[str, Any] = {"sources": [source.name for source in sources]}
     for source in sources:
         splits = tokens.manifest["sources"].get(source.name, {}).get("splits", {})
@@ -173,19 +126,6 @@ def check_output(output: str, facts: Facts, resume: bool, arguments: TrainingArg
     """Raise for an output folder with checkpoints, or a model, that the run to come must not go on from or write over.
 
     What a run has left that was killed before its first checkpoint is no hindrance.
-
-    Args:
-        output (`str`):
-            the folder, which may be missing.
-        facts (`Facts`):
-            of the run to come.
-        resume (`bool`):
-            whether it is to go on from its own checkpoints.
-        arguments (`TrainingArguments`, *optional*):
-            of the run to come, by which an error tells how its batch becomes that of the checkpoints.
-
-    Raises:
-        ValueError: names what is in the folder, and what is different in its run.
     """
     folder = Path(output)
     held = {path.name: read_state(path) for path in whole_checkpoints(folder)}
@@ -218,17 +158,7 @@ def check_output(output: str, facts: Facts, resume: bool, arguments: TrainingArg
 
 
 def check_same_data(model: str | None, facts: Facts) -> None:
-    """Raise where a stage would pass over the first steps of other data than the stage before it took.
-
-    Args:
-        model (`str | None`):
-            folder that the stage starts from.
-        facts (`Facts`):
-            of the stage to come.
-
-    Raises:
-        ValueError: names what differs.
-    """
+    """Raise where a stage would pass over the first steps of other data than the stage before it took."""
     if not facts["data"][EARLIER_STEPS]:
         return
     then = (data_order(str(model)) or {}).get("data", {})

@@ -28,22 +28,7 @@ OF_TEXTS = ("weight", "text", "alternatives", "image_first", "without_caption", 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An image before it is decoded.
-
-    Args:
-        source (`Source`):
-            that it is of.
-        split (`str`):
-            the data set's name.
-        row (`int`):
-            that it stands in, counted from 0.
-        index (`int`):
-            its place among the row's images.
-        is_held_out (`bool`):
-            whether it is not to be trained on.
-        value (`Any`):
-            what `read_image` takes.
-    """
+    """An image before it is decoded."""
 
     source: Source
     split: str
@@ -58,20 +43,7 @@ class Candidate:
 
 
 def read_image_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
-    """Return the sources with images that a recipe names.
-
-    Args:
-        place (`str`):
-            a YAML file, or one of JSON with `sources`, or else what `datasets` opens with a column `image`: a folder,
-            a file or a name on the Hub.
-
-    Returns:
-        `tuple[list[Source], dict[str, Any]]`: the sources, and the fields of the recipe's section `image_tokenizer`,
-        with `do_pad` of its processor.
-
-    Raises:
-        ValueError: none of the sources has images.
-    """
+    """Return the sources with images that a recipe names."""
     if not _is_recipe(Path(place)):
         return [Source(name="images", data=place, kind=ImageKind(IMAGE_COLUMN))], {}
     recipe = read_recipe(place)
@@ -115,13 +87,6 @@ def candidates(source: Source) -> Iterator[Candidate]:
     """Yield a source's images in their order, first those of its split `train`.
 
     Held out are those of its split `validation` or, where it has none, of the rows that [`Source.is_held_out`] names.
-
-    Args:
-        source (`Source`):
-            one with images.
-
-    Raises:
-        ValueError: the source cannot be opened.
     """
     names = source.split_names()
     for name in (TRAIN, VALIDATION):

@@ -38,21 +38,7 @@ NUM_READERS = min(16, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class ImageStore:
-    """The images of a training, as the processor shows them to the model.
-
-    Args:
-        folder (`Path`):
-            of the files.
-        train (`np.ndarray`):
-            uint8 `(images, 3, side, side)`, memory-mapped.
-        held_out (`np.ndarray`):
-            likewise, those that are not trained on.
-        places (`np.ndarray`):
-            source, by its place in the recipe, and row of each image that is trained on, int64 `(images, 2)`.
-        report (`dict[str, Any]`):
-            `key` (what the files were made from), `train` and `held_out` (numbers of images), `sources` (by name:
-            `train`, `held_out`, `left_out` by reason and `changed` by kind) and `examples` of those left out.
-    """
+    """The images of a training, as the processor shows them to the model."""
 
     folder: Path
     train: np.ndarray
@@ -75,25 +61,7 @@ def open_store(
     is_strict: bool = False,
     do_pad: bool = False,
 ) -> ImageStore:
-    """Open the images of an earlier start, or read the sources where these are others or its files are damaged.
-
-    Args:
-        folder (`Path`):
-            of the files; its content is replaced where it does not fit, or is not whole.
-        sources (`list[Source]`):
-            with images.
-        side (`int`):
-            of the images in pixels.
-        held_out_images (`int`):
-            so many held-out images are kept at most, of more a random part.
-        is_strict (`bool`, *optional*, defaults to `False`):
-            reject sources with an image that cannot be used.
-        do_pad (`bool`, *optional*, defaults to `False`):
-            fit images into a white square, in place of cropping them to one.
-
-    Raises:
-        ValueError: there are fewer than two images, or `is_strict` and one cannot be used.
-    """
+    """Open the images of an earlier start, or read the sources where these are others or its files are damaged."""
     key = {
         "sources": [image_fields(source) for source in sources],
         "files": [source_digest(source) for source in sources],

@@ -84,15 +84,7 @@ def save_checkpoint(output: Path, step: int, model: MomaVQModel, state: dict, me
 
 
 def read_checkpoint(folder: Path) -> tuple[MomaVQModel, dict[str, Any]]:
-    """Return the model of a checkpoint, and what else [`save_checkpoint`] wrote.
-
-    Args:
-        folder (`Path`):
-            of the checkpoint.
-
-    Raises:
-        ValueError: one of its files is missing or damaged.
-    """
+    """Return the model of a checkpoint, and what else [`save_checkpoint`] wrote."""
     try:
         model = MomaVQModel.from_pretrained(folder)
         return model, torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
@@ -106,17 +98,7 @@ def read_checkpoint(folder: Path) -> tuple[MomaVQModel, dict[str, Any]]:
 
 
 def check_folder(output: Path, resume: bool) -> None:
-    """Raise for a folder with a run, or a model, that is not to be gone on from.
-
-    Args:
-        output (`Path`):
-            the folder.
-        resume (`bool`):
-            whether a run in it may go on.
-
-    Raises:
-        ValueError: names what is in it.
-    """
+    """Raise for a folder with a run, or a model, that is not to be gone on from."""
     begun = checkpoints(output)
     if begun and not resume:
         step = checkpoint_step(begun[-1])
@@ -140,25 +122,7 @@ def save_model(output: Path, model: MomaVQModel, metrics: list[dict], report: di
 
 
 class TokenizerTraining:
-    """The model, its images and its optimizer; `run` trains to the last step.
-
-    Args:
-        settings (`TokenizerSettings`):
-            of the command line and the recipe.
-        sources (`list[Source]`):
-            those with images.
-        output (`str | Path`):
-            folder of the run.
-        resume (`bool`, *optional*, defaults to `False`):
-            whether to go on from the last checkpoint there.
-        strict (`bool`, *optional*, defaults to `False`):
-            whether to stop at an image that cannot be used.
-
-    Raises:
-        ValueError: the sources have too few images, the run cannot be resumed with these arguments, or the output
-            folder holds a run and `resume` is not given.
-        ImportError: the model needs the extra `train`, which is not installed.
-    """
+    """The model, its images and its optimizer; `run` trains to the last step."""
 
     def __init__(
         self,
@@ -355,15 +319,7 @@ class TokenizerTraining:
         save_checkpoint(self.output, self.step, self.model, state, self.metrics)
 
     def run(self, on_step: Callable[[int, dict[str, float]], None] | None = None) -> list[dict]:
-        """Train to the last step.
-
-        Args:
-            on_step (`Callable`, *optional*):
-                is called with the number and the summary of each step.
-
-        Returns:
-            `list[dict]`: the metrics of all evaluations.
-        """
+        """Train to the last step."""
         progress = tqdm(total=self.settings.steps, initial=self.step, desc="training")
         while self.step < self.settings.steps:
             summary = self.train_step()

@@ -22,19 +22,7 @@ CURVES = {"overall": "eval_loss", "text": "eval_text_loss", "image": "eval_image
 
 
 def tokens_of_example(documents: Documents, processor, num_examples: int = 4096) -> dict[str, float]:
-    """Return the mean numbers of text and image tokens of a training example.
-
-    Args:
-        documents (`Documents`):
-            of the only source, each an example of its own with one image.
-        processor (`MomaProcessor`):
-            gives the ids.
-        num_examples (`int`, *optional*, defaults to `4096`):
-            examples of the training stream that are counted.
-
-    Returns:
-        `dict[str, float]`: `text` (frames of images and `<bos>`, `<eos>` included) and `image`.
-    """
+    """Return the mean numbers of text and image tokens of a training example."""
     stream = DocumentExamples([documents], [1.0], num_examples)
     lengths = [len(stream[index]["input_ids"]) for index in range(num_examples)]
     image = processor.image_seq_length
@@ -42,24 +30,7 @@ def tokens_of_example(documents: Documents, processor, num_examples: int = 4096)
 
 
 def read_run(folder: str | Path, tokens: dict[str, float]) -> dict:
-    """Read what `Trainer` has written about a run, finished or not.
-
-    Args:
-        folder (`str | Path`):
-            the run's output folder.
-        tokens (`dict[str, float]`):
-            tokens of an example by modality, from `tokens_of_example`.
-
-    Returns:
-        `dict`: `steps`, `first_step` (those that the seed of an upcycled run took), `batch_size`, `examples`,
-        `seconds` (wall clock of the last start; `None` for unfinished runs), `timed_steps` (those of the last start;
-        `None` where the trainer did not say), `flops` (the seed's included; of depth layers at the mean load that was
-        logged, not at their capacity) and `curve`, of each evaluation `step`, `flops`, `overall`, `text` and `image`
-        (losses in nats).
-
-    Raises:
-        ValueError: no run lies in the folder, or it holds no evaluation by modality.
-    """
+    """Read what `Trainer` has written about a run, finished or not."""
     folder = Path(folder)
     run_file = folder / RUN_FILE
     if not run_file.is_file():
@@ -143,14 +114,7 @@ def savings(dense: dict, sparse: dict) -> dict[str, dict]:
 
 
 def plot_curves(runs: dict[str, dict], path: str | Path) -> None:
-    """Draw the loss curves of runs over training FLOPs, a panel for text and one for images.
-
-    Args:
-        runs (`dict[str, dict]`):
-            runs of `read_run` by the name in the legend.
-        path (`str | Path`):
-            the PNG.
-    """
+    """Draw the loss curves of runs over training FLOPs, a panel for text and one for images."""
     with needs_extra("the figure needs Matplotlib", "train"):
         import matplotlib
 

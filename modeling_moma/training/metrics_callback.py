@@ -203,12 +203,7 @@ class MomaMetricsCallback(TrainerCallback):
 
 
 def evaluation_figures(config: MomaConfig) -> list[str]:
-    """Return the names of the figures that an evaluation may give, without `eval_` and the name of a set.
-
-    Args:
-        config (`MomaConfig`):
-            of the model.
-    """
+    """Return the names of the figures that an evaluation may give, without `eval_` and the name of a set."""
     names = ["loss", *(f"{modality}_loss" for modality in config.modalities)]
     if config.depth_layers:
         names += [f"{modality}_depth_load" for modality in config.modalities]
@@ -217,19 +212,7 @@ def evaluation_figures(config: MomaConfig) -> list[str]:
 
 
 def check_best_metric(training_arguments: TrainingArguments, config: MomaConfig, held_out: Any) -> None:
-    """Raise where something goes by a figure that no evaluation gives: the best model, or a schedule.
-
-    Args:
-        training_arguments (`TrainingArguments`):
-            of the training.
-        config (`MomaConfig`):
-            of the model.
-        held_out (`Any`):
-            what is evaluated, by source where there are several; `None` where there is nothing.
-
-    Raises:
-        ValueError: names the setting and the figure, or there is nothing to evaluate.
-    """
+    """Raise where something goes by a figure that no evaluation gives: the best model, or a schedule."""
     settings = {
         "load_best_model_at_end = True": training_arguments.load_best_model_at_end,
         "save_strategy = 'best'": training_arguments.save_strategy == SaveStrategy.BEST,

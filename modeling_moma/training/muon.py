@@ -206,14 +206,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def newton_schulz(x_MRC: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Return matrices with the singular vectors of given ones, and singular values between about 0.7 and 1.2.
-
-    Args:
-        x_MRC (`torch.Tensor`):
-            `[matrices, rows, columns]`, with at most as many rows as columns; zeros stay zeros.
-        iterations (`int`, *optional*, defaults to `5`):
-            of Newton and Schulz, in the dtype of the matrices.
-    """
+    """Return matrices with the singular vectors of given ones, and singular values between about 0.7 and 1.2."""
     a, b, c = _COEFFICIENTS
     norm_M = x_MRC.flatten(1).norm(dim=1)
     x_MRC = x_MRC / norm_M.clamp(min=_SMALLEST_NORM)[:, None, None]

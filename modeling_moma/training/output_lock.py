@@ -45,15 +45,6 @@ def sole_run(output: str | Path, is_first: bool = True) -> Iterator[None]:
     """Hold an output folder for one run; the system lets go of it where the process is killed.
 
     A folder that cannot be written into, or whose file system knows no locks, is used without.
-
-    Args:
-        output (`str | Path`):
-            the folder, made where missing.
-        is_first (`bool`, *optional*, defaults to `True`):
-            whether this is the process of the run that holds it; all others wait for it and raise as it does.
-
-    Raises:
-        ValueError: another run holds the folder.
     """
     folder = Path(output)
     is_new = is_first and not folder.exists()

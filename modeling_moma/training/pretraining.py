@@ -58,24 +58,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunParts:
-    """What a training is made of, but for the model itself.
-
-    Args:
-        processor (`MomaProcessor`):
-            of `--processor`.
-        tokens (`TokenFolder`):
-            of `--tokens`.
-        sources (`list[Source]`):
-            of the recipe, or else of the tokens.
-        config (`MomaConfig`):
-            of the model.
-        training_arguments (`TrainingArguments`):
-            of the Trainer.
-        first_step (`int`):
-            steps that an earlier stage took.
-        facts (`Facts`):
-            what each checkpoint holds of all this, see [`RunFingerprint`].
-    """
+    """What a training is made of, but for the model itself."""
 
     processor: MomaProcessor
     tokens: TokenFolder
@@ -290,16 +273,7 @@ def resumed_checkpoint(output: str, resume: bool) -> tuple[str | None, int]:
 
 
 def pretrain(args: argparse.Namespace):
-    """Train to the end, or to `--stop-at`, and write model, processor and records into the output folder.
-
-    Args:
-        args (`argparse.Namespace`):
-            of `moma pretrain`.
-
-    Raises:
-        ValueError: the output folder holds another run, or this one and `--resume` is not given; or one is at work in
-            it.
-    """
+    """Train to the end, or to `--stop-at`, and write model, processor and records into the output folder."""
     parts = read_parts(args)
     with sole_run(args.output, parts.training_arguments.process_index == 0):
         _train_and_save(args, parts)

@@ -176,22 +176,7 @@ class _RecipeLoader(yaml.SafeLoader):
 
 
 def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe.
-
-    Args:
-        path (`str | Path`):
-            a YAML (or JSON) file of the sections that [`Recipe`] has.
-        needs (`tuple[str, ...]`, *optional*, defaults to `()`):
-            sections that may not be missing.
-
-    Returns:
-        [`Recipe`]: the fields of `model` and `trainer` are known to `MomaConfig` and `TrainingArguments`, their values
-        are not checked yet.
-
-    Raises:
-        ValueError: the file is missing or no such mapping, gives a key twice, or has a section or field that nothing
-            knows.
-    """
+    """Read a recipe."""
     path = Path(path)
     where = f"RECIPE {str(path)!r}"
     if not path.is_file():

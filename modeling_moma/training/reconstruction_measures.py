@@ -32,15 +32,6 @@ def ssim(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
     It is the mean over its channels and over all places of a Gaussian window of 11 pixels (smaller where the image
     is) that lies within it.
-
-    Args:
-        images (`torch.Tensor`):
-            float `(batch, channels, height, width)` in [-1, 1].
-        targets (`torch.Tensor`):
-            of the same shape.
-
-    Returns:
-        `torch.Tensor`: `(batch,)`.
     """
     channels = images.shape[1]
     # the formula compares brightness, which begins at 0
@@ -81,24 +72,7 @@ def evaluate(
     judge: MomaVQPerceptualNetwork | None = None,
     samples: Path | None = None,
 ) -> dict[str, float]:
-    """Return what an image tokenizer makes of held-out images, in float32.
-
-    Args:
-        model (`MomaVQModel`):
-            is in training mode afterwards.
-        images (`np.ndarray`):
-            uint8 `(images, 3, side, side)`.
-        targets (`torch.Tensor`, *optional*):
-            the teacher's features `(images, semantic_dim)`, for the mean cosine to them.
-        judge (`MomaVQPerceptualNetwork`, *optional*):
-            for the perceptual distance.
-        samples (`Path`, *optional*):
-            file for a sheet of some of the images, each above its reconstruction.
-
-    Returns:
-        `dict[str, float]`: means over the images of PSNR (dB), SSIM and perceptual distance; `codes_used` and its
-        share of the codebook, `perplexity`, and `semantic_cosine`.
-    """
+    """Return what an image tokenizer makes of held-out images, in float32."""
     model.eval()
     sums: dict[str, float] = {}
     tokens, sheet = [], []

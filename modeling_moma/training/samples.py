@@ -42,19 +42,7 @@ def is_split(model: nn.Module) -> bool:
 
 
 def check_prompts(fields: SampleFields, processor: MomaProcessor, config: MomaConfig) -> None:
-    """Raise `ValueError` where a model has no room for an image after a prompt, which would end a training.
-
-    Args:
-        fields (`SampleFields`):
-            of the recipe.
-        processor (`MomaProcessor`):
-            of the training.
-        config (`MomaConfig`):
-            of the model.
-
-    Raises:
-        ValueError: names the prompt.
-    """
+    """Raise `ValueError` where a model has no room for an image after a prompt, which would end a training."""
     # scaled rotary embeddings are made to go beyond
     if not fields.every or config.rope_parameters["rope_type"] != "default":
         return
@@ -79,16 +67,6 @@ class SampleCallback(TrainerCallback):
     `samples/step-000400.png` holds a row of drawings of the prompts above a row of held-out images, and
     `samples/step-000400.json` the prompts and the captions of those images. The training's random numbers stay as
     they are. Of a model that processes share among them nothing is drawn, and a warning says so.
-
-    Args:
-        fields (`SampleFields`):
-            of the recipe.
-        processor (`MomaProcessor`):
-            of the training.
-        held_out (`Sequence[CaptionDocuments]`):
-            documents of every source of captions, of whose images some, evenly spaced, are captioned.
-        metrics (`MomaMetricsCallback`):
-            which must not count what is generated.
     """
 
     def __init__(
@@ -157,14 +135,7 @@ class SampleCallback(TrainerCallback):
 
 
 def image_grid(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
-    """Return the rows of equally large images on white.
-
-    Args:
-        rows (`Sequence[Sequence[Image.Image]]`):
-            at least one, of one image or more.
-        gap (`int`, *optional*, defaults to `4`):
-            pixels around each.
-    """
+    """Return the rows of equally large images on white."""
     width, height = (side + gap for side in rows[0][0].size)
     grid = Image.new("RGB", (max(map(len, rows)) * width + gap, len(rows) * height + gap), "white")
     for line, row in enumerate(rows):

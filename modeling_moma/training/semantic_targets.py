@@ -25,18 +25,6 @@ class SemanticTargets:
 
     Where a training is to see each image at least once, the features of all are computed first and kept beside the
     images; a training that ends before has them computed batch by batch.
-
-    Args:
-        teacher (`MomaVQPerceptualNetwork`):
-            gives the features.
-        store (`ImageStore`):
-            the images; its folder takes the file.
-        num_uses (`int`):
-            images that all batches of the training hold together.
-        bf16 (`bool`):
-            whether the teacher computes in bfloat16.
-        device (`torch.device`):
-            of the teacher.
     """
 
     def __init__(

@@ -42,12 +42,7 @@ class StopAt(TrainerCallback):
 
 
 class FollowArguments(TrainerCallback, ExportableState):
-    """Log, evaluate, save and choose the best model as the arguments say; a restored state goes by its own run's.
-
-    Args:
-        first_step (`int`, *optional*, defaults to `0`):
-            steps of an earlier stage, whose evaluations are not this one's.
-    """
+    """Log, evaluate, save and choose the best model as the arguments say; a restored state goes by its own run's."""
 
     def __init__(self, first_step: int = 0):
         self.first_step = first_step
@@ -90,12 +85,7 @@ class OwnRandomNumbers(TrainerCallback):
 
 
 class ResumedTrainer(Trainer):
-    """A Trainer that logs no loss of a start that had no step left to take, and stops where a loss is no number.
-
-    Attributes:
-        has_trained (`bool`):
-            whether this start has taken a step.
-    """
+    """A Trainer that logs no loss of a start that had no step left to take, and stops where a loss is no number."""
 
     has_trained = False
 
@@ -161,31 +151,7 @@ class ResumedTrainer(Trainer):
 
 
 class StageTrainer(ResumedTrainer):
-    """A Trainer whose optimizer and schedule begin where an earlier stage ended, and that measures how it is fed.
-
-    Attributes:
-        first_step (`int`):
-            steps that the earlier stage took.
-        earlier_stage (`str` or `None`):
-            its folder.
-        feeding ([`FeedingCallback`] or `None`):
-            told of every batch and how long it was waited for.
-        metrics ([`MomaMetricsCallback`] or `None`):
-            takes figures of its model.
-        undecayed (`Sequence[str]`):
-            parameters without weight decay, beside those that never have any.
-        uses_muon (`bool`):
-            whether matrices are trained by [`Muon`], and the rest by AdamW with the settings of the arguments.
-
-    Args:
-        args (`Any`):
-            those of `Trainer`.
-        kwargs (`Any`):
-            those of `Trainer`.
-
-    Raises:
-        ValueError: the model has adapters, and FSDP or DeepSpeed would split its weights.
-    """
+    """A Trainer whose optimizer and schedule begin where an earlier stage ended, and that measures how it is fed."""
 
     first_step, earlier_stage = 0, None
     feeding: FeedingCallback | None = None
@@ -204,15 +170,7 @@ class StageTrainer(ResumedTrainer):
         self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, MomaMetricsCallback))
 
     def train_only(self, groups: list[str]):
-        """Freeze all but some expert groups and the rows of their tokens, see [`freeze_all_but`].
-
-        Args:
-            groups (`list[str]`):
-                names of the expert groups that learn.
-
-        Raises:
-            ValueError: the model has no such group, or single rows cannot learn under FSDP and DeepSpeed.
-        """
+        """Freeze all but some expert groups and the rows of their tokens, see [`freeze_all_but`]."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError(
                 f"`--train-groups` {groups} trains single rows of the embeddings, which FSDP and DeepSpeed would "
@@ -235,12 +193,7 @@ class StageTrainer(ResumedTrainer):
         return SHARDS if "SHARDED" in str(plugin.state_dict_type) else WHOLE
 
     def chosen_checkpoint(self, last: str) -> str:
-        """Return the checkpoint that a run whose last step is taken gives its weights of: the best one, or the last.
-
-        Args:
-            last (`str`):
-                folder of the last one, whose state says which is the best.
-        """
+        """Return the checkpoint whose weights a finished run gives: the best one, or the last."""
         state = read_state(Path(last)) or {}
         followed = (state.get("stateful_callbacks") or {}).get(FollowArguments.__name__, {})
         by = [self.args.metric_for_best_model, self.args.greater_is_better]
@@ -264,15 +217,7 @@ class StageTrainer(ResumedTrainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in self.undecayed]
 
     def create_optimizer(self, model=None):
-        """Create the optimizer that the arguments name, or Muon.
-
-        Args:
-            model (`nn.Module`, *optional*):
-                whose parameters learn; by default the Trainer's.
-
-        Raises:
-            ValueError: Muon is asked for where no process has whole matrices.
-        """
+        """Create the optimizer that the arguments name, or Muon."""
         if self.uses_muon and self.optimizer is None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise InputError(f"optim = {MUON!r} needs whole matrices, which FSDP and DeepSpeed split: use DDP.")
@@ -310,10 +255,6 @@ class StageTrainer(ResumedTrainer):
         """Return 6 FLOPs for every position and parameter that a token meets, embeddings left out, for `total_flos`.
 
         `Trainer` counts all experts for every token.
-
-        Args:
-            inputs (`dict[str, torch.Tensor]`):
-                of a batch, with `input_ids`.
         """
         config = self.model.config
         embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)

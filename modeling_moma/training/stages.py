@@ -31,19 +31,7 @@ logger = logging.get_logger(__name__)
 
 
 def data_order(folder: str | Path) -> dict[str, Any] | None:
-    """Return what decided on the order of the data in the training that a model comes from.
-
-    Args:
-        folder (`str | Path`):
-            output of `moma pretrain`, a checkpoint in it, or what `moma upcycle` or `moma add-layers` made of either.
-
-    Returns:
-        `dict[str, Any] | None`: `seed`, `examples_a_step` over all devices and, where the training kept it, `data`,
-            of which the stream was made; `None` where no file tells.
-
-    Raises:
-        ValueError: a file that would tell is damaged.
-    """
+    """Return what decided on the order of the data in the training that a model comes from."""
     folder = Path(folder).resolve()
     run_folder = folder.parent if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else folder
     if (run_folder / RUN_FILE).is_file():
@@ -61,20 +49,7 @@ def data_order(folder: str | Path) -> dict[str, Any] | None:
 def save_next_stage(
     model: PreTrainedModel, source: str | Path, output: str | Path, receipt_file: str, receipt: dict[str, Any]
 ) -> None:
-    """Save a model that was made of an earlier stage's, with that stage's place in the data, for `moma pretrain`.
-
-    Args:
-        model (`PreTrainedModel`):
-            the new one. Its optimizer and schedule begin anew.
-        source (`str | Path`):
-            folder of the earlier stage.
-        output (`str | Path`):
-            folder to write; missing or empty.
-        receipt_file (`str`):
-            name of the file that tells what was done.
-        receipt (`dict[str, Any]`):
-            its contents.
-    """
+    """Save a model that was made of an earlier stage's, with that stage's place in the data, for `moma pretrain`."""
 
     def write(folder: Path):
         model.save_pretrained(folder)
@@ -92,10 +67,6 @@ def feeding_fields(device: str) -> dict[str, Any]:
 
     Batches go to a GPU from pinned memory, beside its work, and no step reads its loss: a loss that is no number ends
     the training at its next log, evaluation or checkpoint, see [`ResumedTrainer`].
-
-    Args:
-        device (`str`):
-            `"cuda"` or `"cpu"`.
     """
     on_gpu = device == "cuda"
     return {
@@ -106,17 +77,7 @@ def feeding_fields(device: str) -> dict[str, Any]:
 
 
 def set_attention(model: PreTrainedModel, implementation: str) -> None:
-    """Set a model's implementation of attention.
-
-    Args:
-        model (`PreTrainedModel`):
-            to be trained.
-        implementation (`str`):
-            of `--attn-implementation`.
-
-    Raises:
-        ValueError: there is no such implementation, or its package is missing.
-    """
+    """Set a model's implementation of attention."""
     try:
         model.set_attn_implementation(implementation)
     except (ValueError, ImportError) as error:
@@ -131,22 +92,7 @@ def examples_a_step(args: TrainingArguments) -> int:
 def first_step(
     model: str | None, args: TrainingArguments, stop_at: int | None = None, restart_data: bool = False
 ) -> int:
-    """Return the training steps that the earlier stage of `--model` took, 0 when nothing tells.
-
-    Args:
-        model (`str | None`):
-            folder that the training starts from, `None` for a new model.
-        args (`TrainingArguments`):
-            of this stage.
-        stop_at (`int`, *optional*):
-            step of the schedule at which this stage ends; by default the last one.
-        restart_data (`bool`, *optional*, defaults to `False`):
-            whether to begin at the first example whatever the model has seen.
-
-    Raises:
-        ValueError: that stage was finished, took its data in another order, or this one would end before it; or one
-            of its records is damaged.
-    """
+    """Return the training steps that the earlier stage of `--model` took, 0 when nothing tells."""
     state_file = Path(model or "") / TRAINER_STATE_NAME
     if not model or restart_data or not state_file.is_file():
         return 0
@@ -197,20 +143,7 @@ def _earlier_state(path: Path) -> TrainerState:
 def copy_checkpoint(
     checkpoint: str | Path, weights: str | Path, output: Path, processor: MomaProcessor, model: PreTrainedModel
 ):
-    """Make the weights of a run's checkpoint, the state of its last one, and the processor, its result.
-
-    Args:
-        checkpoint (`str | Path`):
-            folder of the last one.
-        weights (`str | Path`):
-            folder of the one whose weights are taken, the same or the best.
-        output (`Path`):
-            of the run.
-        processor ([`MomaProcessor`]):
-            saved beside the model.
-        model (`PreTrainedModel`):
-            whole and of the run's configuration; takes the weights of a checkpoint in shards.
-    """
+    """Make the weights of a run's checkpoint, the state of its last one, and the processor, its result."""
     states = ("optimizer.*", "scheduler.pt", "rng_state*", WHOLE, TRAINER_STATE_NAME)
 
     def write(folder: Path):

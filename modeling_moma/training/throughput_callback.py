@@ -41,16 +41,6 @@ class FeedingCallback(TrainerCallback):
 
     With one source `epoch` is the passes over it; with several there is none. A share that differs from its weight by
     more than 2 % of all tokens after 300 rows is warned of, once.
-
-    Args:
-        weights (`Mapping[str, float]`, *optional*):
-            of the sources by their names, in the order of `source_ids`; parts of 1.
-        epochs (`Callable`, *optional*):
-            gives the passes over each source after so many examples.
-        examples_a_step (`int`, *optional*, defaults to `1`):
-            of all devices together.
-        is_packed (`bool`, *optional*, defaults to `True`):
-            whether a row holds as many documents as it has room for, and not one.
     """
 
     def __init__(
@@ -100,12 +90,7 @@ class FeedingCallback(TrainerCallback):
             self._started = None
 
     def figures(self, step: int) -> dict[str, float]:
-        """Return what the log is to say beside the losses, from when on all is counted anew.
-
-        Args:
-            step (`int`):
-                of the training, those before a resumption included.
-        """
+        """Return what the log is to say beside the losses, from when on all is counted anew."""
         if not self.positions or not self.seconds:
             return {}
         by_source, tokens, positions = self._of_all_processes()

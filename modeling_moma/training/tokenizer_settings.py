@@ -127,15 +127,7 @@ DECISIVE = (
 
 
 def read_config(settings: TokenizerSettings) -> "MomaVQConfig":
-    """Return the model's configuration.
-
-    Args:
-        settings (`TokenizerSettings`):
-            `config` and [`MODEL_SETTINGS`] of it.
-
-    Raises:
-        ValueError: `config` is neither a preset, a file nor a mapping of known fields, or its values fit no model.
-    """
+    """Return the model's configuration."""
     from transformers import PreTrainedConfig
 
     from tokenization.configuration_moma_vq import PRESETS, MomaVQConfig
@@ -177,17 +169,7 @@ def asked_fields(settings: TokenizerSettings) -> dict[str, Any]:
 
 
 def check_used(settings: TokenizerSettings, config: "MomaVQConfig"):
-    """Look for settings that a new run would not read.
-
-    Args:
-        settings (`TokenizerSettings`):
-            of the run.
-        config (`MomaVQConfig`):
-            of its model.
-
-    Raises:
-        ValueError: one changes nothing without another one.
-    """
+    """Look for settings that a new run would not read."""
     if settings.semantic_weight and config.semantic_dim is None:
         raise InputError(
             f"semantic_weight = {settings.semantic_weight}: `config` has no `semantic_dim`, so there is no semantic "
@@ -196,21 +178,7 @@ def check_used(settings: TokenizerSettings, config: "MomaVQConfig"):
 
 
 def check_resumed(output: str, settings: TokenizerSettings, config: "MomaVQConfig", begun: Mapping[str, Any]):
-    """Compare the settings with what a checkpoint was begun with; what they leave out is the checkpoint's.
-
-    Args:
-        output (`str`):
-            folder of the run.
-        settings (`TokenizerSettings`):
-            of the run that goes on.
-        config (`MomaVQConfig`):
-            of the checkpoint.
-        begun (`Mapping[str, Any]`):
-            the arguments that its run was begun with.
-
-    Raises:
-        ValueError: they differ, so the run would not end as it would have.
-    """
+    """Compare the settings with what a checkpoint was begun with; what they leave out is the checkpoint's."""
     asked = asked_fields(settings)
     if settings.config:
         now = read_config(settings)
@@ -228,19 +196,7 @@ def check_resumed(output: str, settings: TokenizerSettings, config: "MomaVQConfi
 
 
 def check_same_images(output: str, now: Mapping[str, Any], begun: Mapping[str, Any]):
-    """Compare the images with those that a checkpoint was trained on.
-
-    Args:
-        output (`str`):
-            folder of the run.
-        now (`Mapping[str, Any]`):
-            facts about its images, by name; `files` has a hash of each source's files, by the source's name.
-        begun (`Mapping[str, Any]`):
-            what they were at the first start.
-
-    Raises:
-        ValueError: they are others.
-    """
+    """Compare the images with those that a checkpoint was trained on."""
     ways = "Resume with the data of the first start, or give a new `--output`."
     for name, fact in now.items():
         if name != "files" and fact != begun[name]:

@@ -48,12 +48,7 @@ def uses_muon(args: argparse.Namespace) -> bool:
 
 
 def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's section `trainer` as it may be printed and kept: without what opens the Hub.
-
-    Args:
-        settings (`Mapping[str, Any]`):
-            the section.
-    """
+    """Return a recipe's section `trainer` as it may be printed and kept: without what opens the Hub."""
     hidden = (name for name, value in settings.items() if name.endswith("_token") and value is not None)
     return {**settings, **{name: f"<{name.upper()}>" for name in hidden}}
 
@@ -62,13 +57,6 @@ def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
     """Return the command line's and the recipe's settings of the Trainer.
 
     A `hub_token` becomes this process's `HF_TOKEN`: the settings are pickled beside the weights, also on the Hub.
-
-    Args:
-        args (`argparse.Namespace`):
-            of `moma pretrain`.
-
-    Raises:
-        ValueError: Transformers does not take what the recipe's section `trainer` says.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fields = {
@@ -143,17 +131,7 @@ def _try_schedule(training_arguments: TrainingArguments) -> None:
 
 
 def make_trainer(arguments: argparse.Namespace, /, **parts: Any) -> StageTrainer:
-    """Return a trainer, or raise what is wrong with a recipe's section `trainer` before the first step.
-
-    Args:
-        arguments (`argparse.Namespace`):
-            of `moma pretrain`.
-        parts (`Any`):
-            of the trainer, by name.
-
-    Raises:
-        ValueError: settings do not go together, an optimizer refuses its own, or a package is missing.
-    """
+    """Return a trainer, or raise what is wrong with a recipe's section `trainer` before the first step."""
     try:
         trainer = StageTrainer(**parts)
         _try_optimizer(trainer)

@@ -28,20 +28,7 @@ def kept_groups(seed: MomaConfig, upcycled: MomaConfig) -> list[str]:
 
 
 def tensor_sources(names: Collection[str], seed_names: Collection[str], kept: Collection[str]) -> dict[str, list[str]]:
-    """Return which of the source's tensors each tensor of the result is made of.
-
-    Args:
-        names (`Collection[str]`):
-            of the result's tensors.
-        seed_names (`Collection[str]`):
-            of the source's.
-        kept (`Collection[str]`):
-            groups whose shared expert holds the source's network, see [`kept_groups`].
-
-    Returns:
-        `dict[str, list[str]]`: names by name: the tensor itself, or those that are joined into it. None for a new
-        tensor; its own name for one that has to come from the source, which lacks it.
-    """
+    """Return which of the source's tensors each tensor of the result is made of."""
     return {name: _sources(name, seed_names, kept) for name in names}
 
 

@@ -46,15 +46,7 @@ def parse_experts(name: str, modalities: Sequence[str] = (TEXT, "image")) -> int
 
 
 def default_experts(modalities: Sequence[str]) -> dict[str, int]:
-    """Return the target that leaves text as it is: text keeps its one network, every other modality gets four experts.
-
-    Args:
-        modalities (`Sequence[str]`):
-            those of the source checkpoint.
-
-    Raises:
-        ValueError: there is text alone.
-    """
+    """Return the target in which text keeps its one network and every other modality gets four experts."""
     if list(modalities) == [TEXT]:
         raise InputError(
             f"`num_experts` = None: by default all modalities but text grow, and the model has {list(modalities)} "

@@ -22,18 +22,6 @@ def write_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Write beside the target and rename, so that a kill at any moment leaves the old file or the new one.
 
     Of several writers the last one wins.
-
-    Args:
-        path (`str | Path`):
-            the target; its folder is made where missing. Of a link, that to which it leads: it stays one.
-        write (`Callable`):
-            writes to the path that it is given.
-
-    Returns:
-        `Path`: the target.
-
-    Raises:
-        ValueError: it is a device or a pipe.
     """
     target = Path(os.path.realpath(path))
     _refuse_device(target)
@@ -49,15 +37,6 @@ def write_folder_aside(path: str | Path, write: Callable[[Path], object]) -> Pat
     Where the target is there already, which may be a mount point or the working directory, the new folder is written
     inside it, hidden. Once all is written its files are moved into the target one after the other, `config.json` last.
     Those that are there already are replaced, and others stay.
-
-    Args:
-        path (`str | Path`):
-            the folder.
-        write (`Callable`):
-            makes and fills the folder that it is given.
-
-    Returns:
-        `Path`: the folder.
     """
     # `.` has no name, and what a link leads to is what is written
     target = Path(path).resolve()
@@ -79,18 +58,6 @@ def replace_folder(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Write a folder as [`write_folder_aside`], but keep nothing of an older folder, not even for a moment.
 
     What is killed between the two renames leaves neither.
-
-    Args:
-        path (`str | Path`):
-            the folder.
-        write (`Callable`):
-            makes and fills the folder that it is given.
-
-    Returns:
-        `Path`: the folder.
-
-    Raises:
-        ValueError: the folder is a mount point, which cannot be renamed; nothing has been written.
     """
     target = Path(path).absolute()
     if os.path.ismount(target):
@@ -124,10 +91,6 @@ def path_aside(path: Path) -> Path:
     """Return where this thread alone writes what becomes `path`: beside it, and hidden.
 
     The folder of both is made where missing; what killed processes of this machine have left beside `path` is removed.
-
-    Args:
-        path (`Path`):
-            what is written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_overs(path)
@@ -135,17 +98,7 @@ def path_aside(path: Path) -> Path:
 
 
 def check_new_folder(folder: str | Path, is_fine: Callable[[Path], bool] = lambda path: False):
-    """Raise, before any work, for an output folder that has files in it, or that nothing can be written into.
-
-    Args:
-        folder (`str | Path`):
-            missing folders are fine, and so is what killed writers have left.
-        is_fine (`Callable`, *optional*, defaults to `lambda path: False`):
-            whether a path in it may stay; by default none.
-
-    Raises:
-        ValueError: names one of the others, or the folder that nothing can be written into.
-    """
+    """Raise, before any work, for an output folder that has files in it, or that nothing can be written into."""
     check_writable(folder)
     paths = (path for path in Path(folder).glob("*") if not path.name.endswith(LEFT_OVER))
     others = sorted(path.name for path in paths if not is_fine(path))
@@ -157,16 +110,7 @@ def check_new_folder(folder: str | Path, is_fine: Callable[[Path], bool] = lambd
 
 
 def check_place(path: str | Path) -> None:
-    """Make the folder of an output file, and raise where nothing can be written there.
-
-    Args:
-        path (`str | Path`):
-            the file that `--output` names, which may be there.
-
-    Raises:
-        ValueError: it is a folder, a device or a pipe, its folder can neither be made nor written into, or its name is
-            too long.
-    """
+    """Make the folder of an output file, and raise where nothing can be written there."""
     if os.path.isdir(path):
         raise InputError(f"--output: {str(path)!r} is a folder; name a file in it.")
     # where a link leads to is what is written
@@ -190,15 +134,7 @@ def check_place(path: str | Path) -> None:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Raise where nothing can be written into an output folder, or it cannot be made.
-
-    Args:
-        folder (`str | Path`):
-            which may be missing.
-
-    Raises:
-        ValueError: names the folder that nothing can be written into, or a link that leads nowhere or in a circle.
-    """
+    """Raise where nothing can be written into an output folder, or it cannot be made."""
     if Path(folder).is_symlink() and not Path(folder).exists():
         raise InputError(f"--output: {str(folder)!r} is a link to {os.readlink(folder)!r}, which does not exist.")
     place = Path(os.path.realpath(folder))

@@ -10,14 +10,7 @@ _BLOCK_BYTES = 1 << 16
 
 
 def files_digest(paths: Iterable[Path], blocks: int = 256) -> str:
-    """Return a hash of files, of their sizes and of blocks that are spread over each, wherever they lie.
-
-    Args:
-        paths (`Iterable[Path]`):
-            the files, in an order that counts.
-        blocks (`int`, *optional*, defaults to `256`):
-            of 64 KiB that are read of each file, at most.
-    """
+    """Return a hash of files, of their sizes and of blocks that are spread over each, wherever they lie."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

@@ -45,14 +45,7 @@ class KilledProcessError(RuntimeError):
 
 @contextmanager
 def needs_extra(what: str, extra: str) -> Iterator[None]:
-    """Raise [`MissingExtraError`] in place of any ImportError in the block.
-
-    Args:
-        what (`str`):
-            what needs which libraries, as `"--lora-rank needs PEFT"`.
-        extra (`str`):
-            of this package, which brings them.
-    """
+    """Raise [`MissingExtraError`] in place of any ImportError in the block."""
     try:
         yield
     except ImportError as error:
@@ -98,16 +91,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def full_disk_line(error: BaseException, subcommand: str, output: str | None) -> str:
-    """Return the line that a user reads in place of a traceback.
-
-    Args:
-        error (`BaseException`):
-            for which [`is_disk_full`] holds.
-        subcommand (`str`):
-            of `moma`.
-        output (`str | None`):
-            the folder or file that it writes, `None` where it has none.
-    """
+    """Return the line that a user reads in place of a traceback."""
     named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else None
     place, free = _fullest(output or named or ".")
     if free >= 1:

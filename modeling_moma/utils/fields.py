@@ -19,14 +19,7 @@ T = TypeVar("T")
 
 
 def check_utf8(what: str, text: str) -> None:
-    """Raise `ValueError` where a text of a command line holds bytes that are none in UTF-8.
-
-    Args:
-        what (`str`):
-            what the error calls it.
-        text (`str`):
-            as Python decodes arguments, such bytes being lone surrogates.
-    """
+    """Raise `ValueError` where a text of a command line holds bytes that are none in UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -52,21 +45,7 @@ OnOff = BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isins
 
 
 def read_fields(kind: type[T], values: Mapping[str, Any], where: str, holder: str = "this section") -> T:
-    """Return a dataclass of values by name.
-
-    Args:
-        kind (`type[T]`):
-            the dataclass. Its annotations are checked, with what [`Annotated`] says of ranges.
-        values (`Mapping[str, Any]`):
-            of a file or a command line.
-        where (`str`):
-            names the place of the values, for errors.
-        holder (`str`, *optional*, defaults to `"this section"`):
-            names the dataclass, for errors.
-
-    Raises:
-        ValueError: a name is unknown, a value is missing or not what its field takes.
-    """
+    """Return a dataclass of values by name."""
     entries = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
     refuse_unknown(values, [entry.name for entry in entries], where, holder)
     for entry in entries:
@@ -77,21 +56,7 @@ def read_fields(kind: type[T], values: Mapping[str, Any], where: str, holder: st
 
 
 def read_field(kind: type, name: str, value: Any, where: str) -> Any:
-    """Return a value as a field of a dataclass takes it.
-
-    Args:
-        kind (`type`):
-            the dataclass.
-        name (`str`):
-            of the field.
-        value (`Any`):
-            as a file or a command line has it.
-        where (`str`):
-            names the field, for errors.
-
-    Raises:
-        ValueError: it is of another type, or out of range.
-    """
+    """Return a value as a field of a dataclass takes it."""
     try:
         return _adapter(kind, name).validate_python(value)
     except ValidationError as error:
@@ -110,20 +75,7 @@ def read_field(kind: type, name: str, value: Any, where: str) -> Any:
 def refuse_unknown(
     given: Iterable[Any], known: Collection[str], where: str, holder: str, is_listed: bool = True
 ) -> None:
-    """Raise `ValueError` where a name is none of those that are known.
-
-    Args:
-        given (`Iterable[Any]`):
-            names.
-        known (`Collection[str]`):
-            that there are.
-        where (`str`):
-            names the place of the names, for errors.
-        holder (`str`):
-            names what has the known ones, for errors.
-        is_listed (`bool`, *optional*, defaults to `True`):
-            whether the error lists them all, or only the one that is likely meant.
-    """
+    """Raise `ValueError` where a name is none of those that are known."""
     unknown = sorted((name for name in given if name not in known), key=str)
     if not unknown:
         return

@@ -7,12 +7,7 @@ from typing import Any
 
 
 def finite_json(content: Any) -> str:
-    """Return the text of a JSON file, with `null` for figures that are no finite numbers.
-
-    Args:
-        content (`Any`):
-            dictionaries, lists and plain values.
-    """
+    """Return the text of a JSON file, with `null` for figures that are no finite numbers."""
     return json.dumps(only_finite(content), indent=2, allow_nan=False) + "\n"
 
 

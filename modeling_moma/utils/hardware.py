@@ -28,10 +28,6 @@ def gains_by_bf16(device: "str | torch.device") -> bool:
     """Return whether the device multiplies matrices in bfloat16 faster than in float32.
 
     Elsewhere bfloat16 is emulated; or, on CPUs of Intel without matrix units, it takes twice the time.
-
-    Args:
-        device (`str | torch.device`):
-            of a training.
     """
     # `moma` asks for memory before it knows whether torch is needed.
     import torch
@@ -47,26 +43,12 @@ def gains_by_bf16(device: "str | torch.device") -> bool:
 
 
 def trains_in_bf16(choice: str, device: "str | torch.device") -> bool:
-    """Return whether a training computes in bfloat16.
-
-    Args:
-        choice (`str`):
-            `"on"`, `"off"`, or `"auto"` for where it is faster by that, see [`gains_by_bf16`].
-        device (`str | torch.device`):
-            of the training.
-    """
+    """Return whether a training computes in bfloat16."""
     return gains_by_bf16(device) if choice == "auto" else choice == "on"
 
 
 def precision_fields(choice: str, device: str) -> dict[str, bool]:
-    """Return the settings of the Trainer by which it computes in the precision of `--bf16`.
-
-    Args:
-        choice (`str`):
-            of `--bf16`: `"auto"` goes by what `accelerate launch` was told, and without it by the device.
-        device (`str`):
-            of the training.
-    """
+    """Return the settings of the Trainer by which it computes in the precision of `--bf16`."""
     launched = os.environ.get(LAUNCHED_PRECISION, "no")
     if choice == "auto" and launched in ("bf16", "fp16"):
         return {launched: True}
@@ -74,15 +56,7 @@ def precision_fields(choice: str, device: str) -> dict[str, bool]:
 
 
 def check_precision(training_arguments: "TrainingArguments") -> None:
-    """Raise where `accelerate launch` says another precision than the training has, and would overrule it.
-
-    Args:
-        training_arguments (`TrainingArguments`):
-            of the training.
-
-    Raises:
-        ValueError: names both.
-    """
+    """Raise where `accelerate launch` says another precision than the training has, and would overrule it."""
     wanted = "bf16" if training_arguments.bf16 else "fp16" if training_arguments.fp16 else "no"
     if (launched := os.environ.get(LAUNCHED_PRECISION, "no")) not in ("no", wanted):
         raise InputError(
@@ -92,12 +66,7 @@ def check_precision(training_arguments: "TrainingArguments") -> None:
 
 
 def refuse_data_parallel(args: "TrainingArguments"):
-    """Raise `ValueError` where `Trainer` would take `DataParallel`, as it does for several GPUs of one process.
-
-    Args:
-        args (`TrainingArguments`):
-            of the Trainer.
-    """
+    """Raise `ValueError` where `Trainer` would take `DataParallel`, as it does for several GPUs of one process."""
     if args.n_gpu > 1:
         raise InputError(
             f"`args` has n_gpu = {args.n_gpu}, but copies that DataParallel makes lose what routers learn and what "
@@ -112,9 +81,6 @@ def keep_freed_memory() -> bool:
     anew, each of their pages is cleared and entered again, which takes 12 to 16 % of a step
     (`benchmarks/reports/2026-11-27-what-was-tried-cpu.md`). The peak grows by 2 to 5 %, and the process does not
     shrink before it ends.
-
-    Returns:
-        `bool`: whether it does: not without glibc, nor where the environment sets glibc's allocator already.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _SETTINGS):
         return False

@@ -28,14 +28,7 @@ def without_import_notices() -> Iterator[None]:
 
 
 def one_line(error: object, most: int | None = None) -> str:
-    """Return what an error says, in one line.
-
-    Args:
-        error (`object`):
-            or any text.
-        most (`int`, *optional*):
-            characters; the rest is left out.
-    """
+    """Return what an error says, in one line."""
     return " ".join(str(error).split())[:most]
 
 

@@ -9,17 +9,7 @@ from ..errors_moma import InputError
 
 
 def read_record(path: Path, advice: str = "") -> dict[str, Any]:
-    """Return what a command has written about itself.
-
-    Args:
-        path (`Path`):
-            a file in JSON.
-        advice (`str`, *optional*, defaults to `""`):
-            what to do about a damaged one, for errors.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Return what a command has written about itself."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(record, dict):

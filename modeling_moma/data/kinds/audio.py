@@ -91,20 +91,7 @@ class AudioKind(SourceKind):
 
 
 class AudioDocuments:
-    """Sounds and their texts, in the order that is drawn.
-
-    Args:
-        name (`str`):
-            of the source.
-        kind (`AudioKind`):
-            its template and share.
-        table (`ShardTable`):
-            of its shards.
-        encoder (`DocumentEncoder`):
-            gives the ids.
-        longest (`int`):
-            most tokens of a document in which lists are shuffled; longer ones have them as they are.
-    """
+    """Sounds and their texts, in the order that is drawn."""
 
     can_be_cut, has_choice = False, True
 
@@ -135,15 +122,7 @@ class AudioDocuments:
         return self.encoder.pair("audio", text, self.table.numbers("codes", row), audio_first)
 
     def check_texts(self, longest: int) -> None:
-        """Check texts that are others than those tokenized, see [`check_changed_texts`].
-
-        Args:
-            longest (`int`):
-                most tokens of a text with its sound.
-
-        Raises:
-            ValueError: names a row whose text is longer.
-        """
+        """Check texts that are others than those tokenized, see [`check_changed_texts`]."""
         rows = (
             (int(self.table.value("row", row)), self.template.is_full(self._columns(row)), len(self._ids(row, True)))
             for row in range(len(self))

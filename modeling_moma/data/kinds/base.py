@@ -60,17 +60,7 @@ class SourceKind(ABC):
 
     @classmethod
     def from_fields(cls, where: str, fields: dict[str, Any]) -> Self:
-        """Return the kind of a recipe's fields, whose names are known to be its own.
-
-        Args:
-            where (`str`):
-                names the source, for errors.
-            fields (`dict[str, Any]`):
-                by name.
-
-        Raises:
-            ValueError: a value is of another type or out of range.
-        """
+        """Return the kind of a recipe's fields, whose names are known to be its own."""
         return read_fields(cls, fields, where)
 
     def fields(self) -> dict[str, Any]:
@@ -163,19 +153,7 @@ def source_kind(kind: _Kind) -> _Kind:
 
 
 def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = ()) -> SourceKind:
-    """Return the kind of a source, by the columns that it names.
-
-    Args:
-        source (`str`):
-            its name, for errors.
-        fields (`dict[str, Any]`):
-            what a recipe says of it, but for where its data are.
-        common (`Sequence[str]`, *optional*, defaults to `()`):
-            fields of any source, which may stand beside them, for errors.
-
-    Raises:
-        ValueError: no kind has these fields, or a value is out of range.
-    """
+    """Return the kind of a source, by the columns that it names."""
     # a kind that nothing tells is taken where no other is; one that was registered later is asked first
     told = [kind for kind in KINDS.values() if fields.keys() & set(kind.told_by)]
     kind = [*(kind for kind in KINDS.values() if not kind.told_by), *told][-1]
@@ -200,23 +178,7 @@ def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = ()) -
 def check_changed_texts(
     source: str, item: str, rows: Iterable[tuple[int, bool, int]], columns: Sequence[str], longest: int
 ) -> None:
-    """Warn of rows without a text, and raise where one is too long, as only a tokenization leaves rows out.
-
-    Args:
-        source (`str`):
-            its name.
-        item (`str`):
-            what the texts are about, as `"image"`.
-        rows (`Iterable[tuple[int, bool, int]]`):
-            of each row its number, whether its columns hold something, and the tokens of its longest document.
-        columns (`Sequence[str]`):
-            those that must hold something.
-        longest (`int`):
-            most tokens of a document.
-
-    Raises:
-        ValueError: names the row.
-    """
+    """Warn of rows without a text, and raise where one is too long, as only a tokenization leaves rows out."""
     num_rows = num_empty = 0
     for number, is_full, length in rows:
         num_rows, num_empty = num_rows + 1, num_empty + (not is_full)

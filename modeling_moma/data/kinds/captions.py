@@ -96,14 +96,7 @@ class CaptionKind(SourceKind):
         return [Template(self.text), *(Template(alternative.text) for alternative in self.alternatives)]
 
     def caption_lengths(self, columns: Mapping[str, Any], encoder: DocumentEncoder) -> list[int]:
-        """Return the tokens of each caption of a row with its image, in the order of the templates; of no empty one.
-
-        Args:
-            columns (`Mapping[str, Any]`):
-                of the row.
-            encoder (`DocumentEncoder`):
-                gives the ids.
-        """
+        """Return the tokens of each caption of a row with its image, in the order of the templates."""
         # beginning and end of the document and of the image
         around = len(encoder.beginning) + 3 + encoder.processor.image_seq_length
         texts = (text for template in self.templates() for text in template.texts(columns))
@@ -199,28 +192,7 @@ def augmentation_generator(seed: int, images: int) -> torch.Generator:
 
 
 class CaptionDocuments:
-    """Captions and images, in the order, with the caption and with the coding that are drawn.
-
-    Args:
-        name (`str`):
-            of the source.
-        kind (`CaptionKind`):
-            its templates and shares.
-        codes (`Callable[[int, int], np.ndarray]`):
-            gives the codes `[image_seq_length]` of any coding of a row: `codes(row, coding)`.
-        num_codings (`int`):
-            codings of each row.
-        columns (`Callable[[int], Mapping[str, Any]]`):
-            gives the columns of a row that captions are made of: `columns(row)`.
-        length (`int`):
-            number of rows.
-        encoder (`DocumentEncoder`):
-            gives the ids.
-        row_number (`Callable[[int], int]`, *optional*, defaults to `int`):
-            gives the place of a row in the data that were tokenized; the row's own by default.
-        longest (`int`, *optional*):
-            most tokens of a document in which lists are shuffled; longer ones have them as they are.
-    """
+    """Captions and images, in the order, with the caption and with the coding that are drawn."""
 
     can_be_cut, has_choice = False, True
 
@@ -278,12 +250,7 @@ class CaptionDocuments:
         """Return nothing: each example of a row has a text of its own."""
 
     def expected_length(self, row: int) -> float:
-        """Return the mean number of tokens of a row's examples, with lists as they are.
-
-        Args:
-            row (`int`):
-                of these documents.
-        """
+        """Return the mean number of tokens of a row's examples, with lists as they are."""
         columns, codes = self._columns(row), self._codes(row, 0)
         likely, text_tokens = 1.0, 0.0
         for template, share in self._alternatives:
@@ -308,15 +275,7 @@ class CaptionDocuments:
         return drawn, drawn.render(columns) if text is None else text
 
     def check_texts(self, longest: int) -> None:
-        """Check captions that are others than those tokenized, see [`check_changed_texts`].
-
-        Args:
-            longest (`int`):
-                most tokens of a caption with its image.
-
-        Raises:
-            ValueError: names a row whose caption is longer.
-        """
+        """Check captions that are others than those tokenized, see [`check_changed_texts`]."""
         columns = map(self._columns, range(len(self)))
         rows = (
             (

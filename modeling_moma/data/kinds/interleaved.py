@@ -224,18 +224,7 @@ class _InterleavedWriter:
 
 
 def read_segments(kind: InterleavedKind, row: dict[str, Any]) -> list[str | Segment]:
-    """Return the texts, images and sounds of a row in their order.
-
-    Args:
-        kind (`InterleavedKind`):
-            names the column `segments`.
-        row (`dict[str, Any]`):
-            with that column, a list whose entries are texts, `{"text": ...}`, `{"image": ...}`, `{"audio": ...}` or
-            `{"type": "text", "text": ...}`.
-
-    Raises:
-        LeftOut: the column holds something else, or nothing.
-    """
+    """Return the texts, images and sounds of a row in their order."""
     entries = row[str(kind.segments)]
     if entries is not None and not isinstance(entries, list):
         raise LeftOut("segment unknown", f"{str(kind.segments)!r} holds {str(entries)[:100]!r}, which is no list")
@@ -268,24 +257,7 @@ def _is_nothing(value: Any) -> bool:
 
 
 def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaProcessor) -> tuple[str, list[Segment]]:
-    """Return a chat in the form of the processor's template, and its images and sounds in order.
-
-    Args:
-        kind (`InterleavedKind`):
-            names the columns `messages` and perhaps `images` and `audios`.
-        row (`dict[str, Any]`):
-            with these. Messages have `role` and `content`, a text (in which `<image>` and `<audio>` stand for the next
-            image and sound) or a list of `{"type": "text", "text": ...}`, `{"type": "image"}` and `{"type":
-            "audio"}`; TRL's format.
-        processor (`MomaProcessor`):
-            gives the template.
-
-    Returns:
-        The text, special tokens in messages marked as plain text, and an item for each placeholder in it.
-
-    Raises:
-        LeftOut: messages are malformed, or items and placeholders are of different number.
-    """
+    """Return a chat in the form of the processor's template, and its images and sounds in order."""
     own: dict[str, list[Any]] = {name: [] for name in (IMAGE, AUDIO) if name in processor.frames}
     listed = {IMAGE: kind.images, AUDIO: kind.audios}
     messages, given = [], _listed_messages(kind, row)

@@ -90,7 +90,12 @@ def guided_frame(
 
 
 def engine_logprobs(llm: Any) -> NextLogprobs:
-    """Ask vLLM's `LLM`, made with `max_logprobs=-1`."""
+    """Ask vLLM's `LLM`.
+
+    Args:
+        llm (`Any`):
+            made with `max_logprobs=-1`.
+    """
     # without vLLM pyright takes this folder for it
     from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -32,27 +32,11 @@ class MomaLogitsProcessor(LogitsProcessor):
     The mode stands in `SamplingParams(extra_args={"generation_mode": "image"})`, or in a request to the server in
     `"vllm_xargs": {"generation_mode": "image"}`. It is `"text"` (the default), `"image"` or another modality that
     has a frame, `"interleaved"`, or `"free"` for no grammar.
-
-    Args:
-        vllm_config (`VllmConfig`):
-            gives the configuration of the model and its longest row.
-        device (`torch.device`):
-            where the logits are.
-        is_pin_memory (`bool`):
-            not used.
     """
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Check the mode of a request.
-
-        Args:
-            sampling_params (`Any`):
-                those of vLLM, with the mode among the extra arguments.
-
-        Raises:
-            ValueError: the model has no such mode.
-        """
+        """Check the mode of a request."""
         check_served(MODE, _mode(sampling_params))
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):

@@ -69,23 +69,7 @@ class MomaForVllm(TransformersForCausalLM, SupportsMultiModal):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run one step over the tokens of all requests, `[tokens]`, and return hidden states `[tokens, width]`.
-
-        Args:
-            input_ids (`torch.Tensor | None`):
-                token ids, `[tokens]`.
-            positions (`torch.Tensor`):
-                position of each token, `[tokens]`.
-            intermediate_tensors (`Any`, *optional*):
-                of pipeline parallelism, not used.
-            inputs_embeds (`torch.Tensor`, *optional*):
-                embeddings, `[tokens, width]`.
-            kwargs (`Any`):
-                not used.
-
-        Raises:
-            ValueError: there are embeddings without ids.
-        """
+        """Run one step over the tokens of all requests, `[tokens]`, and return hidden states `[tokens, width]`."""
         if input_ids is None:
             raise InputError("`input_ids` is missing: embeddings alone do not tell which experts serve a token.")
         return super().forward(input_ids, positions, intermediate_tensors, None)

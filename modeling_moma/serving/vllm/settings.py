@@ -35,15 +35,7 @@ class MomaServingConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Raise for what cannot run, and put the grammar and eager execution in.
-
-        Args:
-            model_config (`Any`):
-                vLLM's settings of the model.
-
-        Raises:
-            ValueError: depth layers, embeddings as prompts, or vLLM's second model runner.
-        """
+        """Raise for what cannot run, and put the grammar and eager execution in."""
         config = model_config.hf_config
         check_servable(config)
         if model_config.enable_prompt_embeds:
@@ -65,15 +57,7 @@ class MomaServingConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Raise for pipeline parallelism.
-
-        Args:
-            vllm_config (`Any`):
-                all settings of vLLM.
-
-        Raises:
-            ValueError: `pipeline_parallel_size` is above 1.
-        """
+        """Raise for pipeline parallelism."""
         stages = vllm_config.parallel_config.pipeline_parallel_size
         if stages > 1:
             raise InputError(
@@ -87,15 +71,7 @@ class BackendConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Raise for a MoMa, whose grammar and images this backend alone does not know; other models pass.
-
-        Args:
-            model_config (`Any`):
-                vLLM's settings of the model.
-
-        Raises:
-            ValueError: the model is a MoMa.
-        """
+        """Raise for a MoMa, whose grammar and images this backend alone does not know; other models pass."""
         # by its name, as the configuration's class may be that of code in the model's folder
         if getattr(model_config.hf_config, "model_type", None) == MomaConfig.model_type:
             raise InputError(
@@ -105,15 +81,7 @@ class BackendConfig(VerifyAndUpdateConfig):
 
 
 def check_servable(config: MomaConfig) -> None:
-    """Check that vLLM can run a model of this configuration.
-
-    Args:
-        config (`MomaConfig`):
-            the model's.
-
-    Raises:
-        ValueError: the model has depth layers, or attention by modality.
-    """
+    """Check that vLLM can run a model of this configuration."""
     if config.depth_layers:
         raise InputError(
             f"vLLM cannot serve a MoMa with mixture of depths: `depth_layers` is {config.depth_layers}, and in those "
