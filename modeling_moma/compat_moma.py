@@ -118,6 +118,3 @@ def finish_saving(folder: str | Path) -> None:
         shards = set(json.loads(index.read_text())["weight_map"].values())
         older = whole if all((Path(folder) / name).is_file() for name in shards) else index
         older.unlink(missing_ok=True)
-
-
-__all__ = ["AUTO_MAP", "GenerationCompat", "complete_model_card", "finish_saving", "prepare_saving"]

@@ -728,29 +728,3 @@ def _gate_backward(
 def are_plain(*weights: torch.Tensor) -> bool:
     """Return whether weights are plain tensors: neither quantised nor sharded over processes."""
     return all(type(weight) in (torch.Tensor, nn.Parameter) for weight in weights)
-
-
-__all__ = [
-    "CPU_ATTENTION",
-    "CPU_LAYERS",
-    "CpuAttention",
-    "CpuRMSNorm",
-    "MomaCpuLinear",
-    "MomaGrowingCacheLayer",
-    "are_plain",
-    "gradients_again",
-    "cpu_attention_forward",
-    "cpu_form_of",
-    "has_backward",
-    "has_instructions",
-    "is_on_cpu",
-    "is_transformed",
-    "matmul_dtype",
-    "multiplies_with",
-    "run_from_left",
-    "run_sequentially",
-    "run_with_gradients",
-    "use_cpu_layers",
-    "use_growing_layer",
-    "wants_weights_left",
-]

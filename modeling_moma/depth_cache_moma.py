@@ -664,17 +664,3 @@ def depth_cache_layer(cache: Cache, layer_idx: int) -> MomaDepthCacheLayer | Mom
             "PEFT's prefix tuning, which fills a cache of its own, needs a model without depth layers."
         )
     return cast("MomaDepthCacheLayer | MomaStaticDepthCacheLayer", layer)
-
-
-__all__ = [
-    "DepthCacheView",
-    "DepthPacking",
-    "MomaDepthCacheLayer",
-    "MomaStaticDepthCacheLayer",
-    "chosen_mask",
-    "depth_cache_layer",
-    "pack_chosen",
-    "packed_causal_mask",
-    "places_of",
-    "step_mask",
-]

@@ -486,6 +486,3 @@ class DepthLayer(nn.Module):
         depth_cache_layer(cache, self.layer_idx)
         nothing = hidden_states.new_empty(hidden_states.shape[0], 1, 0, 1)
         cache.update(nothing, nothing, self.layer_idx, num_skipped=hidden_states.shape[1])
-
-
-__all__ = ["DepthLayer", "DepthSelection", "DepthTokens", "MomaDepthRouter", "depth_rule"]

@@ -451,18 +451,3 @@ def _additive(mask_BHQS: torch.Tensor, inputs_BTD: torch.Tensor) -> torch.Tensor
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     return torch.where(mask_BHQS, torch.zeros((), dtype=dtype, device=device), -torch.inf)
-
-
-__all__ = [
-    "DOCUMENTS_OF_MASK",
-    "DocumentTiles",
-    "Documents",
-    "DocumentSearch",
-    "FLASH_LENGTHS",
-    "MaskedDocuments",
-    "causal_mask_of",
-    "check_replica",
-    "document_begins",
-    "packed_lengths",
-    "uses_flash_attention_mask",
-]

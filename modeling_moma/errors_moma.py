@@ -12,6 +12,3 @@ class InputError(ValueError):
 EACH_DEVICE = (
     "start one process for each device with torchrun, or show this one a single device (CUDA_VISIBLE_DEVICES=0)."
 )
-
-
-__all__ = ["EACH_DEVICE", "InputError"]

@@ -240,14 +240,3 @@ class _PaddedExperts:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.experts, name)
-
-
-__all__ = [
-    "DEFAULT_IMPLEMENTATION",
-    "form_of_pairs",
-    "is_whole",
-    "moma_experts_forward",
-    "takes_any_width",
-    "takes_hints",
-    "takes_quantized",
-]

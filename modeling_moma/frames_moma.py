@@ -124,15 +124,3 @@ def open_frame_codes(frames: dict[str, ModalityFrame], ids_BT: torch.Tensor) -> 
     """Return how many codes each row has written of the frame that it is in, `[B]`; -1 for rows in none."""
     nothing_B = torch.full((ids_BT.shape[0],), -1, dtype=torch.long, device=ids_BT.device)
     return torch.stack([nothing_B, *(frame.open_codes(ids_BT) for frame in frames.values())]).amax(dim=0)
-
-
-__all__ = [
-    "FRAME_FIELDS",
-    "IMAGE",
-    "INTERLEAVED",
-    "TEXT",
-    "ModalityFrame",
-    "in_ranges",
-    "open_frame_codes",
-    "problem_of_name",
-]

@@ -733,14 +733,3 @@ def _with_open_frames(
     padded = [nn.functional.pad(row, (width - len(row), 0)) for row in rows]
     is_token = [torch.arange(-width, 0, device=row.device) >= -len(row) for row in rows]
     return torch.stack(padded), torch.stack(is_token).long()
-
-
-__all__ = [
-    "CaptionBeginLogitsProcessor",
-    "FittingFrameLogitsProcessor",
-    "FrameEndCriteria",
-    "FrameLogitsProcessor",
-    "MomaGenerationMixin",
-    "OneFrameLogitsProcessor",
-    "TextOnlyLogitsProcessor",
-]

@@ -269,6 +269,3 @@ def _summary(
         counts[name] = member_N.sum()
         losses[name] = (loss_N * member_N).sum() / counts[name].clamp(min=1)
     return MomaLoss(total / divisor, losses, counts)
-
-
-__all__ = ["MomaLoss", "causal_lm_loss", "modality_weights"]

@@ -87,6 +87,3 @@ def _router_rules(config: Any, name: str) -> dict[str, str]:
     if config.auxiliary_routers:
         names += [f"{name}.auxiliary", f"{name}.auxiliary.up_proj", f"{name}.auxiliary.down_proj"]
     return dict.fromkeys(names, "replicate")
-
-
-__all__ = ["expert_parallel_plan", "tensor_parallel_plan"]

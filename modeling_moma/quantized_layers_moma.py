@@ -28,6 +28,3 @@ def use_quantized_layers(model: nn.Module):
         if config is not None and not takes_quantized(config):
             # one config serves all layers
             config._experts_implementation = "eager"
-
-
-__all__ = ["use_quantized_layers"]

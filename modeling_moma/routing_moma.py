@@ -689,20 +689,3 @@ def _average_over_processes(stacks: list[RouterStack]) -> None:
         stack.threshold_S = (threshold_S / divisor_S).to(here)
         stack.load_deficit_S = None if load_deficit_S is None else (load_deficit_S / divisor_S).to(here)
         stack.count_S = count_S.to(here)
-
-
-__all__ = [
-    "Fp32Buffers",
-    "Fp32Linear",
-    "MomaAuxiliaryRouter",
-    "MomaRouter",
-    "MomaRouterBase",
-    "Selection",
-    "batch_thresholds",
-    "ceil_share",
-    "exact_share",
-    "lower_scores",
-    "routing_rule",
-    "thresholds_between",
-    "update_routers",
-]

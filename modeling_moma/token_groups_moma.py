@@ -774,24 +774,3 @@ def _describe_rows(context: RoutingContext, attention_mask: torch.Tensor | None,
         )
     if attention_mask is not None and attention_mask.ndim == 4:
         context.custom_mask_BHQS = attention_mask
-
-
-__all__ = [
-    "FixedSplit",
-    "ModalitySplit",
-    "PairForm",
-    "RouterState",
-    "RouterStatistics",
-    "RoutingContext",
-    "check_exportable",
-    "check_inputs",
-    "check_length",
-    "columns_of_batch",
-    "is_distributed",
-    "logistic_noise_like",
-    "position_groups",
-    "routing_of_batch",
-    "seen_positions",
-    "split_modalities",
-    "token_modalities",
-]

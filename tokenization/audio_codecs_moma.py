@@ -474,6 +474,3 @@ def load_audio_codec(
 def _why_no_codec() -> str:
     known = ", ".join(["MelCodec", *(kind.name for kind in LIBRARY_CODECS.values())])
     return f"gives no codes that could be decoded again; a codec of sounds is one of {known}"
-
-
-__all__ = ["AUDIO", "LIBRARY_CODECS", "LibraryAudioCodec", "MelCodec", "load_audio_codec"]

@@ -199,6 +199,3 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"reading sounds needs {name}: {_EXTRA}.") from error
-
-
-__all__ = ["MAX_RATE", "MAX_SAMPLES", "MAX_SECONDS", "MIN_RATE", "SoundError", "read_sound"]

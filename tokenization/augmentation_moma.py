@@ -74,6 +74,3 @@ def augment_images(
     gain = 1 + MAX_COLOUR_SHIFT * draws[:, 5:]
     result = (1 - darkness * gain[:, :, None, None]).clamp(-1, 1)
     return torch.where(is_augmented[:, None, None, None], result, pixel_values)
-
-
-__all__ = ["augment_images"]

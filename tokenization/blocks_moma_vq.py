@@ -232,6 +232,3 @@ class MomaVQDecoder(nn.Module):
             hidden_states = level(hidden_states)
         hidden_states = self.conv_out(F.silu(self.norm_out(hidden_states)))
         return _from_patches(hidden_states, self.patch_size)
-
-
-__all__ = ["MomaVQBranchEnd", "MomaVQDecoder", "MomaVQEncoder"]

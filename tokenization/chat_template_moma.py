@@ -66,6 +66,3 @@ def with_image_parts(template: str) -> str:
     Messages that are strings are rendered as before.
     """
     return template if template.startswith(_PARTS_TO_TEXT) else _PARTS_TO_TEXT + template
-
-
-__all__ = ["DEFAULT_CHAT_TEMPLATE", "default_chat_template", "message_text", "with_image_parts"]

@@ -399,6 +399,3 @@ class CodeConversionMixin(ProcessorMixin):
 def as_list(values: Any) -> list[int]:
     """Return a list of numbers."""
     return values.tolist() if hasattr(values, "tolist") else list(values)
-
-
-__all__ = ["CodeConversionMixin"]

@@ -141,6 +141,3 @@ def load_codecs(types: dict[str, str], repository: str | os.PathLike, subfolder:
         modality: CODECS[name].from_pretrained(os.path.join(repository, subfolder, SUBFOLDER.format(modality)))
         for modality, name in types.items()
     }
-
-
-__all__ = ["CODECS", "ModalityCodec", "register_codec"]

@@ -100,6 +100,3 @@ class MomaDataCollator:
             else:
                 batch[index, : len(row)] = row
         return batch
-
-
-__all__ = ["MomaDataCollator"]

@@ -231,17 +231,3 @@ def _refuse_missing(place: Any, subfolder: str, name: str, keys: Collection[str]
     if keys:
         where = os.path.join(place, subfolder)
         raise InputError(f"{where}: {len(keys)} weights of {name} are missing, such as {min(keys)!r}; {cause}")
-
-
-__all__ = [
-    "LIBRARY_CLASSES",
-    "MODEL_TYPES",
-    "LibraryImageTokenizer",
-    "codebook_field",
-    "library_class",
-    "load_image_tokenizer",
-    "number_of_codes",
-    "own_image_size",
-    "pixels_per_code",
-    "why_no_image_tokenizer",
-]

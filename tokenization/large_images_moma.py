@@ -147,19 +147,3 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     # several values may have the grey of the transparent one
     alpha = np.where(values == transparent, 0, 255).astype(np.uint8)
     return Image.fromarray(np.stack([grey, alpha], axis=-1))
-
-
-__all__ = [
-    "LEAST_SIDE",
-    "MOST_LISTED",
-    "MOST_PIXELS",
-    "MOST_SCANS",
-    "jpeg_scans",
-    "load_reduced",
-    "refuse_costly_files",
-    "shrink_factor",
-    "shrink_by_averaging",
-    "tiff_listed",
-    "to_8_bits",
-    "apply_orientation",
-]

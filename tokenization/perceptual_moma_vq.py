@@ -101,6 +101,3 @@ def fuse_batch_norms(network: Any) -> nn.Module:
             setattr(module, convolution, fused)
             setattr(module, norm, nn.Identity())
     return network
-
-
-__all__ = ["MomaVQPerceptualNetwork"]

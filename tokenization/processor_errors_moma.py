@@ -7,6 +7,3 @@ class InputError(ValueError):
 
     `modeling_moma` has an `InputError` of its own, since neither of the two packages imports the other on the Hub.
     """
-
-
-__all__ = ["InputError"]

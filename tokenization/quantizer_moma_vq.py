@@ -139,6 +139,3 @@ class MomaVQQuantizer(nn.Module):
         if self.decay is not None:
             self.ema_count.fill_(1.0)
             self.ema_sum.copy_(self.embedding.weight)
-
-
-__all__ = ["MomaVQQuantizer", "code_counts", "mean_loss"]

@@ -229,13 +229,3 @@ def special_beginning(tokenizer: PreTrainedTokenizerFast) -> str:
             "add_special_tokens=False, and write them where they belong."
         )
     return "".join(tokenizer.convert_ids_to_tokens(beginning))
-
-
-__all__ = [
-    "add_modality_tokens",
-    "add_image_tokens",
-    "beginning_ids",
-    "image_code_tokens",
-    "train_text_tokenizer",
-    "with_beginning",
-]

@@ -168,6 +168,3 @@ def replace_placeholders(texts: list[str], replacements: dict[str, list[str]]) -
         new_texts.append("".join([*pieces, text[last:]]))
         all_offsets.append(offsets)
     return new_texts, all_offsets
-
-
-__all__ = ["TokenFrame", "replace_placeholders", "split_frames"]

@@ -100,6 +100,3 @@ class MomaVQTrunk(nn.Module):
         for target, source in pairs:
             target.weight.copy_(source.weight)
             target.bias.copy_(source.bias)
-
-
-__all__ = ["MomaVQTrunk"]

@@ -258,6 +258,3 @@ def save_with_processor(
         (folder / report_file).write_text(finite_json(report))
 
     write_folder_aside(output, write)
-
-
-__all__ = ["AuxiliaryRouterTrainer", "add_auxiliary_routers", "auxiliary_report", "save_with_processor"]

@@ -180,6 +180,3 @@ def _calibrated_report(
     run_observed(model, batches, counts.add, routing)
     counts.reduce(model.device)
     return counts.rows()
-
-
-__all__ = ["calibrate_auxiliary_thresholds", "calibrate_thresholds"]

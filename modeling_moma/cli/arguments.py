@@ -123,6 +123,3 @@ def help_of(kind: type, entry: dataclasses.Field) -> str:
 def is_list(annotation: Any) -> bool:
     """Return whether a type is that of lists, or of lists and something else."""
     return get_origin(annotation) in (list, tuple) or any(is_list(part) for part in get_args(annotation))
-
-
-__all__ = ["Flag", "FlagParser", "parse_fields"]

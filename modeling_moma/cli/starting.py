@@ -25,6 +25,3 @@ def starts_command() -> bool:
     # an installer of tools links to the script from elsewhere
     folder = os.path.dirname(os.path.realpath(program))
     return os.path.samefile(folder, os.path.dirname(sys.executable))
-
-
-__all__ = ["starts_command"]

@@ -228,6 +228,3 @@ def _compare_logits(
         # the source's own forward masks the images' logits
         logits.append(model.lm_head(model.model(**batch, use_cache=False).last_hidden_state)[real])
     return ProbeResult(relative_difference(*logits))
-
-
-__all__ = ["chameleon_entries", "config_from_chameleon", "convert_chameleon"]

@@ -243,13 +243,3 @@ def convert_processor(folder: str | Path, vocabulary: ImageVocabulary, vq_model:
         return MomaProcessor(image_processor, tokenizer, vq_model, chat_template=tokenizer.chat_template)
     except ValueError as error:
         raise ProcessorError(f"The parts of the processor do not fit together. {error}") from error
-
-
-__all__ = [
-    "ImageVocabulary",
-    "ProcessorError",
-    "convert_image_processor",
-    "convert_processor",
-    "convert_tokenizer",
-    "convert_vq_model",
-]

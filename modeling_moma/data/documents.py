@@ -14,7 +14,7 @@ from .kinds.captions import CaptionDocuments
 from .reports import read_manifest
 from .shards import ShardTable
 from .sources import TRAIN, Source, read_sources
-from .token_documents import Documents, TokenDocuments, cut_before, cut_place, frame_spans
+from .token_documents import Documents
 
 
 logger = logging.get_logger(__name__)
@@ -140,15 +140,3 @@ def _lengths_of(documents: Documents, rows: np.ndarray) -> np.ndarray:
     if isinstance(documents, CaptionDocuments):
         return np.array([documents.expected_length(int(row)) for row in rows])
     return np.array([len(documents.ids(int(row), np.random.default_rng([0, int(row)]))) for row in rows])
-
-
-__all__ = [
-    "CaptionDocuments",
-    "Documents",
-    "TokenDocuments",
-    "TokenFolder",
-    "cut_before",
-    "cut_place",
-    "frame_spans",
-    "mean_length",
-]

@@ -169,16 +169,3 @@ def processor_fingerprint(processor: MomaProcessor) -> str:
                     digest.update(str(path.relative_to(folder)).encode())
                     digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
-
-
-__all__ = [
-    "PIXEL_SETTINGS",
-    "DocumentEncoder",
-    "caption_chat_template",
-    "has_caption_template",
-    "loaded_encoder",
-    "plain_backend",
-    "processor_fingerprint",
-    "template_digest",
-    "with_channels_last",
-]

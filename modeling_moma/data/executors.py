@@ -72,6 +72,3 @@ def run_executor(
     # a pool hands on whatever a task raised
     except Exception as error:
         raise InputError(f"{str(folder)!r}: a task of datatrove failed ({error}); start again to go on.") from error
-
-
-__all__ = ["TokenizeStep", "run_executor"]

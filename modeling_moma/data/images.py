@@ -158,6 +158,3 @@ def _is_bomb(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, Image.DecompressionBombError):
         error = error.__cause__ or error.__context__
     return error is not None
-
-
-__all__ = ["LeftOut", "image_file", "read_image"]

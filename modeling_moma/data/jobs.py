@@ -419,16 +419,3 @@ def read_job(folder: str | Path) -> Job:
     except TypeError as error:
         problem = f"{str(path)!r} is no record of a job ({error}); was it changed by hand?"
         raise InputError(f"{problem} {DAMAGED}") from error
-
-
-__all__ = [
-    "FORMAT",
-    "JOB_FILE",
-    "MANIFEST_FILE",
-    "Job",
-    "Task",
-    "done_report",
-    "plan_job",
-    "read_job",
-    "write_job",
-]

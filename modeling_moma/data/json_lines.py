@@ -73,6 +73,3 @@ def _parse(line: bytes) -> tuple[Any, str | None]:
     except ValueError as error:
         return None, str(error)
     return value, None if isinstance(value, dict) else f"a {type(value).__name__} and no object"
-
-
-__all__ = ["BROKEN_LINE", "has_broken_lines", "is_json_lines", "mended_copy"]

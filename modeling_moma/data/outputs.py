@@ -18,6 +18,3 @@ def refuse_output_in_data(output: str, sources: Sequence[Source]) -> None:
                 f"`--output` {output!r} lies in the data of source {source.name!r}, {source.data!r}: its files would "
                 "be read as data. Give a folder outside, or put the data into one of their own."
             )
-
-
-__all__ = ["refuse_output_in_data"]

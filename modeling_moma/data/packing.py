@@ -12,8 +12,8 @@ import torch
 
 from ..documents_moma import packed_lengths
 from ..errors_moma import InputError
-from .documents import Documents, cut_before, frame_spans
 from .stream import DocumentOrder, document_orders
+from .token_documents import Documents, cut_before, frame_spans
 
 
 # how documents become sequences; runs that packed them by another rule do not go on under this one
@@ -439,6 +439,3 @@ class _Packer:
             if ids is not None:
                 return _Piece(ids, place)
         return None
-
-
-__all__ = ["BLOCK", "PACKING_RULE", "PackedCollator", "PackedExamples"]

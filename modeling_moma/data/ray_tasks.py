@@ -130,6 +130,3 @@ def _connect(ray: Any, address: str, options: dict[str, Any]) -> None:
             "prints the address, HOST:PORT. All nodes need the same versions of Ray and Python and, where the head "
             "asks for a token, RAY_AUTH_MODE=token and the token of `ray get-auth-token`."
         ) from error
-
-
-__all__ = ["run_on_ray"]

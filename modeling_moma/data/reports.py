@@ -126,6 +126,3 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     except ValueError as error:
         problem = f"it cannot be read as JSON ({error})"
     raise InputError(f"{where}: {MANIFEST_FILE}: {problem}; was it changed by hand? Remove it and tokenize again.")
-
-
-__all__ = ["read_manifest", "write_manifest", "write_report"]

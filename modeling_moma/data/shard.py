@@ -123,6 +123,3 @@ class Shard(ABC):
         others = {name: number for name, number in others.items() if number}
         self.report.write_document(split, len(ids) - num_codes - sum(others.values()), num_codes, **others)
         return split, {"row": row, "input_ids": ids}
-
-
-__all__ = ["BATCH", "Shard", "ShardReport"]

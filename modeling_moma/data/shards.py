@@ -87,6 +87,3 @@ def _as_arrays(chunk: pa.ListArray | pa.FixedSizeListArray) -> tuple[np.ndarray,
     else:
         offsets = chunk.offsets.to_numpy()
     return chunk.values.to_numpy(zero_copy_only=True), offsets
-
-
-__all__ = ["ShardTable"]

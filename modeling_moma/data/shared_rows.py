@@ -52,6 +52,3 @@ def warn_of_shared_rows(sources: Sequence[Source], names: Mapping[str, Mapping[s
                 f"{second.source.data!r}, and hold out other rows of them: what one is evaluated on the other is "
                 "trained on. Give both the same parts, `splits: {train: 'train[:98%]', validation: 'train[98%:]'}`."
             )
-
-
-__all__ = ["warn_of_shared_rows"]

@@ -25,6 +25,3 @@ def read_row_sound(value: Any, sampling_rate: int, root: str | None = None) -> n
     """Return the samples `[num_samples]` of a sound as a row holds it."""
     with refused_sounds_left_out():
         return read_sound(value, sampling_rate, root)
-
-
-__all__ = ["read_row_sound", "refused_sounds_left_out"]

@@ -455,13 +455,3 @@ def source_texts(sources: Sequence[Source], rows: int) -> Iterator[str]:
         read = (row for place, row in placed if VALIDATION in names or not source.is_held_out(place))
         for row in itertools.islice(read, rows):
             yield from source.kind.row_texts(row)
-
-
-__all__ = [
-    "TRAIN",
-    "VALIDATION",
-    "Source",
-    "read_sources",
-    "source_texts",
-    "undecoded_rows",
-]

@@ -73,6 +73,3 @@ def warn_of_unnamed(name: str, rows: Dataset, files: Collection[str]) -> None:
             f"sources: {name!r}: {len(unnamed)} of {len(images)} images are left out, since no row of the file of "
             f"captions names them; the first: {unnamed[0]!r}."
         )
-
-
-__all__ = ["data_files", "rows_below", "saved_files", "split_folders", "warn_of_unnamed"]

@@ -55,6 +55,3 @@ def refuse_shared_parts(where: str, train: str, validation: str | None) -> None:
                 f"{where}: validation = {validation!r} has rows of train = {train!r}, which would be trained on and "
                 f"held out; name two parts, `{{train: '{part.split}[:98%]', validation: '{part.split}[98%:]'}}`."
             )
-
-
-__all__ = ["SplitPart", "refuse_shared_parts", "split_parts"]

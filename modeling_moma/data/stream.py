@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from ..errors_moma import InputError
-from .documents import Documents, TokenDocuments, mean_length
+from .documents import mean_length
+from .token_documents import Documents, TokenDocuments
 
 
 # the order of documents that are rows of their own, of one source and of several; runs that had another one do not go
@@ -143,6 +144,3 @@ class SourceTurns:
 
     def _next(self, counts: list[int]) -> int:
         return min(range(len(counts)), key=lambda source: counts[source] * self.distances[source])
-
-
-__all__ = ["MIXTURE_RULE", "STREAM_RULE", "DocumentExamples", "DocumentOrder", "document_orders"]

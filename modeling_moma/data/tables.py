@@ -65,6 +65,3 @@ def _first_rows(file: str, separator: str, quoting: int) -> tuple[list[str], lis
         # a quote that does not end, which the reader tells of
         except csv.Error:
             return [], []
-
-
-__all__ = ["reading_options", "refuse_longer_rows", "table_files"]

@@ -89,6 +89,3 @@ def as_text(name: str, value: Any, rng: np.random.Generator | None = None) -> st
         return str(value)
     kind = type(value).__name__
     raise LeftOut("text not readable", f"column {name!r} holds a {kind}; a text is made of texts, numbers or lists")
-
-
-__all__ = ["Template", "as_text", "is_something"]

@@ -118,6 +118,3 @@ def cut_before(place: int, begins: Sequence[int], lasts: Sequence[int]) -> int:
     """Return `place`, or the beginning of the image that would be cut there, of the spans of [`frame_spans`]."""
     number = bisect_left(begins, place) - 1
     return begins[number] if number >= 0 and lasts[number] >= place else place
-
-
-__all__ = ["Documents", "HeldOutPairs", "TokenDocuments", "cut_before", "cut_place", "frame_spans"]

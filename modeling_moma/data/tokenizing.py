@@ -161,6 +161,3 @@ class SourceShard(Shard):
                 self.leave_out(self.start + index, LeftOut("JSON broken", row[BROKEN_LINE]))
                 continue
             yield self.start + index, split, row
-
-
-__all__ = ["tokenize_shard"]

@@ -226,6 +226,3 @@ def _add_coded(images: int) -> None:
 
 def _run_one(folder: str, task: Task, strict: bool) -> bool:
     return tokenize_shard(folder, read_job(folder), task, strict, _add_coded)
-
-
-__all__ = ["Workers", "run_tasks"]

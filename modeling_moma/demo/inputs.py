@@ -222,24 +222,3 @@ def checked_seed(seed: float | None) -> int:
     if seed is None or not 0 <= seed < 2**32:
         raise InputError(f"The seed must be a whole number from 0 to {2**32 - 1}, got {seed}.")
     return int(seed)
-
-
-__all__ = [
-    "MOST_BYTES",
-    "MOST_CHARACTERS",
-    "MOST_PIXELS",
-    "ONE_AT_A_TIME",
-    "Examples",
-    "checked_seed",
-    "checked_words",
-    "image_examples",
-    "image_input",
-    "read_image",
-    "read_sound_upload",
-    "read_upload",
-    "sampling_inputs",
-    "show_errors",
-    "sound_input",
-    "title",
-    "words_input",
-]

@@ -60,6 +60,3 @@ class PartialImages:
             row, column = divmod(place, columns)
             image.paste(PAPER, (column * patch, row * patch, (column + 1) * patch, (row + 1) * patch))
         return image
-
-
-__all__ = ["PAPER", "PartialImages"]

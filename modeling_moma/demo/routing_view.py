@@ -165,6 +165,3 @@ def _visible(piece: str) -> str:
     text = piece.strip()
     special = SPECIAL.fullmatch(text)
     return special[1] if special else text or piece.replace(" ", "\u00b7").replace("\n", "\u21b5")
-
-
-__all__ = ["RoutedExample", "RoutingView"]

@@ -331,6 +331,3 @@ def stream_ids(model: Any, inputs: dict[str, torch.Tensor], every: int, **argume
     finally:
         stop.set()
         thread.join()
-
-
-__all__ = ["Studio", "load_studio", "stream_ids"]

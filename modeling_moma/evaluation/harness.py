@@ -37,6 +37,3 @@ class MomaTextLM(HFLM):
         for frame in config.frames.values():
             logits_BSV[..., [frame.begin, frame.end]] = -torch.inf
         return logits_BSV
-
-
-__all__ = ["MomaTextLM"]

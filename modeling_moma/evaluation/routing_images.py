@@ -90,17 +90,3 @@ def shaded(colors: Image.Image, image: Image.Image) -> Image.Image:
     """Return colours through which an image of the same size shows, in grey."""
     grey = image.convert("L").point([DARKEST + value * (255 - DARKEST) // 255 for value in range(256)])
     return Image.blend(colors, grey.convert("RGB"), IMAGE_SHARE)
-
-
-__all__ = [
-    "DARKEST",
-    "PALETTE",
-    "IMAGE_SHARE",
-    "UNCOVERED",
-    "RoutedTokens",
-    "expert_colors",
-    "fill_stripes",
-    "record_routing",
-    "shaded",
-    "token_pieces",
-]

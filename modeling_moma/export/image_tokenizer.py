@@ -128,6 +128,3 @@ def _program(module: nn.Module, input_name: str, example: torch.Tensor, output_n
             output_names=[output_name],
             dynamic_shapes=({0: torch.export.Dim("images", min=1)},),
         )
-
-
-__all__ = ["OnnxImageTokenizer", "export_image_tokenizer"]

@@ -77,6 +77,3 @@ def quantized_share(model: PreTrainedModel) -> float:
         if hasattr(parameter, "qdata") or not parameter.is_floating_point():
             quantized += count
     return quantized / total
-
-
-__all__ = ["LINEAR_LAYERS", "PACKED_EXPERTS", "quantized_share", "torchao_config"]

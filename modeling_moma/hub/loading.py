@@ -244,21 +244,3 @@ def _likely_cause(saved: Saved, folder: Path) -> str:
         if is_so:
             return f"the folder holds {name}, and not {saved.title} of `moma {saved.subcommand}`."
     return f"`moma {saved.subcommand}` writes it; is that the right folder, and is it copied whole?"
-
-
-__all__ = [
-    "MODEL",
-    "IMAGE_TOKENIZER",
-    "PROCESSOR",
-    "TEXT_TOKENIZER",
-    "Saved",
-    "check_saved",
-    "model_type_of",
-    "open_checked",
-    "open_model",
-    "open_image_tokenizer",
-    "open_processor",
-    "open_saved",
-    "open_text_tokenizer",
-    "refuse_non_finite",
-]

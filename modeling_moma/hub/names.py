@@ -65,6 +65,3 @@ def _suggestion(path: Path) -> str:
         return ""
     close = get_close_matches(path.name, names, 1, 0.75)
     return f" (did you mean {str(path.with_name(close[0]))!r}?)" if close else ""
-
-
-__all__ = ["no_folder", "why_nowhere"]

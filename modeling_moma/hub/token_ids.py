@@ -115,6 +115,3 @@ def _grid_facts(config: dict, vq_config: dict, settings: dict) -> list[tuple[str
         return []
     side = MomaVQConfig.from_dict(vq_config).downsample_factor
     return [("image_seq_length", config.get("image_seq_length"), (crop["height"] // side) * (crop["width"] // side))]
-
-
-__all__ = ["GENERATION_FILE", "TOKEN_FILES", "VQ_FOLDER", "token_problems"]

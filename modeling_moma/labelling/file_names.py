@@ -73,6 +73,3 @@ def _tags_of_names(memory: ImageMemory) -> dict[Words, set[Words]]:
     for name, tags in zip(memory.names, memory.tags, strict=True):
         found[_words(name)].update(map(_words, tags))
     return found
-
-
-__all__ = ["file_name_shares", "with_file_names"]

@@ -41,6 +41,3 @@ def mixed_guesses(
 
 def _sorted(shares: Mapping[str, float]) -> list[Guess]:
     return [Guess(text, share) for text, share in sorted(shares.items(), key=lambda entry: -entry[1])]
-
-
-__all__ = ["Guess", "mean_guesses", "mixed_guesses"]

@@ -149,6 +149,3 @@ def _selected(rows: Any, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str
 
 def _words(column: str, value: Any) -> str:
     return " ".join(as_text(column, value).split()) if is_something(value) else ""
-
-
-__all__ = ["NamedImages", "build_memory", "chosen_rows", "tags_of_names"]

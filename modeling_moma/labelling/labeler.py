@@ -360,6 +360,3 @@ def open_labeler(
     if memory_share:
         labeler.take_memory(memory_of(model) if memory is None else memory)
     return labeler
-
-
-__all__ = ["CaptionForm", "ImageLabeler", "open_labeler"]

@@ -326,6 +326,3 @@ def _unpacked(packed: torch.Tensor) -> dict[str, Any]:
     if not unpack.eof:
         raise InputError(f"texts that are cut, or of more than {LARGEST_TEXTS >> 20} MiB")
     return json.loads(text)
-
-
-__all__ = ["MEMORY_FILE", "ImageMemory", "memory_of"]

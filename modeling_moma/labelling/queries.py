@@ -39,6 +39,3 @@ def check_room(queries: Sequence[str], config: MomaConfig, encoder: DocumentEnco
                 f"query {short!r}: with the model's prompt it has {length} tokens, and behind an image there is room "
                 f"for {room}."
             )
-
-
-__all__ = ["check_queries", "check_room"]

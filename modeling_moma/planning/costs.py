@@ -103,11 +103,13 @@ def training_flops(
 
 
 def check_config(config):
+    """Raise `TypeError` for what is no `MomaConfig`."""
     if not isinstance(config, MomaConfig):
         raise TypeError(f"`config` must be a MomaConfig, got {type(config).__name__}.")
 
 
 def group_of(config: MomaConfig, modality: str) -> str:
+    """Return the group of experts that a modality goes to."""
     return next(name for name, members in config.expert_groups.items() if modality in members)
 
 
@@ -227,6 +229,3 @@ def _envelope(name: str, curve: Sequence[tuple[float, float]]) -> tuple[list[flo
         previous = flops
         losses.append(min(loss, losses[-1]) if losses else loss)
     return [flops for flops, _ in points], losses
-
-
-__all__ = ["Eta", "eta", "eta_by_modality", "flops_per_token", "training_flops"]

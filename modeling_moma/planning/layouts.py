@@ -79,6 +79,3 @@ def _tensor_sizes(config: MomaConfig) -> dict[str, int]:
         shared = config.group_shared_intermediate_size(group) or config.common_shared_intermediate_size
         sizes[f"the inner width of {group!r} shared experts"] = shared
     return sizes
-
-
-__all__ = ["Layout"]

@@ -122,6 +122,7 @@ def activation_bytes(config: MomaConfig, tokens: int, tensor: int = 1, checkpoin
 
 
 def mean_over_modalities(config: MomaConfig, of_modality: Callable[[str], float]) -> float:
+    """Return the mean of a figure of each modality."""
     return sum(of_modality(modality) for modality in config.modalities) / len(config.modalities)
 
 
@@ -167,6 +168,3 @@ def _layer_bytes(config: MomaConfig, tensor: int) -> float:
     dispatched = mean_over_modalities(config, lambda modality: feed_forward(modality)[0])
     inner = mean_over_modalities(config, lambda modality: feed_forward(modality)[1])
     return stream + dispatched + (attention + inner) / tensor
-
-
-__all__ = ["Memory", "ParameterParts", "activation_bytes", "experts_per_token", "parameter_parts", "training_memory"]

@@ -245,6 +245,3 @@ def _plans_of(
 
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
-
-
-__all__ = ["Hardware", "Plan", "candidate_layouts", "plan_training"]

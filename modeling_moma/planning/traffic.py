@@ -113,6 +113,3 @@ def _token_traffic(
         Collective("partial sums", "all_reduce", reduced, layout.tensor, 1, reductions, False),
         Collective("logits", "all_gather", logits, layout.tensor, 1, micro_batches, False),
     ]
-
-
-__all__ = ["Collective", "training_traffic"]

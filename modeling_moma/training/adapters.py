@@ -56,6 +56,3 @@ def with_adapters(model: MomaForCausalLM, rank: int, frozen_groups: Sequence[str
         trainable_token_indices={name: rows for name in matrices} if rows else None,
     )
     return get_peft_model(model, adapters)  # pyright: ignore[reportReturnType]
-
-
-__all__ = ["with_adapters"]

@@ -116,6 +116,3 @@ def _distance(codec: MelCodec, vectors: Sequence[torch.Tensor]) -> tuple[float, 
     codes = [torch.cdist(chunk, codec.codebook).argmin(1) for chunk in chunks]
     total = sum((chunk - codec.codebook[code]).abs().sum().item() for chunk, code in zip(chunks, codes))
     return DECIBELS * total / sum(chunk.numel() for chunk in chunks), len(torch.cat(codes).unique())
-
-
-__all__ = ["TrainedCodec", "train_audio_tokenizer"]

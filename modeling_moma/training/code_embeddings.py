@@ -42,6 +42,3 @@ def initialize_code_embeddings(model: PreTrainedModel, codebook_KC: torch.Tensor
     projected_KD = centred_KC @ torch.randn(codebook_KC.shape[1], config.hidden_size)
     projected_KD *= config.initializer_range / projected_KD.std()
     embeddings[ids] = projected_KD.to(embeddings)
-
-
-__all__ = ["initialize_code_embeddings"]

@@ -217,14 +217,3 @@ def _facts_of_state(state: dict[str, Any] | None) -> Facts | None:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
-
-
-__all__ = [
-    "Facts",
-    "RunFingerprint",
-    "check_output",
-    "check_same_data",
-    "difference",
-    "finished_at",
-    "run_facts",
-]

@@ -153,6 +153,3 @@ def learning_tokens(config: MomaConfig, modalities: Sequence[str]) -> torch.Tens
         if modality in modalities:
             is_theirs_V[[frame.begin, frame.end]] = True
     return is_theirs_V
-
-
-__all__ = ["freeze_all_but", "freeze_groups", "unfreeze"]

@@ -252,6 +252,3 @@ def _as_numbers(values: Mapping[Any, torch.Tensor | float]) -> dict[Any, float]:
     for tensors in alike.values():
         numbers |= zip(tensors, map(float, torch.stack(list(tensors.values())).tolist()))
     return numbers
-
-
-__all__ = ["MomaMetricsCallback", "check_best_metric", "evaluation_figures"]

@@ -282,6 +282,3 @@ def _batches(entries: list[_Matrices]) -> Iterable[list[_Matrices]]:
         size += entry.parameter.numel()
     if batch:
         yield batch
-
-
-__all__ = ["MUON", "Muon", "muon_groups", "newton_schulz"]

@@ -96,6 +96,3 @@ def _lock(path: Path) -> int | None:
             return descriptor
         os.close(descriptor)
     return -1
-
-
-__all__ = ["LOCK_FILE", "sole_run"]

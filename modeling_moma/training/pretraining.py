@@ -17,12 +17,13 @@ from transformers.utils import logging
 from tokenization import MomaDataCollator, MomaProcessor
 
 from ..configuration_moma import MomaConfig
-from ..data.documents import CaptionDocuments, TokenDocuments, TokenFolder
+from ..data.documents import CaptionDocuments, TokenFolder
 from ..data.examples import check_layout, check_positions, held_out_sets
 from ..data.kinds.audio import AudioDocuments
 from ..data.packing import PackedCollator, PackedExamples
 from ..data.sources import VALIDATION, Source
 from ..data.stream import DocumentExamples
+from ..data.token_documents import TokenDocuments
 from ..errors_moma import InputError
 from ..hub.loading import MODEL, check_saved, open_model, open_processor, require_plain_weights
 from ..modeling_moma import MomaForCausalLM

@@ -142,6 +142,3 @@ def image_grid(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Ima
         for place, image in enumerate(row):
             grid.paste(image, (gap + place * width, gap + line * height))
     return grid
-
-
-__all__ = ["SampleCallback", "check_prompts", "image_grid"]

@@ -139,6 +139,3 @@ class FeedingCallback(TrainerCallback):
                 f"the mixture is off after {self.rows} rows: {found} of the tokens. "
                 f"{_OF_PACKED if self.is_packed else _OF_DOCUMENTS}"
             )
-
-
-__all__ = ["FeedingCallback"]

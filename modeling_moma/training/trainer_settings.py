@@ -151,6 +151,3 @@ def _try_optimizer(trainer: StageTrainer) -> None:
     kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)  # pyright: ignore[reportArgumentType]
     if kind.__module__.startswith("torch."):
         kind([torch.zeros(1)], **settings)
-
-
-__all__ = ["make_trainer", "make_training_arguments", "uses_muon", "without_secrets"]

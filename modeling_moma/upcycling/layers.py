@@ -79,6 +79,3 @@ def add_layers(model: MomaForCausalLM, after: Sequence[int]) -> MomaForCausalLM:
             tensor.copy_(state[f"{found['before']}{source}{found['after']}"])
     deeper.generation_config = deepcopy(model.generation_config)
     return deeper.train(model.training)
-
-
-__all__ = ["add_layers"]

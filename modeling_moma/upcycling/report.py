@@ -155,6 +155,3 @@ def _record_group(name: str, layer: MomaFeedForward, seed_layer: MomaFeedForward
 def _with_common(layer: MomaFeedForward, x_ND: torch.Tensor, y_ND: torch.Tensor) -> torch.Tensor:
     """Return a group's outputs in fp32 and those of the expert that all groups share."""
     return y_ND.float() if layer.shared_expert is None else y_ND.float() + layer.shared_expert(x_ND).float()
-
-
-__all__ = ["UpcyclingReceipt", "upcycling_receipt"]

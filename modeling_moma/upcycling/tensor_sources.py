@@ -59,6 +59,3 @@ def _shared_from(shared: re.Match, kept: Collection[str]) -> list[str]:
 def _packed_from(name: str) -> list[str]:
     group, _, packed = name.partition(".experts.")
     return [f"{group}.mlp.{matrix}.weight" for matrix in _PACKED[packed]]
-
-
-__all__ = ["kept_groups", "shared_size", "tensor_sources"]

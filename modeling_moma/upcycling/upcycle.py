@@ -321,6 +321,3 @@ def _perturbed(matrix: torch.Tensor, perturbation: float) -> torch.Tensor:
         return matrix
     wide = matrix.float()
     return (wide + torch.randn_like(wide) * wide.std() * perturbation).to(matrix.dtype)
-
-
-__all__ = ["default_experts", "parse_experts", "upcycle", "upcycled_config"]

@@ -21,6 +21,3 @@ def files_digest(paths: Iterable[Path], blocks: int = 256) -> str:
                 file.seek(start)
                 digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()[:32]
-
-
-__all__ = ["files_digest"]

@@ -119,15 +119,3 @@ def stopped_line(subcommand: str) -> str:
     """Return the line that a user reads who has stopped a command, as by Ctrl-C."""
     safe, way = _WAYS.get(subcommand, ("", ""))
     return " ".join(part for part in ("stopped.", safe, way[:1].upper() + way[1:]) if part)
-
-
-__all__ = [
-    "KilledProcessError",
-    "MissingExtraError",
-    "full_disk_line",
-    "is_disk_full",
-    "is_input_error",
-    "is_lost_peer",
-    "needs_extra",
-    "stopped_line",
-]

@@ -173,21 +173,3 @@ def _place(problem: Any) -> str:
 @functools.cache
 def _adapter(kind: type, name: str) -> TypeAdapter:
     return TypeAdapter(annotations(kind)[name])
-
-
-__all__ = [
-    "Count",
-    "Float",
-    "Int",
-    "NotNegative",
-    "OnOff",
-    "Seed",
-    "Share",
-    "annotations",
-    "check_utf8",
-    "choices",
-    "descriptions",
-    "read_field",
-    "read_fields",
-    "refuse_unknown",
-]

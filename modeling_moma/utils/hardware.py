@@ -86,13 +86,3 @@ def keep_freed_memory() -> bool:
         return False
     set_option = ctypes.CDLL(None).mallopt
     return bool(set_option(_M_MMAP_THRESHOLD, _LARGEST_KEPT)) and bool(set_option(_M_TRIM_THRESHOLD, _NEVER))
-
-
-__all__ = [
-    "check_precision",
-    "gains_by_bf16",
-    "keep_freed_memory",
-    "precision_fields",
-    "refuse_data_parallel",
-    "trains_in_bf16",
-]

@@ -18,6 +18,3 @@ def read_record(path: Path, advice: str = "") -> dict[str, Any]:
     except ValueError as error:
         problem = f"it cannot be read as JSON ({error})"
     raise InputError(f"{str(path)!r}: {problem}; was its folder copied in part, or changed by hand? {advice}".rstrip())
-
-
-__all__ = ["read_record"]

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from helpers.packed_sources import BOS, EOS, FRAMES, WORDS, lines
 from helpers.tiny import CAPTIONS, tiny_documents, tiny_processor, tiny_rows
-from modeling_moma.data.documents import CaptionDocuments, TokenDocuments, mean_length
+from modeling_moma.data.documents import CaptionDocuments, mean_length
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.sources import read_sources
 from modeling_moma.data.stream import DocumentExamples, SourceTurns
+from modeling_moma.data.token_documents import TokenDocuments
 
 
 @pytest.fixture(scope="module")

@@ -132,6 +132,3 @@ class AudioDocuments:
     def held_out(self, rows: Sequence[int] | None = None) -> HeldOutPairs:
         """Both orders of every sound; all sounds first come before the rest."""
         return HeldOutPairs(self._ids, range(len(self)) if rows is None else rows)
-
-
-__all__ = ["AudioDocuments", "AudioKind"]

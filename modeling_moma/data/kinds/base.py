@@ -198,6 +198,3 @@ def check_changed_texts(
 
 def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-__all__ = ["KINDS", "SourceKind", "check_changed_texts", "read_kind", "source_kind"]

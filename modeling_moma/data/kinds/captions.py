@@ -338,6 +338,3 @@ class _CaptionTable:
 
     def columns(self, row: int) -> dict[str, Any]:
         return {name: self.table.value(name, row) for name in self.names}
-
-
-__all__ = ["Alternative", "CaptionDocuments", "CaptionKind", "augmentation_generator"]

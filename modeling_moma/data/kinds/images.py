@@ -37,6 +37,3 @@ class ImageKind(SourceKind):
 
     def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(f"{shard.where} is of images alone, which no model reads.")
-
-
-__all__ = ["ImageKind"]

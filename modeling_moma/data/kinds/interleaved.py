@@ -352,6 +352,3 @@ def _plain_part(part: Any, items: dict[str, list[Any]]) -> dict:
     if not isinstance(text, str):
         raise LeftOut("chat not readable", f"the text of a message is {str(text)[:100]!r}")
     return {"type": "text", "text": text}
-
-
-__all__ = ["InterleavedKind", "Segment", "read_messages", "read_segments"]

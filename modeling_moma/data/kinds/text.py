@@ -45,6 +45,3 @@ class TextKind(SourceKind):
             document = shard.document(index, split, shard.encoder.document([text]), 0)
             if document is not None:
                 yield document
-
-
-__all__ = ["TextKind"]

@@ -180,6 +180,3 @@ class FrameRow:
     def _is_code(self, token: int) -> bool:
         ranges = self.grammar.frames[self._open].ranges  # pyright: ignore[reportArgumentType]
         return any(start <= token < stop for start, stop in ranges)
-
-
-__all__ = ["FREE", "SERVED_MODES", "FrameGrammar", "FrameRow", "Verdict", "check_served"]

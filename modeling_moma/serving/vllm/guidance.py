@@ -152,6 +152,3 @@ def _choose(scores_V: torch.Tensor, temperature: float, generator: torch.Generat
     if temperature == 0:
         return int(scores_V.argmax())
     return int(torch.multinomial(torch.softmax(scores_V / temperature, dim=-1), 1, generator=generator))
-
-
-__all__ = ["NextLogprobs", "engine_logprobs", "guided_frame", "server_logprobs"]

@@ -95,6 +95,3 @@ class MomaMultiModalProcessor(BaseMultiModalProcessor):
             return PromptUpdateDetails.select_token_ids(frame, processor.image_token_ids)
 
         return [PromptReplacement(modality="image", target=[processor.image_token_id], replacement=image)]
-
-
-__all__ = ["IMAGE_IDS", "PLACEHOLDER", "MomaDummyInputs", "MomaMultiModalInfo", "MomaMultiModalProcessor"]

@@ -82,6 +82,3 @@ class MomaLogitsProcessor(LogitsProcessor):
 
 def _mode(params: Any) -> str:
     return (params.extra_args or {}).get(MODE) or TEXT
-
-
-__all__ = ["MODE", "MomaLogitsProcessor"]

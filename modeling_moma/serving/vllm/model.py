@@ -73,6 +73,3 @@ class MomaForVllm(TransformersForCausalLM, SupportsMultiModal):
         if input_ids is None:
             raise InputError("`input_ids` is missing: embeddings alone do not tell which experts serve a token.")
         return super().forward(input_ids, positions, intermediate_tensors, None)
-
-
-__all__ = ["MomaForVllm"]

@@ -28,6 +28,3 @@ def register() -> None:
     MODELS_CONFIG_MAP.setdefault(BACKEND, BackendConfig)
     # given by name, the model is imported only by processes that need it
     ModelRegistry.register_model(ARCHITECTURE, "modeling_moma.serving.vllm.model:MomaForVllm")
-
-
-__all__ = ["ARCHITECTURE", "MODEL_TYPE", "register"]

@@ -94,6 +94,3 @@ def check_servable(config: MomaConfig) -> None:
             "and norms, which it puts in the place of a layer's, have not been tried on a modality without a token. "
             "Use `generate` or `moma serve`."
         )
-
-
-__all__ = ["BackendConfig", "MomaArchConfigConvertor", "MomaServingConfig", "check_servable"]
