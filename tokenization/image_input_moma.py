@@ -70,9 +70,10 @@ def open_image(source: str) -> Image.Image:
         subject = "the file" if is_file or is_address else "no such file exists, and as base64 it"
         # of a file that Pillow does not know it says no more than where its bytes lie in memory
         detail = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        is_large = isinstance(error, Image.DecompressionBombError)
+        why = "too large" if is_large else "truncated, damaged or of another kind"
         raise InputError(
-            f"images: {source[:200]!r} cannot be opened as an image: {subject} is truncated, damaged or of "
-            f"another kind{detail}."
+            f"images: {source[:200]!r} cannot be opened as an image: {subject} is {why}{detail}."
         ) from error
     if is_file:
         # errors name the file by this attribute

@@ -217,7 +217,7 @@ def write_table(output: str, entries: Sequence[Label | Found], rows: Sequence[di
             # in escapes a path keeps bytes that are no text
             path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
             return
-        with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

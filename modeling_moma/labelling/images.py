@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
@@ -63,10 +64,13 @@ def read_files(files: list[Path]) -> Iterator[tuple[Path, Image.Image | LeftOut]
     """Yield each file with its image, or with the reason why there is none."""
     with SvgRenderer() as renderer:
         for file in files:
-            try:
-                yield file, _read(file, renderer)
-            except LeftOut as error:
-                yield file, error
+            # of large images and odd metadata, among lines that name files
+            with warnings.catch_warnings(action="ignore"):
+                try:
+                    found = _read(file, renderer)
+                except LeftOut as error:
+                    found = error
+            yield file, found
 
 
 def _read(file: Path, renderer: "SvgRenderer") -> Image.Image:

@@ -6,8 +6,10 @@ are nested too deeply or by the memory that it asks for. For each file it writes
 bytes that follow (`size`) or why there are none (`error`), and those bytes, a PNG.
 """
 
+import codecs
 import gzip
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ except ImportError:
     resource = None
 # far more than an icon takes
 MOST_BYTES = 2 << 30
+DECLARATION = re.compile(rb"""<\?xml[^>]*encoding=["']([\w.-]+)["']""")
 
 
 def limit_memory() -> None:
@@ -46,9 +49,16 @@ def no_more_files() -> Iterator[None]:
 
 
 def read_text(path: str) -> str:
-    """Return the text of a file, compressed or not."""
+    """Return the text of a file, compressed or not, in the encoding that its first bytes tell."""
     content = Path(path).read_bytes()
-    return (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
+    content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    declared = DECLARATION.match(content)
+    is_utf16 = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding = "utf-16" if is_utf16 else declared[1].decode() if declared else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except ValueError as error:
+        raise ValueError(f"its text is not in {encoding.removesuffix('-sig').upper()}, as it should be") from error
 
 
 def main(side: int) -> None:

@@ -148,8 +148,9 @@ def test_names_of_files_that_are_no_text_and_links_in_circles(model, tmp_path, c
     assert len(told) == 2 and all(line.strip().startswith("circle.png: left out: no file") for line in told)
     entries = json.loads((tmp_path / "labels.json").read_text())
     assert sorted(os.fsencode(entry["file"]) for entry in entries) == sorted(names)
-    with (tmp_path / "labels.csv").open(newline="", errors="surrogateescape") as file:
-        assert sorted(os.fsencode(row["file"]) for row in csv.DictReader(file)) == sorted(names)
+    with (tmp_path / "labels.csv").open(newline="", encoding="utf-8") as file:
+        escaped = [name.decode("utf-8", "surrogateescape").replace("\udce9", "\\udce9") for name in names]
+        assert sorted(row["file"] for row in csv.DictReader(file)) == sorted(escaped)
     assert moma_command("search", folder, "red", "--model", model) == 0
     lines = capfd.readouterr().out.splitlines()
     assert sorted(line.split()[-1] for line in lines) == sorted(printed)
@@ -316,6 +317,19 @@ def test_an_svg_is_rendered_to_the_same_longer_side_whatever_it_asks_for(tmp_pat
     assert isinstance(image, Image.Image) and image.size == size and max(size) == SVG_SIDE
 
 
+@pytest.mark.parametrize(
+    "head, encoding", [("", "utf-16"), ('<?xml version="1.0" encoding="ISO-8859-1"?><!-- \u00e9 -->', "latin-1")]
+)
+def test_an_svg_is_read_in_its_own_encoding(tmp_path, head, encoding):
+    text = SQUARE.format('viewBox="0 0 24 24"')
+    (tmp_path / "icon.svg").write_text(head + text, encoding=encoding)
+    (tmp_path / "plain.svg").write_text(text)
+    (tmp_path / "wrong.svg").write_text(f"<!-- \u00e9 -->{text}", encoding="latin-1")
+    found = {file.name: image for file, image in read_files(folder_files(tmp_path))}
+    assert found["icon.svg"].tobytes() == found["plain.svg"].tobytes()
+    assert str(found["wrong.svg"]) == "SVG not rendered: its text is not in UTF-8, as it should be"
+
+
 def test_an_svg_shows_no_other_file(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "secret.png")
     os.mkfifo(tmp_path / "pipe.png")
@@ -372,6 +386,16 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "icon.png").write_bytes(b"x" * 11)
     ((_, found),) = read_files(folder_files(tmp_path))
     assert isinstance(found, LeftOut) and found.reason == "file too large"
+
+
+def test_an_image_of_too_many_pixels_is_told_so_and_a_large_one_brings_no_warning(tmp_path, monkeypatch, recwarn):
+    # Pillow warns above this, and refuses twice as many
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for side in (40, 50):
+        Image.new("1", (side, side)).save(tmp_path / f"{side}.png")
+    (_, large), (_, too_large) = read_files(folder_files(tmp_path))
+    assert isinstance(large, Image.Image) and not len(recwarn)
+    assert too_large.reason == "image too large" and "the file is too large (" in str(too_large)
 
 
 def test_without_a_renderer_an_svg_says_what_to_install(tmp_path, monkeypatch):
