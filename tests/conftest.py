@@ -4,10 +4,23 @@
 import gc
 import sys
 
+import pytest
+from huggingface_hub import constants
+
 
 # so many modules come with a library; a few more are not worth a collection
 MANY_MODULES = 200
 _frozen_modules = 0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_assets(tmp_path_factory):
+    """Keep what searches have coded out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("assets"))
+        patch.setenv("HF_ASSETS_CACHE", folder)
+        patch.setattr(constants, "HF_ASSETS_CACHE", folder)
+        yield folder
 
 
 def pytest_collection_finish(session):

@@ -7,6 +7,7 @@ shows an image of which only the first codes are there.
 Shape suffixes: B rows, T new tokens so far.
 """
 
+import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -68,9 +69,10 @@ class Studio:
 
     def __post_init__(self):
         self.partial = PartialImages(self.processor)
-        self.coded = (
-            None if self.library is None else CodedFolder.read(self.library, self.labeler, "--search", PROMPTS)
-        )
+        self.coded = None
+        if self.library is not None:
+            prompts = os.path.join(self.library, PROMPTS)
+            self.coded = CodedFolder.read(self.library, self.labeler, "--search", prompts)
 
     @property
     def codes_between_views(self) -> int:
@@ -99,7 +101,7 @@ class Studio:
         if self.coded is None:
             raise InputError("This page has no folder of images to search.")
         with self._lock:
-            found = self.coded.search(words, self.labeler, MOST_FOUND)
+            found = self.coded.search([words], self.labeler, MOST_FOUND)
         images = self.coded.images(found)
         for image, _ in images:
             # a page that shows small images need not send large ones

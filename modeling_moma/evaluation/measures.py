@@ -4,12 +4,11 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, set_seed
+from transformers import GenerationConfig
 
 from tokenization import MomaDataCollator
 from tokenization.text_tokenizer_moma import with_beginning
@@ -18,6 +17,10 @@ from ..data.documents import Documents
 from ..data.examples import shuffled_held_out
 from ..hub.loading import open_model
 from ..modeling_moma import MomaForCausalLM
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 # name of that routing in reports, never without its warning
@@ -32,7 +35,7 @@ def psnr(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(VALUE_RANGE**2 / errors)
 
 
-def image_batches(split: Dataset, processor, batch_size: int, description: str) -> Iterator[torch.Tensor]:
+def image_batches(split: "Dataset", processor, batch_size: int, description: str) -> Iterator[torch.Tensor]:
     """Yield the pixel values of a split's images, with a progress bar."""
     for start in tqdm(range(0, len(split), batch_size), desc=description):
         images = split[start : start + batch_size]["image"]
@@ -147,7 +150,7 @@ def plain_generation(model) -> Iterator[None]:
 @torch.no_grad()
 def draw_images(model, processor, captions: list[str], batch_size: int, sampling: dict, seed: int) -> torch.Tensor:
     """Draw an image for each caption; `<image>` and the like in one are the characters that they are."""
-    set_seed(seed)
+    torch.manual_seed(seed)
     texts = [processor.escape_special_tokens(caption) for caption in captions]
     codes = []
     for start in tqdm(range(0, len(texts), batch_size), desc="drawings"):

@@ -23,12 +23,15 @@ from . import FILE_NAME_SHARE
 from .file_names import file_name_shares, with_file_names
 from .guesses import Guess
 from .images import folder_files, read_files
+from .kept_codes import content_digest, kept_file, read_kept, write_kept
 from .labeler import ImageLabeler
 from .queries import check_queries
 
 
 # files that are coded and labelled together
 PIECE = 256
+# nats by which a score may exceed its bound: numbers of a bfloat16 model depend on the images beside one in a batch
+ROUNDING = 0.1
 TABLES = (".csv", ".json")
 
 
@@ -51,13 +54,8 @@ class Found:
     score: float
 
 
-def coded_images(
-    folder: str, labeler: ImageLabeler, output: str | None = None, option: str = "FOLDER"
-) -> Iterator[tuple[list[str], Any]]:
-    """Yield the images of a folder in pieces: paths in it, and codes as [`ImageLabeler.encode`] has them.
-
-    Each file and each subfolder that is left out is told in a line on the standard error.
-    """
+def told_files(folder: str, output: str | None = None, option: str = "FOLDER") -> list[Path]:
+    """Return the files of a folder; each subfolder that is left out is told in a line on the standard error."""
     own = None if output is None else os.path.realpath(output)
 
     def tell(error: OSError) -> None:
@@ -67,9 +65,16 @@ def coded_images(
     def tell_link(link: Path) -> None:
         tqdm.write(f"{shown(str(link.relative_to(folder)))}: left out: a link to a folder", file=sys.stderr)
 
-    files = [file for file in folder_files(folder, tell, option, tell_link) if os.path.realpath(file) != own]
+    return [file for file in folder_files(folder, tell, option, tell_link) if os.path.realpath(file) != own]
+
+
+def coded_images(folder: str, files: list[Path], labeler: ImageLabeler) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Yield the images among files in pieces: paths in the folder, and codes as [`ImageLabeler.encode`] has them.
+
+    Each file that is left out is told in a line on the standard error.
+    """
     # of large images only what the image tokenizer sees stays in memory
-    paths, pixels, number = [], [], 0
+    paths, pixels = [], []
     for file, found in tqdm(read_files(files), total=len(files), desc="images", disable=None):
         name = str(file.relative_to(folder))
         if isinstance(found, LeftOut):
@@ -82,14 +87,15 @@ def coded_images(
             continue
         paths.append(name)
         pixels.append(values)
-        number += 1
         if len(paths) == PIECE:
             yield paths, labeler.encode_pixels(torch.cat(pixels))
             paths, pixels = [], []
     if paths:
         yield paths, labeler.encode_pixels(torch.cat(pixels))
-    if not number:
-        raise InputError(f"{option} {folder!r}: none of its {len(files)} files is an image that can be read.")
+
+
+def _no_image(folder: str, files: list[Path], option: str = "FOLDER") -> InputError:
+    return InputError(f"{option} {folder!r}: none of its {len(files)} files is an image that can be read.")
 
 
 def shown(text: str) -> str:
@@ -101,11 +107,13 @@ def label_folder(
     folder: str, labeler: ImageLabeler, names: int = 5, tags: int = 8, output: str | None = None
 ) -> list[Label]:
     """Return names and tags of the images of a folder, in the order of their paths; see [`coded_images`]."""
-    labels = []
-    for paths, codes in coded_images(folder, labeler, output):
+    labels, files = [], told_files(folder, output)
+    for paths, codes in coded_images(folder, files, labeler):
         named = labeler.names(codes, names)
         tagged = labeler.tags(codes, tags) if tags else [[] for _ in paths]
         labels += [Label(*entry) for entry in zip(paths, named, tagged, strict=True)]
+    if not labels:
+        raise _no_image(folder, files)
     return labels
 
 
@@ -117,30 +125,12 @@ def search_folder(
     output: str | None = None,
     file_name_share: float = FILE_NAME_SHARE,
 ) -> list[Found]:
-    """Return the images of a folder that fit words best, query by query; see [`coded_images`]."""
+    """Return the images of a folder that fit words best, query by query; see [`CodedFolder`]."""
     check_queries(queries)
     labeler.check_room(queries)
     if not 0 <= file_name_share <= 1:
         raise InputError(f"`file_name_share` is {file_name_share}: it is a share, from 0 to 1.")
-    paths, scores = [], []
-    for names, codes in coded_images(folder, labeler, output):
-        paths += names
-        scores.append(labeler.match(codes, queries))
-    scores_NQ = torch.cat(scores)
-    if file_name_share:
-        memory = labeler.memory if labeler.memory_share else None
-        scores_NQ = with_file_names(scores_NQ, file_name_shares(paths, queries, memory), file_name_share)
-    return _ranked(queries, paths, scores_NQ, top)
-
-
-def _ranked(queries: Sequence[str], paths: list[str], scores_NQ: torch.Tensor, top: int) -> list[Found]:
-    # equal scores stand in the order of their paths
-    order_NQ = scores_NQ.argsort(dim=0, descending=True, stable=True)[:top]
-    return [
-        Found(query, rank, paths[place], scores_NQ[place, column].item())
-        for column, query in enumerate(queries)
-        for rank, place in enumerate(order_NQ[:, column].tolist(), 1)
-    ]
+    return CodedFolder.read(folder, labeler, output=output).search(queries, labeler, top, file_name_share)
 
 
 @dataclass(frozen=True)
@@ -154,26 +144,67 @@ class CodedFolder:
             in it.
         codes (`torch.Tensor`):
             see [`ImageLabeler.encode`].
+        states (`torch.Tensor`):
+            see [`ImageLabeler.states`].
     """
 
     folder: str
     paths: list[str]
     codes: torch.Tensor
+    states: torch.Tensor
 
     @classmethod
     def read(
-        cls, folder: str, labeler: ImageLabeler, option: str = "FOLDER", other: str | None = None
+        cls, folder: str, labeler: ImageLabeler, option: str = "FOLDER", output: str | None = None
     ) -> "CodedFolder":
-        """Read a folder."""
-        paths, codes = [], []
-        for names, codes_NT in coded_images(folder, labeler, other and os.path.join(folder, other), option):
-            paths += names
-            codes.append(codes_NT)
-        return cls(folder, paths, torch.cat(codes))
+        """Read a folder; only files that have changed since the last time are coded."""
+        files, place = told_files(folder, output, option), kept_file(folder, labeler)
+        digests, kept = {str(file.relative_to(folder)): content_digest(file) for file in files}, read_kept(place)
+        found = {path: kept[digest] for path, digest in digests.items() if digest is not None and digest in kept}
+        new = [file for file, path in zip(files, digests, strict=True) if path not in found]
+        for paths, codes in coded_images(folder, new, labeler):
+            found |= zip(paths, zip(codes, labeler.states(codes), strict=True), strict=True)
+        if not found:
+            raise _no_image(folder, files, option)
+        found = {path: found[path] for path in digests if path in found}
+        now = {digest: found[path] for path, digest in digests.items() if path in found and digest is not None}
+        if now.keys() != kept.keys():
+            write_kept(place, now)
+        codes, states = (torch.stack(parts) for parts in zip(*found.values(), strict=True))
+        return cls(folder, list(found), codes, states)
 
-    def search(self, words: str, labeler: ImageLabeler, top: int = 10) -> list[Found]:
-        """Return the images that fit words best, as [`search_folder`] does where names of files count for nothing."""
-        return _ranked([words], self.paths, labeler.match(self.codes, [words]), top)
+    def search(
+        self, queries: Sequence[str], labeler: ImageLabeler, top: int = 10, file_name_share: float = 0.0
+    ) -> list[Found]:
+        """Return the images that fit words best, query by query, equal ones in the order of their paths.
+
+        Only images whose scores may be among the first, by [`ImageLabeler.bounds`], are compared with a query.
+        """
+        check_queries(queries)
+        memory = labeler.used_memory
+        features_ND = self.states[:, :, 0].float().mean(1)
+        known_NQ = None if memory is None else memory.match(features_ND, queries)
+        shares_NQ = file_name_shares(self.paths, queries, memory) if file_name_share else None
+        bounds_NQ = labeler.bounds(self.states, queries) + ROUNDING
+
+        def whole(scores: torch.Tensor, places: Any) -> torch.Tensor:
+            """Return scores by the model, of some places of `[N, Q]`, as those that images are ranked by."""
+            scores = scores if known_NQ is None else labeler.mixed(scores, known_NQ[places])
+            return scores if shares_NQ is None else with_file_names(scores, shares_NQ[places], file_name_share)
+
+        most_NQ, found = whole(bounds_NQ, ...), []
+        for column, query in enumerate(queries):
+            most_N = most_NQ[:, column]
+            scores_N = torch.full_like(most_N, -torch.inf)
+            for place, places_n in enumerate(most_N.argsort(descending=True).split(labeler.batch_size)):
+                done = place * labeler.batch_size
+                if done >= top and scores_N.topk(top).values[-1] > most_N[places_n[0]]:
+                    break
+                written_n = labeler.written_match(self.codes[places_n], [query])[:, 0]
+                scores_N[places_n] = whole(written_n, (places_n, column))
+            order_N = scores_N.argsort(descending=True, stable=True)[:top].tolist()
+            found += [Found(query, rank, self.paths[at], scores_N[at].item()) for rank, at in enumerate(order_N, 1)]
+        return found
 
     def images(self, found: Sequence[Found]) -> list[tuple[Image.Image, str]]:
         """Return what was found with its paths; a file that is gone since is left out."""

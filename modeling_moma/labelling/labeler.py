@@ -19,7 +19,6 @@ from transformers import DynamicCache
 
 from ..data.encoding import DocumentEncoder, processor_fingerprint, with_channels_last
 from ..errors_moma import InputError
-from ..evaluation.measures import encode_images, plain_generation
 from ..hub.loading import open_model, open_processor
 from ..utils.fields import check_utf8
 from . import MOST_GUESSES, MOST_VIEWS
@@ -113,6 +112,9 @@ class ImageLabeler:
 
     def encode_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the codes of pixel values `[N, 3, height, width]`, as [`encode`] does."""
+        # what reads data sets is imported late, here and below: a search of what has been coded needs none of it
+        from ..evaluation.measures import encode_images
+
         views = (moved(pixel_values, *shift) for shift in SHIFTS[: self.views])
         codes = [encode_images(self.processor, iter(view.split(self.batch_size))) for view in views]
         return codes[0] if self.views == 1 else torch.stack(codes, dim=1)
@@ -149,6 +151,38 @@ class ImageLabeler:
             found.append(states_BTD[:, -1].float().cpu())
         return torch.cat(found).unflatten(0, (-1, self._views(codes))).mean(1)
 
+    @torch.no_grad()
+    def states(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states behind images, behind a prompt of names and behind one of tags, `[N, views, 3, D]`.
+
+        They are all that [`bounds`] and a memory need of images.
+        """
+        self._check_codes(codes)
+        found = []
+        for codes_B in codes.flatten(0, -2).split(self.batch_size):
+            ids_BT, cache = self._image_ids(codes_B), DynamicCache(config=self.model.config)
+            states = [self.model.model(input_ids=ids_BT, cache=cache, use_cache=True).last_hidden_state[:, -1]]
+            for prompt in (self.form.name_prompt, self.form.tag_prompt):
+                ids_BC = ids_BT.new_tensor(self._encoder.text_ids(prompt)).expand(len(ids_BT), -1)
+                inputs = {"input_ids": ids_BC, "cache": copy.deepcopy(cache), "use_cache": True}
+                states.append(self.model.model(**inputs).last_hidden_state[:, -1] if prompt else states[0])
+            found.append(torch.stack(states, dim=1).cpu())
+        return torch.cat(found).unflatten(0, (-1, self._views(codes)))
+
+    @torch.no_grad()
+    def bounds(self, states: torch.Tensor, queries: Sequence[str]) -> torch.Tensor:
+        """Return what [`written_match`] is at most, but for rounding: it, were words over with their first tokens."""
+        words = [" ".join(query.split()) for query in queries]
+        prompts = (self.form.name_prompt, self.form.tag_prompt)
+        first_PQ = [[self._word_ids(prompt, text)[0] for text in words] for prompt in prompts]
+        found = []
+        for states_BPD in states.flatten(0, 1)[:, 1:].split(self.batch_size):
+            logits_BPV = self.model.get_output_embeddings()(states_BPD.to(self.model.device))
+            log_probs_BPV = logits_BPV.double().log_softmax(-1).cpu()
+            found.append(torch.logaddexp(*(log_probs_BPV[:, place, ids] for place, ids in enumerate(first_PQ))))
+        views = states.shape[1]
+        return torch.cat(found).unflatten(0, (-1, views)).logsumexp(1) - math.log(views)
+
     def probe(self) -> tuple[torch.Tensor, str]:
         """Return what tells whether a memory is of this model: the features of a fixed image, and the processor's."""
         codes = torch.arange(self.processor.image_seq_length).unsqueeze(0) % 2
@@ -169,9 +203,17 @@ class ImageLabeler:
 
     def with_memory(self, scores: torch.Tensor, codes: torch.Tensor, queries: Sequence[str]) -> torch.Tensor:
         """Return scores of [`written_match`] and the memory's as one; without a memory they stay."""
-        if self.memory is None or self.memory_share == 0:
-            return scores
-        known, share = self.memory.match(self.features(codes), queries), torch.tensor(self.memory_share).double()
+        memory = self.used_memory
+        return scores if memory is None else self.mixed(scores, memory.match(self.features(codes), queries))
+
+    @property
+    def used_memory(self) -> ImageMemory | None:
+        """The memory, unless it counts for nothing."""
+        return self.memory if self.memory_share else None
+
+    def mixed(self, scores: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """Return scores of [`written_match`] and those of [`ImageMemory.match`] as one."""
+        share = torch.tensor(self.memory_share).double()
         return torch.logaddexp(scores + (1 - share).log(), known.log() + share.log())
 
     @torch.no_grad()
@@ -201,6 +243,8 @@ class ImageLabeler:
         self, codes: torch.Tensor, prompt: str, ends: Sequence[int], count: int, never: Sequence[int] = ()
     ) -> list[list[Guess]]:
         """Return texts after a prompt, none of which begins with the ids `never`, and their shares of all others."""
+        from ..evaluation.measures import plain_generation
+
         if not 1 <= count <= MOST_GUESSES:
             raise InputError(f"`count` is {count}: ask for 1 to {MOST_GUESSES} names or tags.")
         self._check_codes(codes)
@@ -282,8 +326,11 @@ class ImageLabeler:
         self, prefix: DynamicCache, ids_BT: torch.Tensor, prompt: str, text: str, ends: Sequence[int]
     ) -> torch.Tensor:
         """Return `log p(text, then one of the ends | image, prompt)` `[B]`."""
-        words = self._text_ids(prompt, f"{prompt} {text}" if prompt else text)
+        words = self._word_ids(prompt, text)
         return self._log_prob(prefix, ids_BT, self._encoder.text_ids(prompt), words, ends)
+
+    def _word_ids(self, prompt: str, words: str) -> list[int]:
+        return self._text_ids(prompt, f"{prompt} {words}" if prompt else words)
 
     def _log_prob(
         self,

@@ -12,13 +12,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 
+from helpers.captions import IMAGES, caption_model, caption_processor
 from helpers.tiny import noise_images, tiny_model, tiny_processor
 from modeling_moma.cli import main as moma
 from modeling_moma.data.images import LeftOut
 from modeling_moma.labelling import images as reading
-from modeling_moma.labelling.folder import Found, search_folder, write_table
+from modeling_moma.labelling.folder import CodedFolder, Found, search_folder, write_table
 from modeling_moma.labelling.images import SVG_SIDE, SvgRenderer, folder_files, read_files
 from modeling_moma.labelling.labeler import ImageLabeler, open_labeler
 
@@ -186,6 +188,53 @@ def test_a_search_ranks_every_image_for_every_query(folder, model, tmp_path, cap
     assert moma_command("search", folder, "red", "--model", model) == 0
     lines = capfd.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[0].split() == [f"{found[0]['score']:.2f}", found[0]["file"]]
+
+
+def test_a_second_search_codes_only_what_has_changed(folder, model, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    coded, encode, labeler = [], ImageLabeler.encode_pixels, open_labeler(model)
+    monkeypatch.setattr(ImageLabeler, "encode_pixels", lambda *given: coded.append(len(given[1])) or encode(*given))
+
+    def search():
+        coded.clear()
+        found = {entry.file: entry.score for entry in search_folder(str(folder), ["red"], labeler)}
+        return sum(coded), found
+
+    first = search()
+    assert first[0] == 3 and search() == (0, first[1])
+    (place,) = (path for path in (tmp_path / "assets").rglob("*") if path.is_file())
+    # one changed, one removed, and one of known content added
+    noise_images(3)[2].save(folder / "0.png")
+    (folder / "again.png").write_bytes((folder / "1.png").read_bytes())
+    (folder / "1.png").unlink()
+    count, found = search()
+    square = os.path.join("sub", "square.SVG")
+    assert count == 1 and sorted(found) == ["0.png", "again.png", square] and found[square] == first[1][square]
+    whole = place.read_bytes()
+    for damaged in (whole[:-9], whole[:-1] + bytes([whole[-1] ^ 1])):
+        place.write_bytes(damaged)
+        assert search() == (3, pytest.approx(found)) and search()[0] == 0
+    place.unlink()
+    place.parent.rmdir()
+    place.parent.touch()
+    capfd.readouterr()
+    assert search() == (3, pytest.approx(found))
+    assert "not kept for the next search" in capfd.readouterr().err
+
+
+def test_images_that_are_not_compared_with_a_query_fit_it_less(tmp_path, monkeypatch):
+    processor = caption_processor()
+    for place, image in enumerate(noise_images(IMAGES)):
+        image.save(tmp_path / f"{place}.png")
+    labeler = ImageLabeler(caption_model(processor), processor, batch_size=1)
+    folder, queries = CodedFolder.read(str(tmp_path), labeler), ["house", "red apple"]
+    scores_NQ = labeler.match(folder.codes, queries)
+    assert (labeler.bounds(folder.states, queries) >= scores_NQ - 1e-4).all()
+    compared, match = [], ImageLabeler.written_match
+    monkeypatch.setattr(ImageLabeler, "written_match", lambda *given: compared.append(given) or match(*given))
+    found = folder.search(queries, labeler, top=1)
+    assert [entry.file for entry in found] == [folder.paths[place] for place in scores_NQ.argmax(0).tolist()]
+    assert len(compared) < len(queries) * IMAGES
 
 
 def test_a_query_that_is_too_long_is_named_before_an_image_is_read(folder, model, monkeypatch, capfd):
