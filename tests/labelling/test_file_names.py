@@ -30,14 +30,16 @@ def memory():
         ("cog-outline.svg", "Cog", 1 / 2),
         ("shoppingCart_24.png", "shopping cart", 2 / 3),
         ("shoppingCart_24.png", "cart shopping", 0),
-        ("cogwheel.svg", "cog", 0),
+        # half of the letters of a longer word
+        ("cogwheel.svg", "cog", 3 / 8 / 2),
+        ("big-flywheel.svg", "wheel", 5 / 8 / 2 / 2),
+        ("anticogwheel.svg", "cog", 0),
         ("archive.tar.svgz", "tar", 1 / 2),
         ("cogs.svg", "cog", 1),
         ("cog.svg", "cogs", 1),
         ("batteries.svg", "battery", 1),
         ("houses.svg", "house", 1),
         ("bus.svg", "bu", 0),
-        ("glass.svg", "glas", 0),
         # by the memory
         ("cog.svg", "settings", 1),
         ("CogFilled.svg", "gear", 1 / 2),
@@ -59,6 +61,14 @@ def memory():
 )
 def test_shares_of_words_that_speak_of_a_query(memory, file, query, share):
     assert file_name_shares([file], [query], memory).tolist() == [[share]]
+
+
+def test_words_that_are_written_as_one_are_those_that_names_have():
+    names = [f"{word} {number}" for word in ("arrow", "left", "up") for number in range(3)]
+    states = torch.randn(len(names), 8, generator=torch.Generator().manual_seed(0))
+    memory = ImageMemory.build(states, names, [["way"]] * 9, states[0], "processor", dimensions=4)
+    files, queries = ["arrowleft.svg", "arrow-left.svg", "uparrow2.svg"], ["left", "arrowleft", "arrow left"]
+    assert file_name_shares(files, queries, memory).tolist() == [[1 / 2, 1, 1], [1 / 2, 1, 1], [0, 0, 0]]
 
 
 def test_without_a_memory_words_alone_count():
