@@ -9,6 +9,9 @@ NEWEST_VENV ?= .venv-newest
 NEWEST_RUN := $(NEWEST_VENV)/bin/python
 LOWEST_VENV ?= .venv-lowest
 LOWEST_RUN := $(LOWEST_VENV)/bin/python
+# the newest Transformers and huggingface_hub, also where a registry lacks what they ask for and pip takes older ones
+NEXT_VENV ?= .venv-next
+NEXT_RUN := $(NEXT_VENV)/bin/python
 # a torch that is built for CUDA, which a device is pretended to where there is none
 CUDA_VENV ?= .venv-cuda
 CUDA_RUN := $(CUDA_VENV)/bin/python tests/helpers/cuda/launch.py
@@ -21,7 +24,7 @@ RUN := $(VENV)/bin/python
 QUIET := env PYTHONWARNINGS=ignore
 INSTALLED := $(VENV)/.installed
 
-.PHONY: FORCE quickstart browser test test-newest test-lowest test-cuda count-cuda test-vllm check docs dist bench reproduce reproduce-icons data data-manual data-gloss data-spoken clean
+.PHONY: FORCE quickstart browser test test-newest test-lowest test-next test-cuda count-cuda test-vllm check docs dist bench reproduce reproduce-icons data data-manual data-gloss data-spoken clean
 
 quickstart: $(VENV)/.installed-train
 	$(RUN) scripts/quickstart.py --output quickstart
@@ -34,6 +37,11 @@ test-newest: $(NEWEST_VENV)/.installed
 
 test-lowest: $(LOWEST_VENV)/.installed
 	OMP_NUM_THREADS=1 $(LOWEST_RUN) -m pytest -q $(PYTEST_FLAGS)
+
+# with `kernels` older than Transformers asks for, it loads no model unless told to leave them alone
+test-next: $(NEXT_VENV)/.installed
+	env OMP_NUM_THREADS=1 $$($(NEXT_RUN) -m pip check | grep -q "^transformers.*kernels" && echo USE_HUB_KERNELS=0) \
+	$(NEXT_RUN) -m pytest -q $(PYTEST_FLAGS)
 
 test-cuda: $(CUDA_VENV)/.installed
 	OMP_NUM_THREADS=1 $(CUDA_RUN) -m pytest -q $(PYTEST_FLAGS) tests/cuda
@@ -118,6 +126,15 @@ $(NEWEST_VENV)/.installed: FORCE
 	-$(BARE) $(NEWEST_RUN) tests/helpers/fetch.py
 	touch $@
 
+# made at every call, with the packages that `make test` has but for these two
+$(NEXT_VENV)/.installed: FORCE
+	$(PYTHON) -m venv $(NEXT_VENV)
+	$(NEXT_RUN) -m pip install --quiet --upgrade pip
+	$(QUIET) $(NEXT_RUN) -m pip install --quiet --no-compile --editable ".[dev]"
+	$(NEXT_RUN) -m pip install --quiet --no-compile --no-deps --upgrade transformers huggingface_hub
+	-$(NEXT_RUN) tests/helpers/fetch.py
+	touch $@
+
 # made at every call, as that with the newest releases
 $(CUDA_VENV)/.installed: FORCE
 	$(PYTHON) -m venv $(CUDA_VENV)
@@ -143,4 +160,4 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(LOWEST_VENV) $(CUDA_VENV) runs quickstart site
+	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(LOWEST_VENV) $(NEXT_VENV) $(CUDA_VENV) runs quickstart site

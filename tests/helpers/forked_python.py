@@ -80,12 +80,15 @@ def _server() -> subprocess.Popen:
 
 
 def _serve():
+    # bitsandbytes would ask the Hub's client for one
+    sys.modules["kernels"] = None
     for name in IMPORTED:
         # each belongs to an extra that need not be installed
         try:
             importlib.import_module(name)
         except ImportError:
             continue
+    del sys.modules["kernels"]
     # a fork that collects garbage would copy all of it
     gc.freeze()
     replies = os.fdopen(os.dup(1), "w")
