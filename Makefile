@@ -68,6 +68,7 @@ check: $(INSTALLED)
 	$(RUN) -m mlinter modeling_moma
 	$(RUN) -m mlinter tokenization
 	$(VENV)/bin/lint-imports --no-cache
+	$(RUN) -m deptry modeling_moma tokenization
 	$(RUN) scripts/private_names.py > /dev/null
 
 docs: $(INSTALLED)
