@@ -57,6 +57,9 @@ def use_cpu_layers(model: nn.Module, enabled: bool = True):
     for module in model.modules():
         form = classes.get(type(module))
         if form is not None:
+            # the package `kernels` binds a layer's own forward to it where it puts in no other
+            if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+                del module.forward
             module.__class__ = form
 
 
