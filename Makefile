@@ -12,6 +12,8 @@ LOWEST_RUN := $(LOWEST_VENV)/bin/python
 # the newest Transformers and huggingface_hub, also where a registry lacks what they ask for and pip takes older ones
 NEXT_VENV ?= .venv-next
 NEXT_RUN := $(NEXT_VENV)/bin/python
+# an environment of each extra by itself
+EXTRAS_VENVS ?= .venv-extras
 # a torch that is built for CUDA, which a device is pretended to where there is none
 CUDA_VENV ?= .venv-cuda
 CUDA_RUN := $(CUDA_VENV)/bin/python tests/helpers/cuda/launch.py
@@ -24,7 +26,7 @@ RUN := $(VENV)/bin/python
 QUIET := env PYTHONWARNINGS=ignore
 INSTALLED := $(VENV)/.installed
 
-.PHONY: FORCE quickstart browser test test-newest test-lowest test-next test-cuda count-cuda test-vllm check docs dist bench reproduce reproduce-icons data data-manual data-gloss data-spoken clean
+.PHONY: FORCE quickstart browser test test-newest test-lowest test-next test-extras test-cuda count-cuda test-vllm check docs dist bench reproduce reproduce-icons data data-manual data-gloss data-spoken clean
 
 quickstart: $(VENV)/.installed-train
 	$(RUN) scripts/quickstart.py --output quickstart
@@ -42,6 +44,10 @@ test-lowest: $(LOWEST_VENV)/.installed
 test-next: $(NEXT_VENV)/.installed
 	env OMP_NUM_THREADS=1 $$($(NEXT_RUN) -m pip check | grep -q "^transformers.*kernels" && echo USE_HUB_KERNELS=0) \
 	$(NEXT_RUN) -m pytest -q $(PYTEST_FLAGS)
+
+# what each extra is for, or of some: `make test-extras EXTRAS="serve eval"`
+test-extras:
+	OMP_NUM_THREADS=1 $(PYTHON) tests/helpers/extras.py $(EXTRAS_VENVS) $(EXTRAS)
 
 test-cuda: $(CUDA_VENV)/.installed
 	OMP_NUM_THREADS=1 $(CUDA_RUN) -m pytest -q $(PYTEST_FLAGS) tests/cuda
@@ -161,4 +167,4 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(LOWEST_VENV) $(NEXT_VENV) $(CUDA_VENV) runs quickstart site
+	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(LOWEST_VENV) $(NEXT_VENV) $(EXTRAS_VENVS) $(CUDA_VENV) runs quickstart site
