@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,8 @@ INPUTS = {
 
 def int8(kind):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    if kind == "dynamic" and os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ("SSE41", "AVX2", "AVX512_CORE"):
+        pytest.skip("torch trusts oneDNN with int8 where the CPU has VNNI, and kept from VNNI its sums overflow")
     name = {"weight_only": "Int8WeightOnlyConfig", "dynamic": "Int8DynamicActivationInt8WeightConfig"}[kind]
     # the rest of the session keeps its settings of the compiler
     return getattr(quantization, name)(set_inductor_config=False)
@@ -168,9 +171,11 @@ def test_commands_run_what_bitsandbytes_saved_in_another_type(saved, saved_in, o
     model.save_pretrained(tmp_path)
     opened = load_model(str(tmp_path), "cpu", opened_in)
     assert opened.dtype == saved_in
+    torch.testing.assert_close(opened.state_dict(), model.state_dict(), rtol=0, atol=0)
     with torch.no_grad():
         for input_ids in INPUTS.values():
-            assert torch.equal(opened(input_ids).logits, model.eval()(input_ids).logits)
+            # rounding of a product may differ with its place in memory, and then a quantised activation
+            assert is_near(opened(input_ids).logits, model.eval()(input_ids).logits)
 
 
 @pytest.mark.parametrize("name", ["weight_only", "dynamic"])
