@@ -106,7 +106,7 @@ class _RaggedRows:
             return None
         needed = max(self.lengths) + 1
         if needed > self.keys.shape[2]:
-            self._settle()
+            self._sync_lengths()
             needed = max(self.lengths) + 1
             # not a question in every step where few columns are left
             self._make_columns(1, needed + _COLUMNS)
@@ -114,7 +114,7 @@ class _RaggedRows:
             self._make_columns(1, needed)
         return torch.arange(needed, device=self.device) <= self.length_B.unsqueeze(-1)
 
-    def _settle(self) -> None:
+    def _sync_lengths(self) -> None:
         """Find out the stored tokens of each row, with a device sync."""
         if not self.is_counted:
             is_writer = vars(self.keys).get(_WRITER) is self.lengths
@@ -124,7 +124,7 @@ class _RaggedRows:
 
     def step_lengths(self, rows: list[int]) -> list[int]:
         """Return stored tokens of rows once each has stored one more."""
-        self._settle()
+        self._sync_lengths()
         return [self.lengths[row] + 1 for row in rows] if self.is_initialized else [1] * len(rows)
 
     def step_keys(self, rows: list[int], row_R: torch.Tensor | None) -> torch.Tensor | None:
@@ -148,7 +148,7 @@ class _RaggedRows:
             )
             self.slots, self.length_B = self.slots.gather(1, order_BS), is_kept_BS.sum(1)
             self.lengths, self.is_counted = self.length_B.tolist(), True
-            self._note_writer()
+            self._mark_owner()
         self.num_hidden = num_after
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -186,7 +186,7 @@ class _RaggedRows:
 
     def _num_columns(self, packing: "DepthPacking") -> int:
         """Return stored tokens of the fullest of the rows that take part."""
-        self._settle()
+        self._sync_lengths()
         return max(self.lengths[row] for row in packing.rows)
 
     def _allocate(self, key_states: torch.Tensor, value_states: torch.Tensor, num_rows: int, capacity: float) -> None:
@@ -198,7 +198,7 @@ class _RaggedRows:
         self.slots = torch.zeros(num_rows, num_columns, dtype=torch.int32, device=self.device)
         self.length_B = torch.zeros(num_rows, dtype=torch.long, device=self.device)
         self.is_initialized = True
-        self._note_writer()
+        self._mark_owner()
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, packing: "DepthPacking") -> None:
         new_lengths = {row: self.lengths[row] + count for row, count in zip(packing.rows, packing.counts)}
@@ -253,14 +253,14 @@ class _RaggedRows:
         self.cumulative_length += 1
         self.length_B = self.length_B + chosen_B
         self.lengths, self.is_counted = [length + 1 for length in self.lengths], False
-        self._note_writer()
+        self._mark_owner()
         return self.keys[:, :, :needed], self.values[:, :, :needed]
 
     def _set_lengths(self, new_lengths: dict[int, int], length_B: torch.Tensor) -> None:
         """Set the stored tokens of the rows that have more now, in a list that no copy has."""
         self.lengths = [new_lengths.get(row, length) for row, length in enumerate(self.lengths)]
         self.length_B = length_B
-        self._note_writer()
+        self._mark_owner()
 
     def _make_columns(self, num_positions: int, needed: int) -> None:
         """Make columns of its own for rows of at most `needed` stored tokens, as so many positions come."""
@@ -269,10 +269,10 @@ class _RaggedRows:
             self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
             self.slots = torch.nn.functional.pad(self.slots, (0, more))
         # a backward may want what earlier steps have read
-        elif torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._take_memory():
+        elif torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._acquire_memory():
             self.keys, self.values, self.slots = self.keys.clone(), self.values.clone(), self.slots.clone()
 
-    def _take_memory(self) -> bool:
+    def _acquire_memory(self) -> bool:
         """Return whether no other copy has written behind what is stored, and reserve the right to."""
         # tensors of inference mode take no writing outside it
         is_writable = torch.is_inference_mode_enabled() or not self.keys.is_inference()
@@ -284,7 +284,7 @@ class _RaggedRows:
             vars(self.keys).setdefault(_WRITER, writer)
         return False
 
-    def _note_writer(self) -> None:
+    def _mark_owner(self) -> None:
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             vars(self.keys)[_WRITER] = self.lengths
 
@@ -294,7 +294,7 @@ class _RaggedRows:
         self.keys, self.values, self.slots, self.length_B = (
             x.index_select(0, rows.to(x.device)) for x in (self.keys, self.values, self.slots, self.length_B)
         )
-        self._note_writer()
+        self._mark_owner()
 
 
 def _is_stored(slot_BS: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
@@ -352,7 +352,7 @@ class MomaStaticDepthCacheLayer(_RaggedRows, StaticLayer):
 
     def reset(self) -> None:
         """Forget everything, but keep the memory."""
-        is_own = self.is_initialized and self._take_memory()
+        is_own = self.is_initialized and self._acquire_memory()
         self.cumulative_length, self.lengths, self.is_counted = 0, [0] * len(self.lengths), True
         self.num_hidden = 0
         if self.is_initialized:

@@ -28,7 +28,7 @@ from .depth_cache_moma import (
     step_mask,
 )
 from .documents_moma import FLASH_LENGTHS, uses_flash_attention_mask
-from .routing_moma import MomaRouterBase, ceil_share, exact_share, lower_scores, thresholds_between
+from .routing_moma import MomaRouterBase, ceil_share, exact_share, lower_scores, midpoints
 from .token_groups_moma import (
     ModalitySplit,
     RouterState,
@@ -164,7 +164,7 @@ class MomaDepthRouter(MomaRouterBase):
         kth_LG, lower_LG = kth_LG1.squeeze(-1), lower_scores(scores_LGN, kth_LG1).amax(-1)
         if not self.is_pooled_by_row:
             return DepthRanks(best_BT, kth_LG[0], lower_LG[0], member_LGN, count_LG)
-        threshold_LG = thresholds_between(kth_LG, lower_LG)
+        threshold_LG = midpoints(kth_LG, lower_LG)
         is_used_LG = torch.ones_like(threshold_LG) if count_LG is None else count_LG > 0
         threshold_G = (threshold_LG * is_used_LG).sum(0) / is_used_LG.sum(0).clamp(min=1)
         return DepthRanks(best_BT, threshold_G, threshold_G, member_LGN, count_LG)
@@ -288,12 +288,14 @@ def depth_rule(name: str) -> Callable[[DepthFunction], DepthFunction]:
 
 
 @depth_rule("expert_choice")
-def _take_the_best(tokens: DepthTokens) -> torch.Tensor:
+def depth_expert_choice(tokens: DepthTokens) -> torch.Tensor:
+    """Return the best tokens of each pool, `[B, T]`."""
     return tokens.ranks.best_BT
 
 
 @depth_rule("threshold")
-def _take_what_reaches_the_cut(tokens: DepthTokens) -> torch.Tensor:
+def depth_threshold(tokens: DepthTokens) -> torch.Tensor:
+    """Return the tokens whose scores reach the threshold of their pool, `[B, T]`."""
     router, state = tokens.router, tokens.state
     chosen_BT = tokens.scores_BT >= tokens.by_pool(state.threshold)
     if tokens.context.track and router.warmup_steps and not router.is_frozen:
@@ -303,12 +305,14 @@ def _take_what_reaches_the_cut(tokens: DepthTokens) -> torch.Tensor:
 
 
 @depth_rule("token_choice")
-def _take_what_passes_the_middle(tokens: DepthTokens) -> torch.Tensor:
+def depth_token_choice(tokens: DepthTokens) -> torch.Tensor:
+    """Return the tokens whose scores, with the bias of their pool, reach the middle, `[B, T]`."""
     return tokens.scores_BT + tokens.by_pool(tokens.state.balance_bias) >= _MIDDLE
 
 
 @depth_rule("auxiliary")
-def _take_what_is_predicted(tokens: DepthTokens) -> torch.Tensor:
+def depth_auxiliary(tokens: DepthTokens) -> torch.Tensor:
+    """Return the tokens of which the auxiliary router predicts that their pool would take them, `[B, T]`."""
     predicted_BT = tokens.router.predicted_scores(tokens.hidden_BTD).squeeze(-1)
     return predicted_BT >= tokens.by_pool(tokens.router.auxiliary.threshold)
 
@@ -465,7 +469,7 @@ class DepthLayer(nn.Module):
             masked_cache = DepthCacheView(cache, self.depth_router.capacity, chosen_B=chosen_BT[:, 0])
         if context.track:
             context = context.with_skipping(~chosen_BT)
-        # what the layer does not see must not overflow in it: infinity times 0 is no number
+        # what the layer does not see must not overflow in it: infinity times 0 is NaN
         chosen_BT1 = chosen_BT.unsqueeze(-1)
         x_BTD = torch.where(chosen_BT1, hidden_BTD, 0.0)
         attention_update = self.attention_update(

@@ -24,7 +24,7 @@ from transformers.integrations.moe import (
 
 from .configuration_moma import MomaConfig
 from .cpu_moma import are_plain, has_backward, is_on_cpu, matmul_dtype, run_sequentially
-from .token_groups_moma import PairForm, is_distributed
+from .token_groups_moma import DispatchLayout, is_distributed
 
 
 DEFAULT_IMPLEMENTATION = "moma"
@@ -163,7 +163,7 @@ _AFFORDABLE_BYTES = 2**28
 _FEW_TOKENS = 64
 
 
-def form_of_pairs(config: MomaConfig, input_ids: torch.Tensor | None, states: torch.Tensor) -> PairForm:
+def choose_dispatch_layout(config: MomaConfig, input_ids: torch.Tensor | None, states: torch.Tensor) -> DispatchLayout:
     """Return in what form selections have their pairs: without a device sync where that costs little.
 
     A row for each pair of token and expert costs memory in a backward, and time with implementations that run it.
@@ -172,17 +172,17 @@ def form_of_pairs(config: MomaConfig, input_ids: torch.Tensor | None, states: to
     # weights that are loaded when they are needed are not where the layers compute
     inputs = states if input_ids is None else input_ids
     if is_on_cpu(inputs) or is_distributed() or not takes_all_pairs:
-        return PairForm.COUNTED
+        return DispatchLayout.RAGGED
     num_tokens = inputs.shape[:2].numel()
     dtype = matmul_dtype(states)
     widths = [config.group_intermediate_size(group) for group in config.expert_groups]
-    form = PairForm.SORTED if _has_kernel(dtype, (config.hidden_size, *widths)) else PairForm.FIXED
+    form = DispatchLayout.SORTED if _has_kernel(dtype, (config.hidden_size, *widths)) else DispatchLayout.PADDED
     if not torch.is_grad_enabled():
-        return form if form is PairForm.SORTED or num_tokens <= _FEW_TOKENS else PairForm.COUNTED
+        return form if form is DispatchLayout.SORTED or num_tokens <= _FEW_TOKENS else DispatchLayout.RAGGED
     most_experts = max(config.group_num_experts(group) for group in config.expert_groups)
     row_size = 2 * config.hidden_size + 3 * max(widths)
     num_bytes = num_tokens * most_experts * row_size * dtype.itemsize * config.num_hidden_layers
-    return form if num_bytes <= _AFFORDABLE_BYTES else PairForm.COUNTED
+    return form if num_bytes <= _AFFORDABLE_BYTES else DispatchLayout.RAGGED
 
 
 def _implementation(config: MomaConfig) -> Any:

@@ -54,7 +54,7 @@ from .depth_cache_moma import DepthCacheView, DepthPacking
 from .depth_moma import DepthLayer, MomaDepthRouter
 from .documents_moma import causal_mask_of, check_replica, uses_flash_attention_mask
 from .errors_moma import InputError
-from .experts_implementations_moma import DEFAULT_IMPLEMENTATION, form_of_pairs, takes_any_width, takes_hints
+from .experts_implementations_moma import DEFAULT_IMPLEMENTATION, choose_dispatch_layout, takes_any_width, takes_hints
 from .frames_moma import TEXT
 from .generation_moma import MomaGenerationMixin
 from .loss_moma import causal_lm_loss
@@ -300,7 +300,7 @@ class MomaUntiedAttention(MomaAttention):
         modalities.{text,image,...}.   see [`MomaProjections`]
     """
 
-    needs_rows = False
+    pad_empty_input = False
 
     def add_projections(self, config: MomaConfig):
         """Add the layers of each modality."""
@@ -315,14 +315,14 @@ class MomaUntiedAttention(MomaAttention):
             # brought back in place together
             return torch.cat(self._of(modality).to_heads(x_ND), dim=1)
 
-        states = context.run_by_group(hidden_states, to_heads, self.needs_rows)
+        states = context.run_by_group(hidden_states, to_heads, self.pad_empty_input)
         # of the heads that are here, which tensor parallelism splits
         num_keys = states.shape[2] // (self.num_key_value_groups + 2)
         return states.split((num_keys * self.num_key_value_groups, num_keys, num_keys), dim=2)  # pyright: ignore[reportReturnType]
 
     def project_back(self, attn_output: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         """See [`MomaAttention.project_back`]."""
-        return context.run_by_group(attn_output, lambda name, x: self._of(name).o_proj(x), self.needs_rows)
+        return context.run_by_group(attn_output, lambda name, x: self._of(name).o_proj(x), self.pad_empty_input)
 
     def _of(self, modality: str) -> MomaProjections:
         return self.modalities[modality]  # pyright: ignore[reportReturnType]
@@ -347,7 +347,7 @@ class MomaExperts(nn.Module):
     """
 
     # quantised matmuls fail on inputs without rows: `use_quantized_layers` sets it
-    needs_rows = False
+    pad_empty_input = False
     # set by the decorator of the class
     config: MomaConfig
     _apply_gate: Callable[[torch.Tensor], torch.Tensor]
@@ -374,7 +374,7 @@ class MomaExperts(nn.Module):
 
     def run_expert(self, expert: int, x_KD: torch.Tensor) -> torch.Tensor:
         """Return one expert on its rows, `[K, D]` to `[K, D]`."""
-        if self.needs_rows and x_KD.shape[0] == 0:
+        if self.pad_empty_input and x_KD.shape[0] == 0:
             return self.run_expert(expert, x_KD.new_zeros(1, x_KD.shape[1]))[:0]
         gate_up = nn.functional.linear(x_KD, self.gate_up_proj[expert])
         return nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
@@ -383,7 +383,7 @@ class MomaExperts(nn.Module):
 class MomaMLP(nn.Module):
     """A SwiGLU feed-forward network: the expert of a one-expert group, or a shared expert."""
 
-    needs_rows = False
+    pad_empty_input = False
 
     def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
         super().__init__()
@@ -394,7 +394,7 @@ class MomaMLP(nn.Module):
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Map `[..., D]` to `[..., D]`."""
-        if self.needs_rows and x_ND.shape[0] == 0:
+        if self.pad_empty_input and x_ND.shape[0] == 0:
             return self(x_ND.new_zeros(1, *x_ND.shape[1:]))[:0]
         inner_NF = self.act_fn(self.gate_proj(x_ND)) * self.up_proj(x_ND)
         return self.down_proj(inner_NF)
@@ -432,7 +432,7 @@ class MomaExpertGroup(nn.Module):
         else:
             # experts that a server has put in their place know of no pairs without a token
             is_ours = isinstance(self.experts, MomaExperts)
-            _, selection = self.router(x_ND, context if is_ours else context.with_syncs())
+            _, selection = self.router(x_ND, context if is_ours else context.allowing_host_sync())
             if self.router.normalizes_gates:
                 selection = selection.normalized(num_tokens)
             # expert parallelism brings experts other rows than these, in unknown shares
@@ -463,7 +463,7 @@ class MomaFeedForward(nn.Module):
     """
 
     # run groups without a token, too: set while routers are observed
-    runs_all_groups = False
+    keep_empty_groups = False
 
     def __init__(self, config: MomaConfig):
         super().__init__()
@@ -476,7 +476,7 @@ class MomaFeedForward(nn.Module):
         self, hidden_states: torch.Tensor, context: RoutingContext
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Send each token through its modality's group."""
-        runs_all = context.runs_all_groups or self.runs_all_groups
+        runs_all = context.keep_empty_groups or self.keep_empty_groups
         names = list(self.groups) if runs_all else context.split.used_groups
         if len(names) == 1 and context.split.is_whole:
             y_ND, gate_N = self.groups[names[0]](hidden_states.flatten(0, 1), context)
@@ -797,7 +797,7 @@ class MomaModel(MomaPreTrainedModel):
             routing=routing,
             depth_routing=depth_routing,
             is_recorded=bool(kwargs.get("output_router_logits", self.config.output_router_logits)),
-            pairs=form_of_pairs(
+            pairs=choose_dispatch_layout(
                 self.config, input_ids, self.embed_tokens.weight if inputs_embeds is None else inputs_embeds
             ),
             takes_hints=takes_hints(self.config),

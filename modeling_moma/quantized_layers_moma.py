@@ -21,9 +21,9 @@ def use_quantized_layers(model: nn.Module):
     itself.
     """
     for module in model.modules():
-        if not hasattr(type(module), "needs_rows"):
+        if not hasattr(type(module), "pad_empty_input"):
             continue
-        module.needs_rows = True  # pyright: ignore[reportArgumentType]
+        module.pad_empty_input = True  # pyright: ignore[reportArgumentType]
         config: Any = getattr(module, "config", None)
         if config is not None and not takes_quantized(config):
             # one config serves all layers

@@ -48,7 +48,7 @@ class Selection:
         ends_E (`torch.IntTensor`, *optional*):
             where each expert's pairs end where that is known to the device alone, `[E]`; later pairs are padding.
         chosen (`Selection`, *optional*):
-            what experts chose, where tokens that none of them took were added, see [`Selection.covering`].
+            what experts chose, where tokens that none of them took were added, see [`Selection.with_fallback_expert`].
     """
 
     token_P: torch.Tensor
@@ -69,13 +69,13 @@ class Selection:
 
     @classmethod
     def from_mask(
-        cls, is_taken_NE: torch.Tensor, scores_NE: torch.Tensor, has_fixed_shapes: bool, may_sync: bool = True
+        cls, is_taken_NE: torch.Tensor, scores_NE: torch.Tensor, has_fixed_shapes: bool, allow_host_sync: bool = True
     ) -> "Selection":
         """Return the pairs that a mask names, weighed by their scores."""
         if has_fixed_shapes:
             token_EN = torch.arange(scores_NE.shape[0], device=scores_NE.device).expand(scores_NE.shape[1], -1)
             return cls.from_topk(token_EN, torch.where(is_taken_NE, scores_NE, 0.0).t(), has_padding=True)
-        if not may_sync:
+        if not allow_host_sync:
             return cls._from_all_pairs(is_taken_NE, scores_NE)
         # sorted by expert, as matmuls want them
         expert_P, token_P = is_taken_NE.t().nonzero(as_tuple=True)
@@ -94,11 +94,11 @@ class Selection:
         size = max(num_tokens, 1)
         return cls(order_P % size, order_P // size, weight_P, has_padding=True, is_sorted=True, ends_E=ends_E)
 
-    def covering(
+    def with_fallback_expert(
         self,
         scores_NE: torch.Tensor,
         has_fixed_shapes: bool,
-        may_sync: bool = True,
+        allow_host_sync: bool = True,
         is_skipping_N: torch.Tensor | None = None,
     ) -> "Selection":
         """Return a selection in which each token that no expert takes is added to the one that scores it highest."""
@@ -110,7 +110,7 @@ class Selection:
         if is_skipping_N is not None:
             is_left_N1 &= ~is_skipping_N.unsqueeze(1)
         taken_NE = taken_NE | nobody_NE.scatter(1, scores_NE.argmax(1, keepdim=True), is_left_N1)
-        return replace(Selection.from_mask(taken_NE, scores_NE, has_fixed_shapes, may_sync), chosen=self)
+        return replace(Selection.from_mask(taken_NE, scores_NE, has_fixed_shapes, allow_host_sync), chosen=self)
 
     def normalized(self, num_tokens: int) -> "Selection":
         """Return gates over the detached sum of their token's, for `config.normalize_gates`."""
@@ -126,7 +126,7 @@ class Selection:
     def combine(self, y_PD: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Add the weighted outputs of each token's pairs."""
         if self.has_padding:
-            # an expert without a token may overflow in half precision, and infinity times 0 is no number
+            # an expert without a token may overflow in half precision, and infinity times 0 is NaN
             y_PD = y_PD.masked_fill(self.weight_P.unsqueeze(-1) <= 0, 0.0)
         return y_PD.new_zeros(num_tokens, y_PD.shape[1]).index_add_(0, self.token_P, y_PD)
 
@@ -202,7 +202,7 @@ _MARGIN = 2.0**-10
 
 def batch_thresholds(scores_CN: torch.Tensor, kth_C: torch.Tensor) -> torch.Tensor:
     """Return the thresholds of one batch."""
-    return thresholds_between(kth_C, lower_scores(scores_CN, kth_C.unsqueeze(-1)).amax(-1))
+    return midpoints(kth_C, lower_scores(scores_CN, kth_C.unsqueeze(-1)).amax(-1))
 
 
 def lower_scores(scores: torch.Tensor, kth: torch.Tensor) -> torch.Tensor:
@@ -211,9 +211,9 @@ def lower_scores(scores: torch.Tensor, kth: torch.Tensor) -> torch.Tensor:
     return torch.where(scores >= kth * (1 - _ROUNDING), -1.0, scores)
 
 
-def thresholds_between(kth_C: torch.Tensor, lower_C: torch.Tensor) -> torch.Tensor:
+def midpoints(kth_C: torch.Tensor, next_best_C: torch.Tensor) -> torch.Tensor:
     """Return midway between the K-th best scores and the next lower ones."""
-    return torch.where(lower_C < 0, kth_C * (1 - _MARGIN), (kth_C + lower_C) / 2)
+    return torch.where(next_best_C < 0, kth_C * (1 - _MARGIN), (kth_C + next_best_C) / 2)
 
 
 class Fp32Buffers(nn.Module):
@@ -416,7 +416,9 @@ class MomaRouter(MomaRouterBase):
             context.record(self, statistics)
         if self.covers_all_tokens and not rule.counts_experts:
             is_skipping_N = context.skipping_of(self.group)
-            selection = selection.covering(scores_NE, context.has_fixed_shapes, context.may_sync, is_skipping_N)
+            selection = selection.with_fallback_expert(
+                scores_NE, context.has_fixed_shapes, context.allow_host_sync, is_skipping_N
+            )
         return logits_NE, selection
 
     def capacity(self, num_tokens: int) -> int:
@@ -508,7 +510,7 @@ def routing_rule(name: str, **properties: Any) -> Callable[[SelectionFunction], 
     return enter
 
 
-@routing_rule("expert_choice", is_causal=False, may_train=True, takes_noise=True, leaves_out=True)
+@routing_rule("expert_choice", is_causal=False, may_train=True, takes_noise=True, respects_skip_mask=True)
 def expert_choice(
     router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
 ) -> Selection:
@@ -524,7 +526,7 @@ def expert_choice(
     return Selection.from_topk(token_EK, weight_EK * is_filled_K, has_padding=True)
 
 
-@routing_rule("threshold", is_causal=True, may_train=True, reads_threshold=True, leaves_out=True)
+@routing_rule("threshold", is_causal=True, may_train=True, reads_threshold=True, respects_skip_mask=True)
 def threshold(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
     """Select a token iff its score reaches the running mean of the expert's thresholds.
 
@@ -540,7 +542,7 @@ def threshold(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, c
         is_best_EN = torch.zeros_like(is_taken_NE.t()).scatter_(1, best.token_EK, is_filled)
         is_taken_NE = torch.where(num_updates < router.warmup_steps, is_best_EN.t(), is_taken_NE)
     is_taken_NE = _without_skipping(is_taken_NE, router, context)
-    return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.may_sync)
+    return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.allow_host_sync)
 
 
 @routing_rule(
@@ -550,7 +552,7 @@ def threshold(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, c
     takes_noise=True,
     moves_bias=True,
     counts_experts=True,
-    leaves_out=True,
+    respects_skip_mask=True,
 )
 def token_choice(
     router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
@@ -564,7 +566,7 @@ def token_choice(
     if context.has_fixed_shapes or context.skipping_BT is not None:
         is_taken_NE = torch.zeros_like(scores_NE, dtype=torch.bool).scatter_(1, expert_Nk, True)
         is_taken_NE = _without_skipping(is_taken_NE, router, context)
-        return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.may_sync)
+        return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.allow_host_sync)
     expert_P, order_P = expert_Nk.flatten().sort(stable=True)
     weight_P = scores_NE.gather(1, expert_Nk).flatten().index_select(0, order_P)
     return Selection(order_P // router.num_experts_per_tok, expert_P, weight_P, is_sorted=True)
@@ -574,7 +576,7 @@ def token_choice(
 def auxiliary(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
     """Select a token iff the auxiliary router predicts so, weighed by the main router (section 2.4)."""
     is_taken_NE = router.predicted_scores(x_ND) >= router.auxiliary.threshold
-    return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.may_sync)
+    return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.allow_host_sync)
 
 
 def _without_skipping(is_taken_NE: torch.Tensor, router: MomaRouter, context: RoutingContext) -> torch.Tensor:
@@ -627,12 +629,12 @@ class RouterStack:
     def of(cls, pairs: list[tuple[MomaRouterBase, RouterStatistics]], moves_bias: bool) -> "RouterStack":
         """Stack what the routers saw; load deficits only where biases move. No count is left to what is no number."""
         kth_S = torch.cat([each.kth_C for _, each in pairs])
-        lower_S = torch.cat([each.lower_C for _, each in pairs])
+        lower_S = torch.cat([each.next_best_C for _, each in pairs])
         deficits: Any = [each.load_deficit_C for _, each in pairs]
         sizes = [each.kth_C.shape[0] for _, each in pairs]
         ones_C = kth_S.new_ones(max(sizes))
         counts = [ones_C[:size] if each.count_C is None else each.count_C for size, (_, each) in zip(sizes, pairs)]
-        threshold_S = thresholds_between(kth_S, lower_S)
+        threshold_S = midpoints(kth_S, lower_S)
         return cls(
             [router for router, _ in pairs],
             threshold_S,

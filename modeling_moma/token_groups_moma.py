@@ -226,17 +226,17 @@ def logistic_noise_like(logits: torch.Tensor) -> torch.Tensor:
     return torch.rand_like(logits).logit(eps=1e-6)
 
 
-class PairForm(Enum):
+class DispatchLayout(Enum):
     """In what form a selection has its (token, expert) pairs where their number is known to the device alone.
 
-    - `COUNTED`: no others, for a device sync.
+    - `RAGGED`: no others, for a device sync.
     - `SORTED`: a row for each token and expert, those that are taken first: an implementation leaves the others out.
-    - `FIXED`: a row for each token and expert, expert by expert, which all run.
+    - `PADDED`: a row for each token and expert, expert by expert, which all run.
     """
 
-    COUNTED = "counted"
+    RAGGED = "ragged"
     SORTED = "sorted"
-    FIXED = "fixed"
+    PADDED = "padded"
 
 
 class RouterState(NamedTuple):
@@ -251,7 +251,7 @@ class RouterStatistics(NamedTuple):
     """What one router saw in one forward, for each of its `C` thresholds."""
 
     kth_C: torch.Tensor
-    lower_C: torch.Tensor
+    next_best_C: torch.Tensor
     load_deficit_C: torch.Tensor | None = None
     count_C: torch.Tensor | None = None
 
@@ -276,8 +276,8 @@ class RoutingContext:
         document_BT: torch.Tensor | None = None,
         custom_mask_BHQS: torch.Tensor | None = None,
         lengths: FlashAttentionKwargs | None = None,
-        runs_all_groups: bool = True,
-        pairs: PairForm = PairForm.COUNTED,
+        keep_empty_groups: bool = True,
+        pairs: DispatchLayout = DispatchLayout.RAGGED,
         takes_hints: bool = False,
         is_recorded: bool = False,
         masks_depth: bool = False,
@@ -291,7 +291,7 @@ class RoutingContext:
         self.padding_BT, self.document_BT = padding_BT, document_BT
         self.custom_mask_BHQS, self.lengths = custom_mask_BHQS, lengths
         self.hidden: tuple[torch.Tensor, int, int] | None = None
-        self.runs_all_groups, self.pairs, self.takes_hints = runs_all_groups, pairs, takes_hints
+        self.keep_empty_groups, self.pairs, self.takes_hints = keep_empty_groups, pairs, takes_hints
         self.is_recorded, self.masks_depth, self.skipping_BT = is_recorded, masks_depth, skipping_BT
         self.statistics: dict[Any, RouterStatistics] = {}
         self.state: dict[Any, RouterState] = {}
@@ -302,12 +302,12 @@ class RoutingContext:
     @property
     def has_fixed_shapes(self) -> bool:
         """Whether no shape may depend on who chooses whom."""
-        return isinstance(self.split, FixedSplit) or self.pairs is PairForm.FIXED
+        return isinstance(self.split, FixedSplit) or self.pairs is DispatchLayout.PADDED
 
     @property
-    def may_sync(self) -> bool:
+    def allow_host_sync(self) -> bool:
         """Whether the device may be asked for the number of pairs."""
-        return self.pairs is PairForm.COUNTED
+        return self.pairs is DispatchLayout.RAGGED
 
     @property
     def documents(self) -> Documents:
@@ -362,29 +362,29 @@ class RoutingContext:
             self._skipping = {name: part.squeeze(-1) for name, part in parts.items()}
         return self._skipping[group] if self._skipping[group].shape[0] else None
 
-    def with_syncs(self) -> "RoutingContext":
+    def allowing_host_sync(self) -> "RoutingContext":
         """Return the same context, in which layers may ask the device for numbers."""
-        return self if self.may_sync else self._view(pairs=PairForm.COUNTED)
+        return self if self.allow_host_sync else self._view(pairs=DispatchLayout.RAGGED)
 
     def with_routing(self, routing: str, track: bool = False) -> "RoutingContext":
         """Return a separate context for the same tokens, in which experts and depth layers choose by another rule."""
         return self._copy(routing=routing, depth_routing=routing, track=track)
 
     def run_by_group(
-        self, x_BTD: torch.Tensor, run: Callable[[str, torch.Tensor], torch.Tensor], needs_rows: bool = False
+        self, x_BTD: torch.Tensor, run: Callable[[str, torch.Tensor], torch.Tensor], pad_empty_input: bool = False
     ) -> torch.Tensor:
         """Return what is made of each group's tokens, back in place, `[B, T, ...]`."""
         tokens, used = self.split.split(x_BTD), self.split.used_groups
         outputs: dict[str, torch.Tensor] = {}
         # a chunk of padding alone has no tokens in any group
-        for name in tokens if self.runs_all_groups or not used else used:
+        for name in tokens if self.keep_empty_groups or not used else used:
             x_ND = tokens[name]
-            is_empty = needs_rows and x_ND.shape[0] == 0
+            is_empty = pad_empty_input and x_ND.shape[0] == 0
             outputs[name] = run(name, x_ND.new_zeros(1, x_ND.shape[1]))[:0] if is_empty else run(name, x_ND)
         return self.split.merge(outputs, x_BTD)
 
     def _copy(self, **changes: Any) -> "RoutingContext":
-        names = ("routing", "split", "track", "depth_routing", "runs_all_groups", "pairs", "takes_hints")
+        names = ("routing", "split", "track", "depth_routing", "keep_empty_groups", "pairs", "takes_hints")
         names += ("is_recorded", "masks_depth", "skipping_BT", *self._tensors)
         return RoutingContext(**{**{name: getattr(self, name) for name in names}, **changes})
 
@@ -424,7 +424,7 @@ def routing_of_batch(
     routing: str | None = None,
     depth_routing: str | None = None,
     is_recorded: bool = False,
-    pairs: PairForm = PairForm.COUNTED,
+    pairs: DispatchLayout = DispatchLayout.RAGGED,
     takes_hints: bool = False,
     given: Mapping[str, Any] = MappingProxyType({}),
 ) -> RoutingContext:
@@ -434,7 +434,7 @@ def routing_of_batch(
     inputs: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore[reportAssignmentType]
     past_length = seen_positions(cache)
     has_records = is_recorded or bool(given.get("output_attentions", config.output_attentions))
-    masks_depth = pairs is not PairForm.COUNTED and _may_mask_depth(
+    masks_depth = pairs is not DispatchLayout.RAGGED and _may_mask_depth(
         config, inputs, attention_mask, cache, routing, is_training, has_records
     )
     # a cache gives its length as a tensor only if it is static and holds something
@@ -480,7 +480,7 @@ def routing_of_batch(
         padding_BT,
         documents.document_BT,
         lengths=documents.lengths,
-        runs_all_groups=is_training or has_gradients or is_distributed() or is_recorded,
+        keep_empty_groups=is_training or has_gradients or is_distributed() or is_recorded,
         pairs=pairs,
         takes_hints=takes_hints,
         is_recorded=has_records,
@@ -621,7 +621,7 @@ def _may_mask_depth(
         return is_rarely_skipped and length == 1 and rule.is_causal and not is_training
     size, width = config.hidden_size, max(config.group_intermediate_size(group) for group in config.expert_groups)
     num_operations = num_rows * length * size * (8 * size + 6 * width + 4 * length)
-    return is_training and torch.is_grad_enabled() and rule.leaves_out and num_operations <= _FEW_OPERATIONS
+    return is_training and torch.is_grad_enabled() and rule.respects_skip_mask and num_operations <= _FEW_OPERATIONS
 
 
 def _split_fixed(

@@ -20,7 +20,7 @@ from emoji_recipe.card import count_table, fill_card
 from emoji_recipe.cells import SPLITS, drawing_cell, merge_cells, split_cells
 from emoji_recipe.sources import PACKAGES, read_drawings, render, require_tools
 from image_sets.npm import fetch_packages
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import atomic_write
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -87,13 +87,13 @@ def main() -> None:
     sizes = {}
     for split in SPLITS:
         path = args.output / "data" / f"{split}-00000-of-00001.parquet"
-        write_aside(path, Dataset.from_list(rows[split], features=FEATURES).to_parquet)
+        atomic_write(path, Dataset.from_list(rows[split], features=FEATURES).to_parquet)
         sizes[split] = path.stat().st_size
         print(f"{split}: {len(rows[split])} images, {sizes[split] / 1e6:.2f} MB")
     card = args.output / "README.md"
     template = card if card.exists() else REPOSITORY / "data" / "emoji" / "README.md"
     filled = fill_card(template.read_text(encoding="utf-8"), rows, sizes, summary)
-    write_aside(card, lambda path: path.write_text(filled, encoding="utf-8"))
+    atomic_write(card, lambda path: path.write_text(filled, encoding="utf-8"))
     print(count_table(rows))
 
 

@@ -31,7 +31,7 @@ from icons_recipe.splits import SPLITS, split_rows
 from icons_recipe.tags import pool_tags, read_tags
 from icons_recipe.words import HeldOutWords
 from image_sets.npm import require_npm
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import atomic_write
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -111,10 +111,10 @@ def write(args, collections, grouped, splits, of_row, dropped) -> None:
     size = write_hash_list(args.output / HASH_LIST, grouped.rows, of_row, grouped.groups.tolist())
     print(f"{HASH_LIST}: {size / 1e6:.2f} MB")
     phrases = json.dumps({"words": splits.words, "pairs": splits.pairs}, indent=1) + "\n"
-    write_aside(args.output / "held_out.json", lambda path: path.write_text(phrases, encoding="utf-8"))
+    atomic_write(args.output / "held_out.json", lambda path: path.write_text(phrases, encoding="utf-8"))
     images = Counter(row.set for split in SPLITS for row in rows[split])
     page = attribution(collections, images)
-    write_aside(args.output / "LICENSES" / "ATTRIBUTION.md", lambda path: path.write_text(page, encoding="utf-8"))
+    atomic_write(args.output / "LICENSES" / "ATTRIBUTION.md", lambda path: path.write_text(page, encoding="utf-8"))
     summary = {
         "Families": len({row.family for row in grouped.rows}),
         "Near-identical pairs": len(grouped.pairs),
@@ -125,7 +125,7 @@ def write(args, collections, grouped, splits, of_row, dropped) -> None:
     card = args.output / "README.md"
     template = card if card.exists() else REPOSITORY / "data" / "icons" / "README.md"
     text = fill_card(template.read_text(encoding="utf-8"), rows, sizes, dropped, summary)
-    write_aside(card, lambda path: path.write_text(text, encoding="utf-8"))
+    atomic_write(card, lambda path: path.write_text(text, encoding="utf-8"))
     print(count_table(rows, sizes))
 
 

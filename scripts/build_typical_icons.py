@@ -19,7 +19,7 @@ from icons_recipe.typical import typical_icons
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.measures import load_model
 from modeling_moma.hub.loading import open_processor
-from modeling_moma.utils.atomic_files import check_place, write_aside
+from modeling_moma.utils.atomic_files import atomic_write, check_place
 
 
 def main(arguments=None) -> int:
@@ -41,7 +41,7 @@ def main(arguments=None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_aside(file, icons.to_parquet)
+    atomic_write(file, icons.to_parquet)
     print(f"{len(icons):,} images of {len(set(icons['name'])):,} names in {file}")
     return 0
 

@@ -37,7 +37,7 @@ from modeling_moma.evaluation.measures import (
     write_captions,
 )
 from modeling_moma.training.loss_curves import plot_curves, read_run, savings, tokens_of_example
-from modeling_moma.utils.atomic_files import check_place, write_aside
+from modeling_moma.utils.atomic_files import atomic_write, check_place
 from tokenization import MomaProcessor
 
 
@@ -230,7 +230,7 @@ def main(arguments=None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_aside(args.output, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
+    atomic_write(args.output, lambda path: path.write_text(json.dumps(report, indent=2) + "\n"))
     print(report_table(report))
     if args.write_card:
         runs = {name: report["training"][key] for name, key in (("MoMa", "model"), ("dense", "dense"))}

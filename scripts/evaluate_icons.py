@@ -19,7 +19,7 @@ from PIL import Image
 from icons_recipe.measuring import Evaluation
 from icons_recipe.model_card import EVALUATION_FILE, SHEET_FILE, report_tables, write_card
 from modeling_moma.errors_moma import InputError
-from modeling_moma.utils.atomic_files import check_place, check_writable, write_aside
+from modeling_moma.utils.atomic_files import atomic_write, check_place, check_writable
 
 
 # smallest values of numbers that are asked for; fewer drawings are no test
@@ -97,14 +97,14 @@ def main(arguments=None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     folder = Path(args.model)
-    write_aside(
+    atomic_write(
         args.output or folder / EVALUATION_FILE, lambda path: path.write_text(json.dumps(report, indent=2) + "\n")
     )
     print(report_tables(report))
     if args.write_card:
         # so few colours are enough for icons, and the folder is downloaded whole
         sheet = evaluation.sheet().quantize(96, dither=Image.Dither.NONE)
-        write_aside(folder / SHEET_FILE, lambda path: sheet.save(path, "PNG", optimize=True))
+        atomic_write(folder / SHEET_FILE, lambda path: sheet.save(path, "PNG", optimize=True))
         write_card(folder, report)
     return 0
 

@@ -29,7 +29,7 @@ from modeling_moma.data.sources import undecoded_rows
 from modeling_moma.evaluation.retrieval import rank_figures, ranks
 from modeling_moma.evaluation.scoring import continuation_log_probs
 from modeling_moma.hub.loading import MODEL, PROCESSOR, open_saved
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import atomic_write
 from tokenization.audio_input_moma import read_sound
 
 
@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     labels = rows_of(args.data / "emoji" / f"{args.split}.parquet", args.labels, "label")
     if args.sheet is not None:
         sheet = draw_sheet(model, processor, labels[:SHEET])
-        write_aside(args.sheet, lambda aside: sheet.save(aside, "PNG"))
+        atomic_write(args.sheet, lambda aside: sheet.save(aside, "PNG"))
         return 0
     report = {
         "split": args.split,
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = json.dumps(report, indent=2) + "\n"
     if args.report is not None:
         args.report.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(args.report, lambda aside: aside.write_text(text, encoding="utf-8"))
+        atomic_write(args.report, lambda aside: aside.write_text(text, encoding="utf-8"))
     print(text)
     return 0
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import atomic_write
 from server_process import stop
 
 
@@ -167,7 +167,7 @@ def shoot(page, path: Path) -> Path:
             # smaller than the browser's own
             shot.convert("RGB").save(aside, format="PNG", optimize=True)
 
-    return write_aside(path, write)
+    return atomic_write(path, write)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from modeling_moma.labelling.labeler import CaptionForm, ImageLabeler
 from modeling_moma.labelling.memory import memory_of
 from modeling_moma.labelling.queries import check_queries
 from modeling_moma.training.recipe import read_recipe
-from modeling_moma.utils.atomic_files import check_writable, write_aside
+from modeling_moma.utils.atomic_files import atomic_write, check_writable
 from tokenization import MomaDataCollator
 
 
@@ -221,7 +221,7 @@ def show_both_ways(
     reconstructed = processor.decode_images(processor.encode_images(images))
     entries = map(SheetEntry, images, reconstructed, drawn, captions, model_captions)
     sheet = draw_contact_sheet(list(entries))
-    write_aside(sheet_path, lambda path: sheet.save(path, format="PNG"))
+    atomic_write(sheet_path, lambda path: sheet.save(path, format="PNG"))
     print(f"wrote {sheet_path}")
     return captions
 
@@ -364,7 +364,7 @@ def main(arguments=None):
         for image, caption in zip(rows[:ROUTED_IMAGES][args.source.kind.image], captions, strict=False)
     ]
     image = draw_routing(routed, model.config)
-    write_aside(output / "routing.png", lambda path: image.save(path, format="PNG"))
+    atomic_write(output / "routing.png", lambda path: image.save(path, format="PNG"))
     print(f"wrote {output / 'routing.png'}")
 
     learnt, held_out = fine_tuning_rows(args)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import atomic_write
 from modeling_moma.utils.hardware import keep_freed_memory
 from study_recipe.grid import PLAN, Run
 from study_recipe.preparing import prepare
@@ -208,7 +208,7 @@ def time_steps(study: Study, runs: list[Run], path: Path) -> int:
         "rounds": ROUNDS,
         "steps": STEPS,
     }
-    write_aside(path, lambda aside: aside.write_text(json.dumps({**content, "seconds": seconds}, indent=1) + "\n"))
+    atomic_write(path, lambda aside: aside.write_text(json.dumps({**content, "seconds": seconds}, indent=1) + "\n"))
     print(f"{path}: {', '.join(seconds)}")
     return 0
 

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import atomic_write
 from study_recipe.reporting import (
     cost_table,
     coverage_table,
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     draw_gaps(rows, args.figures / "study-gaps.svg", "all")
     draw_gaps(rows, args.figures / "study-levers.svg", "shipped")
     page = f"{before}{START}\n{tables(rows, times)}\n{END}{after}"
-    write_aside(args.page, lambda path: path.write_text(page))
+    atomic_write(args.page, lambda path: path.write_text(page))
     print(f"{args.page}: {len(rows)} rows")
     return 0
 

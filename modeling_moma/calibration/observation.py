@@ -19,7 +19,7 @@ from ..configuration_moma import MomaConfig
 from ..depth_moma import DepthSelection, MomaDepthRouter
 from ..errors_moma import InputError
 from ..modeling_moma import MomaFeedForward
-from ..routing_moma import MomaRouter, MomaRouterBase, Selection, batch_thresholds, thresholds_between
+from ..routing_moma import MomaRouter, MomaRouterBase, Selection, batch_thresholds, midpoints
 from ..token_groups_moma import RoutingContext
 
 
@@ -73,7 +73,7 @@ class RouterRecord:
         oracle = context.with_routing("expert_choice", track=True)
         logits, selection = router.forward(hidden, oracle)
         statistics = oracle.statistics[router]
-        threshold_C = thresholds_between(statistics.kth_C, statistics.lower_C)
+        threshold_C = midpoints(statistics.kth_C, statistics.next_best_C)
         count_C = torch.ones_like(threshold_C) if statistics.count_C is None else statistics.count_C
         scores, hidden = torch.sigmoid(logits), hidden.detach()
         if isinstance(router, MomaRouter):
@@ -175,14 +175,14 @@ def observed_routers(model: torch.nn.Module, observe: Callable[[RouterRecord], o
     handles = [router.register_forward_hook(hook(name)) for name, router in named_routers(model).items()]
     layers = [module for module in model.modules() if isinstance(module, MomaFeedForward)]
     for layer in layers:
-        layer.runs_all_groups = True
+        layer.keep_empty_groups = True
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
         for layer in layers:
-            del layer.runs_all_groups
+            del layer.keep_empty_groups
 
 
 @contextmanager

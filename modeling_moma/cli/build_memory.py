@@ -75,9 +75,9 @@ def run(args: Arguments) -> None:
     """Read, keep, and write the memory."""
     with without_import_notices():
         from ..data.sources import Source
-        from ..labelling.known_images import NamedImages, build_memory
         from ..labelling.labeler import open_labeler
         from ..labelling.memory import MEMORY_FILE
+        from ..labelling.reference_images import NamedImages, build_memory
 
     if args.output is None and not Path(args.model).is_dir():
         raise InputError(f"--output is needed: --model {args.model!r} is no folder that a memory could be written to.")

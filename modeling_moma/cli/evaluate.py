@@ -139,7 +139,7 @@ def evaluate(args: Arguments) -> tuple[dict, str]:
 
 
 def run(args: Arguments) -> None:
-    from ..utils.atomic_files import check_place, write_aside
+    from ..utils.atomic_files import atomic_write, check_place
     from ..utils.finite_json import finite_json
 
     check_flags(args)
@@ -152,7 +152,7 @@ def run(args: Arguments) -> None:
     print(report_tables(sources))
     if args.output is not None:
         report = {"arguments": vars(args), "dtype": dtype, "sources": sources}
-        write_aside(args.output, lambda path: path.write_text(finite_json(report)))
+        atomic_write(args.output, lambda path: path.write_text(finite_json(report)))
 
 
 def main(arguments: list[str] | None = None):

@@ -294,7 +294,7 @@ def write_rows(
     """Print texts, and write images and sounds, numbered where there are several."""
     from PIL import Image
 
-    from ..utils.atomic_files import write_aside
+    from ..utils.atomic_files import atomic_write
 
     counts: Counter = Counter()
     totals = Counter(isinstance(part, Image.Image) for row in rows for part in row if not isinstance(part, str))
@@ -304,7 +304,7 @@ def write_rows(
 
     def write(path: Path, save: Callable[[Path], Any]) -> None:
         try:
-            print(write_aside(path, save))
+            print(atomic_write(path, save))
         except (InputError, OSError) as error:
             failed.append(f"{path.name}: {one_line(error)}")
 

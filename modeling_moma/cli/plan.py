@@ -270,7 +270,7 @@ def overview(args: Arguments) -> str:
 
 def write_tables(document: str) -> int:
     """Compute the tables of a document anew, and return their number."""
-    from ..utils.atomic_files import write_aside
+    from ..utils.atomic_files import atomic_write
 
     if not document:
         raise InputError("--write '': it names no document; is a variable of the shell empty?")
@@ -296,7 +296,7 @@ def write_tables(document: str) -> int:
     if not count:
         raise InputError(f"{document} has no table between <!-- plan: ARGUMENTS --> and <!-- /plan -->.")
     try:
-        write_aside(path, lambda aside: aside.write_bytes(text.replace("\n", end).encode()))
+        atomic_write(path, lambda aside: aside.write_bytes(text.replace("\n", end).encode()))
     except OSError as error:
         raise InputError(f"--write {document}: {error}") from error
     return count

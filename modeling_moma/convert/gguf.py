@@ -98,7 +98,7 @@ class GgufReader(TensorSource):
         stored = np.fromfile(self.path, tensor.stored_type, count, offset=tensor.offset).reshape(tensor.stored_shape)
         values = np.empty(self.shapes[name], dtype=np.float32)
         if values.ndim == 1:
-            # what is stored of a vector are bytes, and no rows
+            # a stored vector is bytes without rows
             values[:] = dequantize(stored, tensor.quantization)
         else:
             # dequantizing takes several times the memory of its result

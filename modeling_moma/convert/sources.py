@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ..hub.names import why_nowhere
+from ..hub.names import not_found_message
 from ..utils.messages import one_line
 from .gguf import GgufReader
 from .reading import CheckpointError, CheckpointReader, TensorSource
@@ -36,7 +36,7 @@ def fetch(name: str, gguf_file: str | None = None, allow_pickle: bool = False) -
     fetched = (
         f"Without a network fetch it elsewhere, `hf download {name} --local-dir FOLDER`, and pass --source FOLDER."
     )
-    problem = why_nowhere(name)
+    problem = not_found_message(name)
     if problem is not None:
         raise CheckpointError(f"{name}: {problem}. {fetched}")
     # and not those of other formats beside them, such as consolidated.safetensors

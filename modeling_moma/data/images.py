@@ -19,7 +19,7 @@ from ..errors_moma import InputError
 _ADDRESSES = ("http://", "https://", "data:image/")
 
 
-class LeftOut(InputError):
+class SkippedRow(InputError):
     """A row that cannot be trained on.
 
     Args:
@@ -51,27 +51,27 @@ def read_image(value: Any, root: str | None = None, min_side: int = 1) -> tuple[
         `"CMYK"`, `"16 bit"`, `"animated"`, `"EXIF-rotated"`.
 
     Raises:
-        LeftOut: it is missing, cannot be decoded, or is too small or too large.
+        SkippedRow: it is missing, cannot be decoded, or is too small or too large.
     """
     try:
         image = _open(value, root)
         changes = _changes(image)
         image = clean_pil_image(image, is_own=not isinstance(value, Image.Image))
-    except LeftOut:
+    except SkippedRow:
         raise
     except Image.DecompressionBombError as error:
-        raise LeftOut("image too large", str(error)) from error
+        raise SkippedRow("image too large", str(error)) from error
     except (URLError, TimeoutError, ConnectionError) as error:
-        raise LeftOut("address not reached", str(error)) from error
+        raise SkippedRow("address not reached", str(error)) from error
     except UnidentifiedImageError as error:
         # Pillow's text says no more than where the bytes lie in memory
-        raise LeftOut("image damaged", "or of another kind than those that are read") from error
+        raise SkippedRow("image damaged", "or of another kind than those that are read") from error
     # a decoder may fail in any way
     except Exception as error:
         reason = "image too large" if _is_bomb(error) else "image damaged"
-        raise LeftOut(reason, str(error)) from error
+        raise SkippedRow(reason, str(error)) from error
     if min(image.size) < min_side:
-        raise LeftOut("image too small", f"{image.width} x {image.height} pixels")
+        raise SkippedRow("image too small", f"{image.width} x {image.height} pixels")
     return image, changes
 
 
@@ -91,9 +91,9 @@ def _open(value: Any, root: str | None) -> Image.Image:
         if value is path and isinstance(path, str) and _is_of_archive(path):
             value = _from_archive(path)
     if value is None or (isinstance(value, (str, bytes)) and not value):
-        raise LeftOut("image missing", "the column is empty")
+        raise SkippedRow("image missing", "the column is empty")
     if isinstance(value, list):
-        raise LeftOut("image damaged", f"the column holds a list, of {len(value)}: a caption has one image")
+        raise SkippedRow("image damaged", f"the column holds a list, of {len(value)}: a caption has one image")
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, (bytes, bytearray)):
@@ -106,9 +106,9 @@ def _open(value: Any, root: str | None) -> Image.Image:
         return open_image(text)
     path = Path(root or "", text)
     if not path.is_file():
-        raise LeftOut("image missing", _nowhere(text, root))
+        raise SkippedRow("image missing", _nowhere(text, root))
     if path.stat().st_size == 0:
-        raise LeftOut("image damaged", f"{str(value)!r} has no content")
+        raise SkippedRow("image damaged", f"{str(value)!r} has no content")
     return open_image(str(path))
 
 
@@ -127,10 +127,10 @@ def _from_archive(path: str) -> bytes:
         with xopen(path, "rb") as file:
             return file.read()
     except FileNotFoundError as error:
-        raise LeftOut("image missing", f"there is no file {path!r}") from error
+        raise SkippedRow("image missing", f"there is no file {path!r}") from error
     except OSError as error:
         if "hf://" in path:
-            raise LeftOut("address not reached", f"{path!r}: {error}") from error
+            raise SkippedRow("address not reached", f"{path!r}: {error}") from error
         raise
 
 

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from tokenization.audio_codecs_moma import AUDIO
 
 from ..errors_moma import InputError
-from ..utils.atomic_files import check_new_folder, check_writable, write_aside
+from ..utils.atomic_files import atomic_write, check_new_folder, check_writable
 from ..utils.digests import files_digest
 from ..utils.records import read_record
 from .encoding import has_caption_template, loaded_encoder, template_digest
@@ -36,7 +36,7 @@ SHARD_ROWS = (1024, 16384)
 TYPICAL_SHARDS = 64
 # fewest images of a shard, where there are more than that, so that a few thousand are the work of several processes
 SHARD_IMAGES = 256
-# of texts, that take about as long as an image
+# so much text takes about as long as an image
 CHARACTERS_PER_IMAGE = 16384
 # endings of files that rows, or the texts of images, stand in
 ROW_FILES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
@@ -224,7 +224,7 @@ def _plan_source(
             warn_of_unnamed(source.name, rows, source.split_files().get(split, ()))
             images, weight = _row_means(source, rows)
             size = rows_per_shard or _shard_rows(len(rows), weight)
-            size = -(-size // source.kind.rows_multiple) * source.kind.rows_multiple
+            size = -(-size // source.kind.batch_multiple) * source.kind.batch_multiple
             entry |= {"rows": len(rows), "images": round(len(rows) * images), "rows_per_shard": size}
             entry["shards"] = -(-len(rows) // size)
             file_size = rows.info.download_size
@@ -344,12 +344,12 @@ def write_job(folder: str | Path, job: Job) -> Path:
             # where other processes look for it; the file stays as old as the tokens
             times = path.stat().st_atime, path.stat().st_mtime
             moved = json.dumps({**then, "processor": job.processor}, indent=2) + "\n"
-            write_aside(path, lambda aside: aside.write_text(moved, encoding="utf-8"))
+            atomic_write(path, lambda aside: aside.write_text(moved, encoding="utf-8"))
             os.utime(path, times)
         check_writable(folder)
         return path
     check_new_folder(folder)
-    return write_aside(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    return atomic_write(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
 def _compare(folder: str | Path, then: dict, now: dict) -> None:

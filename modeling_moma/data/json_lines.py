@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import config
 
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import atomic_write
 
 
 # column of the copies: what is wrong with the line, empty where nothing is
@@ -25,7 +25,7 @@ def is_json_lines(path: Path) -> bool:
         return _parse(file.readline())[1] is None
 
 
-def mended_copy(path: Path) -> Path:
+def sanitized_copy(path: Path) -> Path:
     """Return a copy of a file of JSON lines, beside what `datasets` keeps.
 
     Every row of it has the column [`BROKEN_LINE`]; rows of broken lines have no other.
@@ -34,7 +34,7 @@ def mended_copy(path: Path) -> Path:
     key = hashlib.sha256(f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:32]
     copy = Path(config.HF_DATASETS_CACHE) / "moma-json-lines" / f"{key}.jsonl"
     if not copy.is_file():
-        write_aside(copy, lambda aside: _write(path, aside))
+        atomic_write(copy, lambda aside: _write(path, aside))
     return copy
 
 

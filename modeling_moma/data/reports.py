@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors_moma import InputError
 from ..hub.names import no_folder
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import atomic_write
 from .jobs import JOB_FILE, MANIFEST_FILE, Job, Task, done_report
 from .shard import ShardReport
 from .sources import TRAIN
@@ -22,7 +22,7 @@ COUNTERS = ("left_out", "images_left_out", "changed")
 def write_report(path: Path, report: ShardReport) -> None:
     """Write the shard's report, the sign that the shard is done."""
     content = vars(report)
-    write_aside(path, lambda aside: aside.write_text(json.dumps(content) + "\n", encoding="utf-8"))
+    atomic_write(path, lambda aside: aside.write_text(json.dumps(content) + "\n", encoding="utf-8"))
 
 
 def write_manifest(folder: str | Path, job: Job) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def write_manifest(folder: str | Path, job: Job) -> dict[str, Any]:
         "sources": sources,
     }
     text = json.dumps(manifest, indent=2) + "\n"
-    write_aside(folder / MANIFEST_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
+    atomic_write(folder / MANIFEST_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
     return manifest
 
 

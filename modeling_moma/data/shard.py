@@ -14,7 +14,7 @@ from tokenization.audio_codecs_moma import AUDIO
 
 from ..errors_moma import InputError
 from .encoding import DocumentEncoder
-from .images import LeftOut, read_image
+from .images import SkippedRow, read_image
 from .sounds import read_row_sound, refused_sounds_left_out
 from .templates import as_text, is_something
 
@@ -36,7 +36,7 @@ class ShardReport:
     changed: Counter = field(default_factory=Counter)
     named: list[dict] = field(default_factory=list)
 
-    def leave_out(self, row: int, error: LeftOut, is_whole: bool = True) -> None:
+    def leave_out(self, row: int, error: SkippedRow, is_whole: bool = True) -> None:
         """Count and name a row, or an image of it."""
         (self.left_out if is_whole else self.images_left_out)[error.reason] += 1
         self.named.append({"row": row, "reason": error.reason, "detail": error.detail[:300]})
@@ -70,7 +70,7 @@ class Shard(ABC):
     def rows(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
         """Yield number, split and columns of every row that can be read."""
 
-    def leave_out(self, row: int, error: LeftOut, is_whole: bool = True) -> None:
+    def leave_out(self, row: int, error: SkippedRow, is_whole: bool = True) -> None:
         """Count a row that cannot be used, or an image of it."""
         if self.is_strict:
             reason = str(error).rstrip(".")
@@ -115,7 +115,7 @@ class Shard(ABC):
         """Return split and fields of a document of token ids, `None` where it is too long to be trained on."""
         if not self.packed and len(ids) > self.sequence_length:
             message = f"{len(ids)} tokens, over {self.sequence_length}; packed training cuts it instead"
-            self.leave_out(row, LeftOut("document too long", message))
+            self.leave_out(row, SkippedRow("document too long", message))
             return None
         others = {
             name: int(np.isin(ids, range(*self.processor.frames[name].bounds)).sum()) for name in self.processor.codecs

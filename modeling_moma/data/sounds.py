@@ -9,16 +9,16 @@ import numpy as np
 
 from tokenization.audio_input_moma import SoundError, read_sound
 
-from .images import LeftOut
+from .images import SkippedRow
 
 
 @contextmanager
 def refused_sounds_left_out() -> Iterator[None]:
-    """Raise [`LeftOut`] for what `tokenization` raises of a sound that it cannot use."""
+    """Raise [`SkippedRow`] for what `tokenization` raises of a sound that it cannot use."""
     try:
         yield
     except SoundError as error:
-        raise LeftOut(error.reason, error.detail) from error
+        raise SkippedRow(error.reason, error.detail) from error
 
 
 def read_row_sound(value: Any, sampling_rate: int, root: str | None = None) -> np.ndarray:

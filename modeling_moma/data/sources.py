@@ -32,10 +32,10 @@ from datasets.table import CastError
 from pydantic import Field
 
 from ..errors_moma import InputError
-from ..hub.names import why_nowhere
+from ..hub.names import not_found_message
 from ..utils.fields import Float, read_field
 from ..utils.messages import one_line
-from .json_lines import has_broken_lines, is_json_lines, mended_copy
+from .json_lines import has_broken_lines, is_json_lines, sanitized_copy
 from .kinds import SourceKind, read_kind
 from .split_folders import METADATA, data_files, rows_below, saved_files, split_folders
 from .split_parts import refuse_shared_parts, split_parts
@@ -201,7 +201,7 @@ class Source:
         if not any(map(has_broken_lines, files)):
             return []
         # of all of them: `datasets` reads files of the same columns alone
-        return [str(mended_copy(file)) if is_json_lines(file) else str(file) for file in files]
+        return [str(sanitized_copy(file)) if is_json_lines(file) else str(file) for file in files]
 
     def _of_split(self, rows: Dataset | IterableDataset, split: str) -> Dataset | IterableDataset:
         """Return the rows of a split, where one file of captions is that of all splits."""
@@ -281,7 +281,9 @@ class Source:
             raise InputError(f"sources: {self.name!r}: the file {self.data!r} is empty.")
         if not is_local:
             # a reader's own name, such as `parquet`, comes with its files
-            problem = None if {"data_files", "data_dir"} & self.load.keys() else why_nowhere(self.data, "dataset")
+            problem = (
+                None if {"data_files", "data_dir"} & self.load.keys() else not_found_message(self.data, "dataset")
+            )
             if problem is not None:
                 raise InputError(f"sources: {self.name!r}: {problem}.")
             return self.data, {**(self._reading(".csv") if self.data == READERS[".csv"] else {}), **self.load}

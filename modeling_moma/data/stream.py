@@ -92,7 +92,7 @@ class DocumentExamples(torch.utils.data.Dataset):
         self, documents: Sequence[Documents], weights: Sequence[float], length: int, seed: int = 0, cuts: bool = False
     ):
         self.orders, self.length, self.cuts = document_orders(documents, seed, cuts), length, cuts
-        self._turns = SourceTurns([order.mean_length for order in self.orders], weights)
+        self._turns = SourceScheduler([order.mean_length for order in self.orders], weights)
 
     def __len__(self) -> int:
         return self.length
@@ -114,7 +114,7 @@ class DocumentExamples(torch.utils.data.Dataset):
         return [count / len(order.documents) for count, order in zip(self._turns.counts(number), self.orders)]
 
 
-class SourceTurns:
+class SourceScheduler:
     """The endless order in which sources take turns: next is always the one most behind its part of the tokens.
 
     The documents of each source stand at even distances along the tokens of the mixture, which says without those

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors_moma import InputError
-from .images import LeftOut
+from .images import SkippedRow
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Template:
 
     def texts(self, row: Mapping[str, Any]) -> Iterator[str]:
         """Yield the text of a row, unless a column holds nothing, or what is no text."""
-        with suppress(LeftOut):
+        with suppress(SkippedRow):
             if self.is_full(row):
                 yield self.render(row)
 
@@ -88,4 +88,4 @@ def as_text(name: str, value: Any, rng: np.random.Generator | None = None) -> st
     if isinstance(value, (Number, date, time, timedelta)):
         return str(value)
     kind = type(value).__name__
-    raise LeftOut("text not readable", f"column {name!r} holds a {kind}; a text is made of texts, numbers or lists")
+    raise SkippedRow("text not readable", f"column {name!r} holds a {kind}; a text is made of texts, numbers or lists")

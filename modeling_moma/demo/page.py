@@ -10,7 +10,7 @@ from gradio_client.utils import is_http_url_like
 
 from ..errors_moma import InputError
 from .inputs import MOST_BYTES, Examples
-from .studio import Studio
+from .studio import DemoSession
 from .tabs import caption_tab, draw_tab, interleaved_tab, label_tab, routing_tab, sound_tab
 
 
@@ -27,7 +27,7 @@ CSS = """
 """
 
 
-def build_page(studio: Studio, examples: Examples | None = None) -> gr.Blocks:
+def build_page(studio: DemoSession, examples: Examples | None = None) -> gr.Blocks:
     """Return a page of five tabs for one model, and of six where it hears."""
     examples = examples or Examples()
     # by default Gradio reports each page to its makers

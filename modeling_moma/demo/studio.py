@@ -53,7 +53,7 @@ VIEWS = 16
 
 
 @dataclass
-class Studio:
+class DemoSession:
     """A model and its processor. It keeps nothing of what it is asked.
 
     Sampling draws from the one random state of the process, so requests wait for each other.
@@ -259,7 +259,7 @@ def _sampling(temperature: float, guidance_scale: float) -> dict:
     return {**chosen, "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
 
 
-def load_studio(folder: str | Path, form: CaptionForm | None = None, library: str | None = None) -> Studio:
+def load_studio(folder: str | Path, form: CaptionForm | None = None, library: str | None = None) -> DemoSession:
     """Load a model and its processor, on the GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = open_processor(str(folder), "FOLDER")
@@ -269,7 +269,7 @@ def load_studio(folder: str | Path, form: CaptionForm | None = None, library: st
     if not processor.has_image_decoder:
         raise InputError(f"FOLDER: the image tokenizer of {str(folder)!r} has no decoder (use_decoder=False).")
     model, processor = model.to(device).eval(), processor.to(device)
-    return Studio(model, processor, Path(folder).name, form or CaptionForm(), library, memory_of(str(folder)))
+    return DemoSession(model, processor, Path(folder).name, form or CaptionForm(), library, memory_of(str(folder)))
 
 
 class _Feed(BaseStreamer):

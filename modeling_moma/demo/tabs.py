@@ -29,7 +29,7 @@ from .inputs import (
     words_input,
 )
 from .routing_view import RoutedExample, RoutingView
-from .studio import Studio
+from .studio import DemoSession
 
 
 LEAST_SIDE = 256
@@ -41,7 +41,7 @@ Sound = tuple[int, np.ndarray]
 ShownRouting = tuple[Image.Image | None, str, str]
 
 
-def caption_tab(studio: Studio, examples: Examples):
+def caption_tab(studio: DemoSession, examples: Examples):
     """Build the tab."""
 
     @show_errors
@@ -72,7 +72,7 @@ def caption_tab(studio: Studio, examples: Examples):
         taken.then(caption, [image], [words, seen], **ONE_AT_A_TIME)
 
 
-def label_tab(studio: Studio, examples: Examples):
+def label_tab(studio: DemoSession, examples: Examples):
     """Build the tab."""
 
     @show_errors
@@ -111,7 +111,7 @@ def label_tab(studio: Studio, examples: Examples):
         trigger(find, [words], [gallery], api_name=name, **ONE_AT_A_TIME)
 
 
-def draw_tab(studio: Studio, examples: Examples):
+def draw_tab(studio: DemoSession, examples: Examples):
     """Build the tab."""
     whole = studio.processor.image_seq_length
 
@@ -164,7 +164,7 @@ def draw_tab(studio: Studio, examples: Examples):
     stop.click(None, cancels=events)
 
 
-def sound_tab(studio: Studio, sampling_rate: int):
+def sound_tab(studio: DemoSession, sampling_rate: int):
     """Build the tab, for a model whose sounds have this rate."""
 
     def samples_of(path: str | None) -> np.ndarray:
@@ -220,7 +220,7 @@ def as_sound(samples: np.ndarray, sampling_rate: int) -> Sound:
     return sampling_rate, (np.clip(samples, -1, 1) * 32767).astype(np.int16)
 
 
-def interleaved_tab(studio: Studio):
+def interleaved_tab(studio: DemoSession):
     """Build the tab."""
 
     @show_errors
@@ -310,7 +310,7 @@ def as_wav(samples: np.ndarray, sampling_rate: int | None) -> str:
     return base64.b64encode(content.getvalue()).decode()
 
 
-def routing_tab(studio: Studio, examples: Examples):
+def routing_tab(studio: DemoSession, examples: Examples):
     """Build the tab."""
     config = studio.model.config
     view = RoutingView(config)

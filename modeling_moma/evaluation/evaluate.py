@@ -66,7 +66,7 @@ def measure_sources(model, processor, sources: Mapping[str, HeldOutSource], sett
         num_images = 0 if source.captioned is None else len(source.captioned)
         figures: dict[str, Any] = {"documents": len(source.documents), "images": num_images}
         seconds = {}
-        for measure, take in _takers(model, processor, name, source, settings, extract).items():
+        for measure, take in _runners(model, processor, name, source, settings, extract).items():
             if measure in chosen:
                 start = time.perf_counter()
                 figures[measure] = take()
@@ -86,7 +86,7 @@ def _chosen_measures(sources: Mapping[str, HeldOutSource], settings: MeasureSett
     return settings.measures
 
 
-def _takers(
+def _runners(
     model,
     processor,
     name: str,

@@ -14,7 +14,7 @@ from tokenization import MomaProcessor
 
 from ..data.documents import CaptionDocuments, Documents
 from ..data.examples import open_documents, shuffled_held_out
-from ..data.images import LeftOut, image_file, read_image
+from ..data.images import SkippedRow, image_file, read_image
 from ..data.jobs import JOB_FILE, read_job
 from ..data.sources import TRAIN, undecoded_rows
 from ..errors_moma import InputError
@@ -138,11 +138,11 @@ def real_images(
 
 
 def _check_files(values: Iterable[Any], root: str) -> None:
-    """Raise [`LeftOut`] for the first of the images that is a file and is not there."""
+    """Raise [`SkippedRow`] for the first of the images that is a file and is not there."""
     for value in values:
         path = image_file(value, root)
         if path is not None and not path.is_file():
-            raise LeftOut("image missing", f"there is no file {str(path)!r}")
+            raise SkippedRow("image missing", f"there is no file {str(path)!r}")
 
 
 def _pixel_batches(processor: MomaProcessor, values: Iterable[tuple[str, Any]], root: str) -> Iterator[torch.Tensor]:
@@ -150,7 +150,7 @@ def _pixel_batches(processor: MomaProcessor, values: Iterable[tuple[str, Any]], 
     for name, value in values:
         try:
             image, _ = read_image(value, root)
-        except LeftOut as error:
+        except SkippedRow as error:
             raise InputError(f"{name}: {error}; it was tokenized, so its file has changed since.") from error
         batch.append(processor.image_processor([image], return_tensors="pt")["pixel_values"])
         if len(batch) == IMAGE_BATCH:

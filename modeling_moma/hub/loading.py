@@ -26,7 +26,7 @@ from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
 from ..utils.errors import needs_extra
 from ..utils.messages import one_line
-from .names import why_nowhere
+from .names import not_found_message
 
 
 T = TypeVar("T")
@@ -149,7 +149,7 @@ def check_saved(saved: Saved, option: str, place: str) -> None:
     if folder.is_file():
         raise InputError(f"{where} is a file: the folder of {saved.title} is needed, or its name on the Hub.")
     if not folder.is_dir():
-        problem = why_nowhere(str(place))
+        problem = not_found_message(str(place))
         if problem is not None:
             raise InputError(f"{where}: {problem}.")
         return

@@ -17,7 +17,7 @@ from ..utils.messages import one_line
 TIMEOUT_SECONDS = 10
 
 
-def why_nowhere(place: str, kind: Literal["model", "dataset"] = "model") -> str | None:
+def not_found_message(place: str, kind: Literal["model", "dataset"] = "model") -> str | None:
     """Return why a name that is no folder here cannot be read from the Hub, after one request."""
     missing = no_folder(place)
     try:

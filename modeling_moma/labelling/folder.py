@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..data.images import LeftOut
+from ..data.images import SkippedRow
 from ..errors_moma import InputError
-from ..utils.atomic_files import check_place, write_aside
+from ..utils.atomic_files import atomic_write, check_place
 from ..utils.finite_json import only_finite
 from ..utils.messages import one_line
 from . import FILE_NAME_SHARE
@@ -77,7 +77,7 @@ def coded_images(folder: str, files: list[Path], labeler: ImageLabeler) -> Itera
     paths, pixels = [], []
     for file, found in tqdm(read_files(files), total=len(files), desc="images", disable=None):
         name = str(file.relative_to(folder))
-        if isinstance(found, LeftOut):
+        if isinstance(found, SkippedRow):
             tqdm.write(f"{shown(name)}: left out: {one_line(found, 200)}", file=sys.stderr)
             continue
         values = labeler.pixel_values(found)
@@ -212,7 +212,7 @@ class CodedFolder:
         return [
             (image, entry.file)
             for (_, image), entry in zip(read, found, strict=True)
-            if not isinstance(image, LeftOut)
+            if not isinstance(image, SkippedRow)
         ]
 
 
@@ -253,4 +253,4 @@ def write_table(output: str, entries: Sequence[Label | Found], rows: Sequence[di
             writer.writeheader()
             writer.writerows(rows)
 
-    return write_aside(output, write)
+    return atomic_write(output, write)

@@ -14,7 +14,7 @@ from typing import Self
 
 from PIL import Image, UnidentifiedImageError
 
-from ..data.images import LeftOut, read_image
+from ..data.images import SkippedRow, read_image
 from ..errors_moma import InputError
 
 
@@ -60,7 +60,7 @@ def folder_files(
     return sorted(found)
 
 
-def read_files(files: list[Path]) -> Iterator[tuple[Path, Image.Image | LeftOut]]:
+def read_files(files: list[Path]) -> Iterator[tuple[Path, Image.Image | SkippedRow]]:
     """Yield each file with its image, or with the reason why there is none."""
     with SvgRenderer() as renderer:
         for file in files:
@@ -68,7 +68,7 @@ def read_files(files: list[Path]) -> Iterator[tuple[Path, Image.Image | LeftOut]
             with warnings.catch_warnings(action="ignore"):
                 try:
                     found = _read(file, renderer)
-                except LeftOut as error:
+                except SkippedRow as error:
                     found = error
             yield file, found
 
@@ -76,17 +76,17 @@ def read_files(files: list[Path]) -> Iterator[tuple[Path, Image.Image | LeftOut]
 def _read(file: Path, renderer: "SvgRenderer") -> Image.Image:
     try:
         if not file.is_file():
-            raise LeftOut("no file", "neither a file nor a link to one")
+            raise SkippedRow("no file", "neither a file nor a link to one")
         if (size := file.stat().st_size) > LARGEST_FILE:
-            raise LeftOut("file too large", f"{size >> 20} MiB, and at most {LARGEST_FILE >> 20} are read")
+            raise SkippedRow("file too large", f"{size >> 20} MiB, and at most {LARGEST_FILE >> 20} are read")
         is_svg = file.suffix.lower() in SVG_ENDINGS
         return read_image(renderer.render(file) if is_svg else str(file.absolute()))[0]
-    except LeftOut as error:
+    except SkippedRow as error:
         if error.__cause__ is not None and isinstance(error.__cause__.__cause__, UnidentifiedImageError):
-            raise LeftOut("no image", "or one of another kind than those that are read, or damaged") from error
+            raise SkippedRow("no image", "or one of another kind than those that are read, or damaged") from error
         raise
     except OSError as error:
-        raise LeftOut("file not read", error.strerror or str(error)) from error
+        raise SkippedRow("file not read", error.strerror or str(error)) from error
 
 
 class SvgRenderer:
@@ -107,7 +107,7 @@ class SvgRenderer:
     def render(self, file: Path, seconds: float = SVG_SECONDS) -> bytes:
         """Return a PNG on white, of `SVG_SIDE` pixels along its longer side."""
         if importlib.util.find_spec("resvg_py") is None:
-            raise LeftOut("no SVG renderer", 'install it with `pip install "modeling-moma[icons]"`')
+            raise SkippedRow("no SVG renderer", 'install it with `pip install "modeling-moma[icons]"`')
         process = self._process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         timer = threading.Timer(seconds, process.kill)
@@ -123,11 +123,11 @@ class SvgRenderer:
             why = (
                 "takes too long" if not timer.is_alive() else "ends the renderer: it is nested too deeply or too large"
             )
-            raise LeftOut("SVG not rendered", f"it {why}") from error
+            raise SkippedRow("SVG not rendered", f"it {why}") from error
         finally:
             timer.cancel()
         if not image:
-            raise LeftOut("SVG not rendered", answer["error"])
+            raise SkippedRow("SVG not rendered", answer["error"])
         return image
 
     @staticmethod

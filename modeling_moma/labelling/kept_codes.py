@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from tqdm.auto import tqdm
 
 from ..data.encoding import processor_fingerprint
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import atomic_write
 from .images import LARGEST_FILE, SVG_ENDINGS, SVG_SIDE
 
 
@@ -88,6 +88,6 @@ def write_kept(place: Path, kept: Kept) -> None:
     digests = torch.frombuffer(bytearray(b"".join(kept)), dtype=torch.uint8).view(-1, DIGEST_BYTES)
     data = save({"digests": digests, "codes": codes, "states": states})
     try:
-        write_aside(place, lambda aside: aside.write_bytes(hashlib.sha256(data).digest() + data))
+        atomic_write(place, lambda aside: aside.write_bytes(hashlib.sha256(data).digest() + data))
     except OSError as error:
         tqdm.write(f"what was coded is not kept for the next search: {error}", file=sys.stderr)

@@ -121,24 +121,24 @@ class ImageLabeler:
 
     def names(self, codes: torch.Tensor, count: int = 5) -> list[list[Guess]]:
         """Return the likeliest names of each image, the likeliest first, by a beam search and by the memory."""
-        found = self.written_names(codes, count)
+        found = self.beam_names(codes, count)
         if self.memory is not None:
             found = mixed_guesses(found, self.memory.name_shares(self.features(codes)), self.memory_share)
         return [guesses[:count] for guesses in found]
 
     def tags(self, codes: torch.Tensor, count: int = 8) -> list[list[Guess]]:
         """Return the likeliest tags of each image, see [`names`]."""
-        found = self.written_tags(codes, count)
+        found = self.beam_tags(codes, count)
         if self.memory is not None:
             found = mixed_guesses(found, self.memory.tag_shares(self.features(codes)), self.memory_share)
         return [guesses[:count] for guesses in found]
 
-    def written_names(self, codes: torch.Tensor, count: int = 5) -> list[list[Guess]]:
+    def beam_names(self, codes: torch.Tensor, count: int = 5) -> list[list[Guess]]:
         """Return what the beam search of [`names`] finds without a memory: `count` names and what else it met."""
         return self._guesses(codes, self.form.name_prompt, self._name_ends, count, self._tag_begins)
 
-    def written_tags(self, codes: torch.Tensor, count: int = 8) -> list[list[Guess]]:
-        """Return what the beam search of [`tags`] finds without a memory, see [`written_names`]."""
+    def beam_tags(self, codes: torch.Tensor, count: int = 8) -> list[list[Guess]]:
+        """Return what the beam search of [`tags`] finds without a memory, see [`beam_names`]."""
         return self._guesses(codes, self.form.tag_prompt, self._tag_ends, count)
 
     @torch.no_grad()

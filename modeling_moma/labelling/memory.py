@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from transformers.utils import cached_file
 
 from ..errors_moma import InputError
-from ..utils.atomic_files import check_place, write_aside
+from ..utils.atomic_files import atomic_write, check_place
 from ..utils.messages import one_line
 
 
@@ -253,7 +253,7 @@ class ImageMemory:
         check_place(path)
         # `save_file` would let the owner alone read it
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
-        return write_aside(path, lambda aside: aside.write_bytes(data))
+        return atomic_write(path, lambda aside: aside.write_bytes(data))
 
     @classmethod
     def load(cls, path: str | Path, option: str = "memory") -> "ImageMemory":

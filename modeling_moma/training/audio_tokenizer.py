@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from tokenization.audio_codecs_moma import MelCodec
 
-from ..data.images import LeftOut
+from ..data.images import SkippedRow
 from ..data.json_lines import BROKEN_LINE
 from ..data.shared_rows import warn_of_shared_rows
 from ..data.sounds import read_row_sound, refused_sounds_left_out
@@ -103,7 +103,7 @@ def _vectors(
                 samples = read_row_sound(value, codec.sampling_rate, source.image_root())
                 with refused_sounds_left_out():
                     found.append(codec.log_mels(samples))
-            except LeftOut as error:
+            except SkippedRow as error:
                 left_out[error.reason] = left_out.get(error.reason, 0) + 1
                 continue
             progress.update()

@@ -33,10 +33,10 @@ from ..hub.loading import open_processor, require_plain_weights
 from ..modeling_moma import MomaForCausalLM
 from ..utils.atomic_files import check_new_folder
 from ..utils.hardware import trains_in_bf16
-from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_torn_checkpoints
+from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_incomplete_checkpoints
 from .fingerprints import Facts, RunFingerprint, check_output, run_facts
 from .output_lock import sole_run
-from .stage_trainer import FollowArguments, ResumedTrainer
+from .stage_trainer import ArgumentsOverrideState, ResumedTrainer
 from .stages import examples_a_step, feeding_fields, set_attention
 from .trainer_settings import OneGpuArguments
 
@@ -98,7 +98,7 @@ def build_trainer(args: TrainingArguments, model: MomaForCausalLM, tokens: Token
         train_dataset=DocumentExamples(documents, weights, num_examples, args.seed, cuts=True),
         eval_dataset=held_out_sets(tokens),
         data_collator=MomaDataCollator(tokenizer),
-        callbacks=[RunFingerprint(facts), FollowArguments()],
+        callbacks=[RunFingerprint(facts), ArgumentsOverrideState()],
         processing_class=tokenizer,
     )
 
@@ -160,7 +160,7 @@ def _train_and_save(args: argparse.Namespace, training_arguments: TrainingArgume
         check_kind(checkpoint, None)
     if checkpoint is not None and checkpoint_step(checkpoint) >= args.steps:
         print(f"{args.output}: this run has taken all of its {args.steps} steps; its routers are judged anew.")
-    with without_torn_checkpoints(trainer):
+    with without_incomplete_checkpoints(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     # thresholds are computed in fp32, without the casts that training in bf16 leaves around the forward

@@ -44,23 +44,23 @@ def whole_checkpoints(folder: str | Path) -> list[Path]:
     return [path for path in numbered_checkpoints(folder) if read_state(path) is not None]
 
 
-def torn_checkpoints(folder: str | Path) -> list[Path]:
+def incomplete_checkpoints(folder: str | Path) -> list[Path]:
     """Return the checkpoints of a folder that were never written to their end."""
     return [path for path in numbered_checkpoints(folder) if read_state(path) is None]
 
 
-def remove_torn_checkpoints(output: str | Path) -> None:
+def remove_incomplete_checkpoints(output: str | Path) -> None:
     """Remove what is of no use: `Trainer` keeps the highest steps, and would delete whole checkpoints for these."""
-    for path in torn_checkpoints(output):
+    for path in incomplete_checkpoints(output):
         shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
-def without_torn_checkpoints(trainer: Trainer) -> Iterator[None]:
+def without_incomplete_checkpoints(trainer: Trainer) -> Iterator[None]:
     """Train without checkpoints that were never written to their end: of killed runs, and on a full disk its own."""
     output = str(trainer.args.output_dir)
     if trainer.is_world_process_zero():
-        remove_torn_checkpoints(output)
+        remove_incomplete_checkpoints(output)
     trainer.accelerator.wait_for_everyone()
     try:
         with _one_failure():
@@ -68,7 +68,7 @@ def without_torn_checkpoints(trainer: Trainer) -> Iterator[None]:
     except Exception as error:
         # the first process may be at work in it, which removes it when it fails or starts again
         if is_disk_full(error) and trainer.is_world_process_zero():
-            remove_torn_checkpoints(output)
+            remove_incomplete_checkpoints(output)
         raise
 
 

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from tokenization import MomaImageProcessor
 
-from ..data.images import LeftOut, read_image
+from ..data.images import SkippedRow, read_image
 from ..data.jobs import source_digest
 from ..data.sources import Source
 from ..errors_moma import InputError
@@ -132,7 +132,7 @@ def _write(folder: Path, sources: list[Source], key: dict[str, Any], is_strict: 
         ArrayWriter(folder / HELD_OUT_FILE, shape) as held_out,
         ArrayWriter(folder / PLACES_FILE, (2,), np.int64) as places,
     ):
-        filling = _Filling(sources, train, places, _Sample(held_out, key["held_out_images"]), is_strict)
+        filling = _StoreWriter(sources, train, places, _Sample(held_out, key["held_out_images"]), is_strict)
         filling.run(MomaImageProcessor.for_resolution(side, do_pad=do_pad, do_rescale=False, do_normalize=False))
     totals = {"train": train.count, "held_out": held_out.count}
     report = {"key": key, **totals, "sources": filling.counts, "examples": filling.examples}
@@ -171,7 +171,7 @@ def _hash(candidate: Candidate) -> int:
     return zlib.crc32(place.encode())
 
 
-class _Filling:
+class _StoreWriter:
     """Reads all images of the sources into the files, and counts what becomes of them."""
 
     def __init__(
@@ -195,7 +195,7 @@ class _Filling:
         for candidate, result in tqdm(
             _read_in_order(wanted, processor), desc="reading images", unit=" images", delay=1
         ):
-            if isinstance(result, LeftOut):
+            if isinstance(result, SkippedRow):
                 self._leave_out(candidate, result)
             else:
                 self._take(candidate, *result)
@@ -220,7 +220,7 @@ class _Filling:
             self.counts[candidate.source.name]["train"] += 1
             self.last = candidate, image
 
-    def _leave_out(self, candidate: Candidate, error: LeftOut) -> None:
+    def _leave_out(self, candidate: Candidate, error: SkippedRow) -> None:
         example = f"{candidate.place()}: {error}"
         if self.is_strict:
             raise InputError(f"--strict: {example}.") from error
@@ -238,7 +238,7 @@ class _Filling:
 
 def _read_in_order(
     wanted: Iterable[Candidate], processor: MomaImageProcessor
-) -> Iterator[tuple[Candidate, tuple[np.ndarray, list[str]] | LeftOut]]:
+) -> Iterator[tuple[Candidate, tuple[np.ndarray, list[str]] | SkippedRow]]:
     """Decode images in several threads, few at a time, and yield them in their order."""
     waiting: deque = deque()
     with ThreadPoolExecutor(NUM_READERS) as pool:
@@ -252,14 +252,14 @@ def _read_in_order(
             yield first, future.result()
 
 
-def _read(candidate: Candidate, processor: MomaImageProcessor) -> tuple[np.ndarray, list[str]] | LeftOut:
+def _read(candidate: Candidate, processor: MomaImageProcessor) -> tuple[np.ndarray, list[str]] | SkippedRow:
     source = candidate.source
     try:
         image, changes = read_image(candidate.value, source.image_root(), source.kind.min_side)
         pixels = processor(image, return_tensors="pt")["pixel_values"][0]
-    except LeftOut as error:
+    except SkippedRow as error:
         return error
     # an image that can be decoded may still have a mode that cannot be converted
     except (ValueError, TypeError, OSError) as error:
-        return LeftOut("image damaged", str(error))
+        return SkippedRow("image damaged", str(error))
     return pixels.to(torch.uint8).numpy(), changes

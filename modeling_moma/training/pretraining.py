@@ -28,9 +28,9 @@ from ..errors_moma import InputError
 from ..hub.loading import MODEL, check_saved, open_model, open_processor, require_plain_weights
 from ..modeling_moma import MomaForCausalLM
 from ..routing_moma import MomaRouter
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import atomic_write
 from .adapters import with_adapters
-from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_torn_checkpoints
+from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_incomplete_checkpoints
 from .code_embeddings import initialize_code_embeddings
 from .fingerprints import Facts, RunFingerprint, check_output, check_same_data, finished_at, run_facts
 from .freezing import freeze_groups
@@ -39,7 +39,7 @@ from .muon import MUON
 from .output_lock import sole_run
 from .recipe import DataFields, Recipe, SampleFields
 from .samples import SampleCallback, check_prompts
-from .stage_trainer import FollowArguments, StageTrainer, StopAt
+from .stage_trainer import ArgumentsOverrideState, StageTrainer, StopAt
 from .stages import (
     RUN_FILE,
     copy_checkpoint,
@@ -47,7 +47,7 @@ from .stages import (
     first_step,
     set_attention,
 )
-from .throughput_callback import FeedingCallback
+from .throughput_callback import ThroughputCallback
 from .trainer_settings import make_trainer, make_training_arguments, uses_muon, without_secrets
 
 
@@ -243,10 +243,10 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
         training_arguments.eval_strategy, training_arguments.eval_on_start = IntervalStrategy.NO, False
     weights = {source.name: source.weight for source in sources}
     is_packed = isinstance(stream, PackedExamples)
-    feeding = FeedingCallback(weights, stream.epochs, examples_a_step(training_arguments), is_packed)
+    feeding = ThroughputCallback(weights, stream.epochs, examples_a_step(training_arguments), is_packed)
     metrics, fingerprint = MomaMetricsCallback(averages_eval_loss=True), RunFingerprint(parts.facts)
     samples = sample_callback(args.recipe.samples, tokens, sources, metrics)
-    callbacks = [metrics, feeding, fingerprint, FollowArguments(parts.first_step), *samples]
+    callbacks = [metrics, feeding, fingerprint, ArgumentsOverrideState(parts.first_step), *samples]
     if args.stop_at:
         callbacks.append(StopAt(args.stop_at))
     trainer = make_trainer(
@@ -312,7 +312,7 @@ def _train_and_save(args: argparse.Namespace, parts: RunParts) -> None:
         "arguments": {**vars(args), "trainer": without_secrets(args.trainer), "recipe": args.recipe_file},
     }
     if trainer.is_world_process_zero():
-        write_aside(output / RUN_FILE, lambda path: path.write_text(json.dumps(run, indent=2, default=str) + "\n"))
+        atomic_write(output / RUN_FILE, lambda path: path.write_text(json.dumps(run, indent=2, default=str) + "\n"))
     if checkpoint is None and trainer.first_step:
         # restores the position in the data
         checkpoint = args.model
@@ -322,7 +322,7 @@ def _train_and_save(args: argparse.Namespace, parts: RunParts) -> None:
             folders = str(checkpoint), trainer.chosen_checkpoint(str(checkpoint))
             copy_checkpoint(*folders, output, processor, trainer.model)  # pyright: ignore[reportArgumentType]
         return
-    with without_torn_checkpoints(trainer):
+    with without_incomplete_checkpoints(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
     if args.lora_rank is not None:
         trainer.merge_adapters()
@@ -334,7 +334,7 @@ def _train_and_save(args: argparse.Namespace, parts: RunParts) -> None:
         # the model can be used from its folder alone
         processor.save_pretrained(output)
         # last: the sign of a finished run
-        write_aside(output / TRAINER_STATE_NAME, lambda path: trainer.state.save_to_json(str(path)))
+        atomic_write(output / TRAINER_STATE_NAME, lambda path: trainer.state.save_to_json(str(path)))
     # a process that ends before the others takes their connections with it
     trainer.accelerator.wait_for_everyone()
     # torch joins the threads of a group under the interpreter's lock, for which one that ends a barrier may still wait

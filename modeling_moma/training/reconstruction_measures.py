@@ -12,7 +12,7 @@ from tokenization.modeling_moma_vq import MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
 from ..evaluation.measures import VALUE_RANGE, psnr
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import atomic_write
 from .image_store import to_pixel_values
 
 
@@ -115,4 +115,4 @@ def save_samples(path: Path, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> 
             pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
             top, left = row * (side + GAP), column * (side + GAP)
             sheet[top : top + side, left : left + side] = pixels
-    write_aside(path, lambda aside: Image.fromarray(sheet).save(aside, format="PNG"))
+    atomic_write(path, lambda aside: Image.fromarray(sheet).save(aside, format="PNG"))

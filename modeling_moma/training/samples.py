@@ -23,7 +23,7 @@ from ..data.documents import CaptionDocuments
 from ..data.examples import evenly_spaced
 from ..errors_moma import InputError
 from ..evaluation.measures import draw_images, write_captions
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import atomic_write
 from .metrics_callback import MomaMetricsCallback
 from .recipe import SampleFields
 
@@ -121,9 +121,9 @@ class SampleCallback(TrainerCallback):
             rows.append(self._decode(self.codes, model.device))
         name = f"step-{step:06d}"
         if rows:
-            write_aside(folder / f"{name}.png", lambda path: image_grid(rows).save(path, format="PNG"))
+            atomic_write(folder / f"{name}.png", lambda path: image_grid(rows).save(path, format="PNG"))
         text = json.dumps({"step": step, "prompts": list(self.fields.prompts), "captions": said}, indent=2)
-        write_aside(folder / f"{name}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        atomic_write(folder / f"{name}.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
     def _decode(self, codes: torch.Tensor, device: torch.device) -> list[Image.Image]:
         # there for the time of decoding alone: workers that load data may be given the processor

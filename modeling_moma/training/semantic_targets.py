@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
-from ..utils.atomic_files import write_aside
+from ..utils.atomic_files import atomic_write
 from .array_file import ArrayWriter, read_array, read_whole_array
 from .image_store import ImageStore, take, to_pixel_values
 
@@ -62,7 +62,7 @@ class SemanticTargets:
     def _open(self, path: Path) -> np.ndarray:
         features = read_whole_array(path, len(self.store.train))
         if features is None:
-            write_aside(path, self._write)
+            atomic_write(path, self._write)
             features = read_array(path)
         return features
 

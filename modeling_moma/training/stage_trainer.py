@@ -19,7 +19,7 @@ from .checkpoints import DEEPSPEED, SHARDS, WHOLE, last_checkpoint, read_state
 from .freezing import freeze_all_but
 from .metrics_callback import MomaMetricsCallback
 from .muon import MUON, Muon, muon_groups
-from .throughput_callback import FeedingCallback
+from .throughput_callback import ThroughputCallback
 
 
 # bytes of a batch's fp32 logits above which the loss is computed from a few positions at a time
@@ -41,7 +41,7 @@ class StopAt(TrainerCallback):
         return control
 
 
-class FollowArguments(TrainerCallback, ExportableState):
+class ArgumentsOverrideState(TrainerCallback, ExportableState):
     """Log, evaluate, save and choose the best model as the arguments say; a restored state goes by its own run's."""
 
     def __init__(self, first_step: int = 0):
@@ -154,7 +154,7 @@ class StageTrainer(ResumedTrainer):
     """A Trainer whose optimizer and schedule begin where an earlier stage ended, and that measures how it is fed."""
 
     first_step, earlier_stage = 0, None
-    feeding: FeedingCallback | None = None
+    feeding: ThroughputCallback | None = None
     metrics: MomaMetricsCallback | None = None
     undecayed: Sequence[str] = ()
     uses_muon = False
@@ -195,7 +195,7 @@ class StageTrainer(ResumedTrainer):
     def chosen_checkpoint(self, last: str) -> str:
         """Return the checkpoint whose weights a finished run gives: the best one, or the last."""
         state = read_state(Path(last)) or {}
-        followed = (state.get("stateful_callbacks") or {}).get(FollowArguments.__name__, {})
+        followed = (state.get("stateful_callbacks") or {}).get(ArgumentsOverrideState.__name__, {})
         by = [self.args.metric_for_best_model, self.args.greater_is_better]
         is_chosen = self.args.load_best_model_at_end and followed.get("attributes", {}).get("chosen_by") == by
         best = state.get("best_model_checkpoint") if is_chosen else None

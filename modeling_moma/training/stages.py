@@ -15,7 +15,7 @@ from transformers.utils import logging
 from tokenization import MomaProcessor
 
 from ..errors_moma import InputError
-from ..utils.atomic_files import write_aside, write_folder_aside
+from ..utils.atomic_files import atomic_write, write_folder_aside
 from ..utils.messages import one_line
 from ..utils.records import read_record
 from .checkpoints import SHARDS, WHOLE
@@ -156,4 +156,4 @@ def copy_checkpoint(
 
     write_folder_aside(output, write)
     # last: the sign of a finished run
-    write_aside(output / TRAINER_STATE_NAME, lambda path: shutil.copy(Path(checkpoint) / TRAINER_STATE_NAME, path))
+    atomic_write(output / TRAINER_STATE_NAME, lambda path: shutil.copy(Path(checkpoint) / TRAINER_STATE_NAME, path))

@@ -27,7 +27,7 @@ _OF_DOCUMENTS = (
 logger = logging.get_logger(__name__)
 
 
-class FeedingCallback(TrainerCallback):
+class ThroughputCallback(TrainerCallback):
     """Counts what a training is fed with, and gives [`StageTrainer`] the figures for its log.
 
     They are those since the last log:

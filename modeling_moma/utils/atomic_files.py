@@ -18,7 +18,7 @@ from ..errors_moma import InputError
 LEFT_OVER = ".partial"
 
 
-def write_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
+def atomic_write(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Write beside the target and rename, so that a kill at any moment leaves the old file or the new one.
 
     Of several writers the last one wins.
@@ -32,7 +32,7 @@ def write_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
 
 
 def write_folder_aside(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Write a folder as [`write_aside`] a file; where the target is missing, it is renamed.
+    """Write a folder as [`atomic_write`] a file; where the target is missing, it is renamed.
 
     Where the target is there already, which may be a mount point or the working directory, the new folder is written
     inside it, hidden. Once all is written its files are moved into the target one after the other, `config.json` last.

@@ -9,7 +9,7 @@ import yaml
 from emoji_recipe.captions import emoji_kind
 from emoji_recipe.judge import LEVELS
 from modeling_moma.evaluation.measures import EXPERT_CHOICE
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import atomic_write
 from modeling_moma.utils.messages import markdown_table
 
 
@@ -335,7 +335,7 @@ def write_card(folder: str | Path, report: dict | None = None):
         # the tables begin with them
         findings = (folder / DEPTH_TABLES).read_text().split("\n\n", 1)[0]
     text = render_card(report, depth, findings)
-    write_aside(folder / "README.md", lambda path: path.write_text(text))
+    atomic_write(folder / "README.md", lambda path: path.write_text(text))
 
 
 _CARD = """

@@ -12,7 +12,7 @@ from datasets import Dataset, Features, Image, List, Value
 
 from icons_recipe.rows import Row
 from icons_recipe.splits import SPLITS
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import atomic_write
 
 
 FEATURES = Features(
@@ -78,7 +78,7 @@ def write_splits(
             records = [to_record(row) for row in part]
             # of few sets a split may have no rows, of which `from_list` does not take the features
             columns = {column: [record[column] for record in records] for column in FEATURES}
-            path = write_aside(folder / name, Dataset.from_dict(columns, features=FEATURES).to_parquet)
+            path = atomic_write(folder / name, Dataset.from_dict(columns, features=FEATURES).to_parquet)
             sizes[split] += path.stat().st_size
             written.add(name)
             on_done(name)
@@ -137,7 +137,7 @@ def write_hash_list(path: Path, rows: Sequence[Row], of_row: Sequence[str | None
             table, aside, compression="zstd", compression_level=19, use_dictionary=dictionaries, column_encoding=plain
         )
 
-    return write_aside(path, write).stat().st_size
+    return atomic_write(path, write).stat().st_size
 
 
 def short_hash(digest: str) -> int:

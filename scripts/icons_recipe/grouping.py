@@ -15,7 +15,7 @@ from icons_recipe.near import near_pairs
 from icons_recipe.rows import Row
 from icons_recipe.splits import TEST_FAMILIES
 from image_sets.components import linked_groups
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import atomic_write
 
 
 BLANK, COPY, EMOJI_CELL, EMOJI_IMAGE = (
@@ -121,7 +121,7 @@ def _cached_pairs(greys, cache, on_done):
             with aside.open("wb") as file:
                 np.save(file, pairs)
 
-        write_aside(path, write)
+        atomic_write(path, write)
     else:
         on_done(len(greys))
     return np.load(path)

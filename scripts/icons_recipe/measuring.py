@@ -233,7 +233,7 @@ class Evaluation:
         rows, codes = read_emoji(self.args.emoji, self.processor, self.args.batch_size)
         result: dict = {"images": len(rows)}
         for key, guesses in (
-            ("model", self.labeler.written_names(codes, NAMES)),
+            ("model", self.labeler.beam_names(codes, NAMES)),
             ("with_memory", self.memory and self.labeler.names(codes, NAMES)),
         ):
             if guesses is not None:
@@ -251,7 +251,7 @@ class Evaluation:
         held_out = open_split(args.data, MAIN).select_columns(["name", "family"]).to_dict()
         for split, columns in ((TRAIN, train), (MAIN, held_out)):
             sample = self._sample(split, args.limit, is_taken=lone_icons(columns, train))
-            names = texts_of(self.labeler.written_names(sample.codes, NAMES), NAMES)
+            names = texts_of(self.labeler.beam_names(sample.codes, NAMES), NAMES)
             found[split] = {"images": len(names), **name_figures(names, sample.rows)}
         return found
 

@@ -13,7 +13,7 @@ from icons_recipe.typical import STYLE
 from modeling_moma.data.kinds.captions import CaptionKind
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training.recipe import Recipe, read_recipe
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import atomic_write
 from modeling_moma.utils.messages import markdown_table
 
 
@@ -530,7 +530,7 @@ def write_card(folder: str | Path, report: dict | None = None):
             raise InputError(f"`folder` {str(folder)!r} has no {EVALUATION_FILE}: see scripts/evaluate_icons.py.")
         report = json.loads(path.read_text())
     text = render_card(report, {name: read_recipe(RECIPES / name) for name in STAGES})
-    write_aside(folder / "README.md", lambda path: path.write_text(text))
+    atomic_write(folder / "README.md", lambda path: path.write_text(text))
 
 
 _CARD = """

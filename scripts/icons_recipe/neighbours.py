@@ -15,7 +15,7 @@ from icons_recipe.samples import normalised, order
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.measures import image_batches
 from modeling_moma.training.array_file import ArrayWriter, read_array
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import atomic_write
 
 
 # neighbours of an image that are kept: many are of one name
@@ -71,7 +71,7 @@ def kept_features(
         InputError: they are of other images.
     """
     if not Path(path).is_file():
-        write_aside(path, lambda aside: _write_features(aside, train, processor, extract, batch_size))
+        atomic_write(path, lambda aside: _write_features(aside, train, processor, extract, batch_size))
     features = read_array(Path(path))
     if len(features) != len(train):
         raise InputError(

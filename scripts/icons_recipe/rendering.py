@@ -13,7 +13,7 @@ import resvg_py
 
 from icons_recipe import drawing
 from icons_recipe.sets import ICONIFY, PACKAGES, read_set_files, visible_icons
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import atomic_write
 
 
 _SCHEMA = pa.schema(
@@ -75,7 +75,7 @@ def read_rendered(cache: Path, prefix: str) -> pa.Table:
 def _render_set(document, has_palette, path):
     icon_set = json.loads(document)
     rows = [_render_row(icon_set, name, icon, has_palette) for name, icon in visible_icons(icon_set).items()]
-    write_aside(path, lambda aside: pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), aside))
+    atomic_write(path, lambda aside: pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), aside))
     return len(rows)
 
 

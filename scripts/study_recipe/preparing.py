@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import atomic_write
 
 from .grid import TWELFTHS
 from .training import Study
@@ -39,7 +39,7 @@ def prepare(study: Study, work: Path, selections: Collection[str]) -> None:
         recipe = study.recipe
         if data in TWELFTHS:
             recipe = work / "twelfth.yaml"
-            write_aside(recipe, lambda path: path.write_text(twelfth_recipe(study.recipe)))
+            atomic_write(recipe, lambda path: path.write_text(twelfth_recipe(study.recipe)))
         moma("tokenize", recipe, "--processor", study.processor_of(data), "--output", study.tokens / data)
 
 

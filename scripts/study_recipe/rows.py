@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 from filelock import FileLock
 
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import atomic_write
 
 
 KEY = ("run", "budget")
@@ -43,4 +43,4 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
         # a column that only some rows have is none of those that pyarrow infers
         names = list(dict.fromkeys(name for entry in rows for name in entry))
         table = pyarrow.Table.from_pylist([{name: entry.get(name) for name in names} for entry in rows])
-        write_aside(path, lambda aside: pyarrow.parquet.write_table(table, aside, compression="zstd"))
+        atomic_write(path, lambda aside: pyarrow.parquet.write_table(table, aside, compression="zstd"))

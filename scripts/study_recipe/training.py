@@ -9,10 +9,15 @@ import yaml
 
 from modeling_moma.cli import upcycle
 from modeling_moma.cli.pretrain import parse_arguments
-from modeling_moma.training.checkpoints import checkpoint_step, last_checkpoint, read_state, without_torn_checkpoints
+from modeling_moma.training.checkpoints import (
+    checkpoint_step,
+    last_checkpoint,
+    read_state,
+    without_incomplete_checkpoints,
+)
 from modeling_moma.training.pretraining import build_trainer, read_parts
 from modeling_moma.training.stage_trainer import StageTrainer
-from modeling_moma.utils.atomic_files import write_aside
+from modeling_moma.utils.atomic_files import atomic_write
 
 from .grid import Pace, Run, model_fields, seed_of
 
@@ -124,11 +129,11 @@ def train(
     if checkpoint is not None and checkpoint_step(str(checkpoint)) >= stop_at:
         return
     output.mkdir(parents=True, exist_ok=True)
-    write_aside(output / RECIPE_FILE, lambda path: path.write_text(recipe_text(study, run, schedule)))
+    atomic_write(output / RECIPE_FILE, lambda path: path.write_text(recipe_text(study, run, schedule)))
     trainer = trainer_of(study, run, output, stop_at, upcycled(study, run))
     # the earlier stage tells the place in the data
     start = trainer.earlier_stage if checkpoint is None else str(checkpoint)
-    with without_torn_checkpoints(trainer):
+    with without_incomplete_checkpoints(trainer):
         trainer.train(resume_from_checkpoint=start)
 
 

@@ -176,7 +176,7 @@ def test_a_document_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeyp
     def refuse(*args):
         raise PermissionError("not here")
 
-    monkeypatch.setattr(atomic_files, "write_aside", refuse)
+    monkeypatch.setattr(atomic_files, "atomic_write", refuse)
     document = tmp_path / "page.md"
     document.write_text("<!-- plan: --preset moma-90m-4t4i --gpus 1 -->\n<!-- /plan -->\n")
     assert main(["--write", str(document)]) == 2

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.data.documents import TokenFolder
-from modeling_moma.data.images import LeftOut
+from modeling_moma.data.images import SkippedRow
 from modeling_moma.data.jobs import plan_job, write_job
 from modeling_moma.data.kinds import (
     KINDS,
@@ -49,7 +49,7 @@ class QuizKind(SourceKind):
     min_side: int = 8
 
     name = "quiz"
-    told_by = ("question",)
+    discriminator_fields = ("question",)
     hint = "`photo`, `question` and `answer` of a quiz"
     has_images = True
 
@@ -66,7 +66,7 @@ class QuizKind(SourceKind):
         for index, split, row in shard.rows():
             try:
                 pixel_values = shard.pixel_values(row[self.photo], self.min_side)
-            except LeftOut as error:
+            except SkippedRow as error:
                 shard.leave_out(index, error)
                 continue
             codes = shard.codes(pixel_values)[0].tolist()
@@ -177,7 +177,7 @@ TURN = {"role": "user", "content": "red"}
 )
 def test_row_of_another_shape_is_left_out(column, odd):
     kind, row = read_kind("mine", {column: "column"}), {"column": odd}
-    with pytest.raises(LeftOut, match="segment unknown|chat not readable|7"):
+    with pytest.raises(SkippedRow, match="segment unknown|chat not readable|7"):
         read_segments(kind, row) if column == "segments" else read_messages(kind, row, tiny_processor())
     assert list(kind.row_texts(row)) == [] and kind.row_images(row) == []
 
@@ -200,7 +200,7 @@ def test_row_of_another_shape_is_left_out(column, odd):
 def test_segment_is_one_thing(entry, expected):
     kind, row = read_kind("mine", {"segments": "parts"}), {"parts": [entry]}
     if isinstance(expected, str) and " " in expected:
-        with pytest.raises(LeftOut, match=expected):
+        with pytest.raises(SkippedRow, match=expected):
             read_segments(kind, row)
     else:
         assert read_segments(kind, row) == ([] if expected is None else [expected])

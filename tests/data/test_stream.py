@@ -12,7 +12,7 @@ from helpers.tiny import CAPTIONS, tiny_documents, tiny_processor, tiny_rows
 from modeling_moma.data.documents import CaptionDocuments, mean_length
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.sources import read_sources
-from modeling_moma.data.stream import DocumentExamples, SourceTurns
+from modeling_moma.data.stream import DocumentExamples, SourceScheduler
 from modeling_moma.data.token_documents import TokenDocuments
 
 
@@ -141,7 +141,7 @@ def behind(distances, number):
     [((8, 2950), (0.9, 0.1)), ((50, 50), (1, 1e-3)), ((50, 50, 50), (1, 1, 1)), ((7, 31, 500, 90), (0.2, 3, 0.4, 1))],
 )
 def test_sources_take_turns_as_in_the_plain_reference_from_any_place(lengths, weights):
-    turns = SourceTurns(lengths, weights)
+    turns = SourceScheduler(lengths, weights)
     sources = behind(turns.distances, 3000)
     seen = [sources[:index].count(source) for index, source in enumerate(sources)]
     assert [turns[index] for index in range(3000)] == list(zip(sources, seen))
@@ -150,7 +150,7 @@ def test_sources_take_turns_as_in_the_plain_reference_from_any_place(lengths, we
 
 @pytest.mark.parametrize(("lengths", "weights"), [((8, 2950), (0.97, 0.03)), ((50, 50), (1, 1e-5)), ((9, 9), (1, 1))])
 def test_no_source_is_a_document_off_its_weight_however_rare_it_is(lengths, weights):
-    turns = SourceTurns(lengths, weights)
+    turns = SourceScheduler(lengths, weights)
     for number in (500, 20_000, 10**6, 10**9):
         tokens = np.asarray(turns.counts(number)) * lengths
         wanted = np.asarray(weights) / sum(weights) * tokens.sum()

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 from helpers.tiny import noise_images, tiny_processor, write_tokens
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.encoding import DocumentEncoder, caption_chat_template
-from modeling_moma.data.images import LeftOut, read_image
+from modeling_moma.data.images import SkippedRow, read_image
 from modeling_moma.data.jobs import Job, plan_job, read_job, source_digest, write_job
 from modeling_moma.data.reports import read_manifest, write_manifest
 from modeling_moma.data.sources import read_sources
@@ -99,7 +99,7 @@ def test_folder_with_an_archive_of_photos(processor, tmp_path):
     fields = {"data": str(tmp_path / "photos"), "image": "image", "text": "caption", "held_out": 0}
     entry = tokenize({"photos": fields}, processor, tmp_path / "tokens", strict=True)["sources"]["photos"]
     assert entry["splits"]["train"]["documents"] == 4
-    with pytest.raises(LeftOut, match="image missing: there is no file 'zip://gone.jpg::"):
+    with pytest.raises(SkippedRow, match="image missing: there is no file 'zip://gone.jpg::"):
         read_image({"bytes": None, "path": f"zip://gone.jpg::{path}"})
 
 
@@ -109,15 +109,15 @@ def test_folder_with_an_archive_of_photos(processor, tmp_path):
 )
 def test_addresses_of_other_readers_are_not_opened(monkeypatch, form, path):
     monkeypatch.setattr(file_utils, "xopen", lambda *args: pytest.fail("opened"))
-    with pytest.raises(LeftOut, match="image missing: there is no file"):
+    with pytest.raises(SkippedRow, match="image missing: there is no file"):
         read_image(form(path))
 
 
 def test_a_missing_image_names_the_folder_it_was_looked_for_in(tmp_path):
-    with pytest.raises(LeftOut, match="there is no file '0.png' below '.*'$"):
+    with pytest.raises(SkippedRow, match="there is no file '0.png' below '.*'$"):
         read_image("0.png", str(tmp_path))
     with pytest.raises(
-        LeftOut, match=r"there is no file '0.png' below 'pt/\*'; `root` of the source names the folder"
+        SkippedRow, match=r"there is no file '0.png' below 'pt/\*'; `root` of the source names the folder"
     ):
         read_image("0.png", "pt/*")
 
@@ -362,7 +362,7 @@ def test_strict_stops_at_the_first_bad_row_and_names_it(processor, bad_photos, t
 @pytest.mark.parametrize("as_bytes", [True, False])
 def test_what_is_no_image_is_told_without_an_address_in_memory(tmp_path, as_bytes):
     (tmp_path / "notes.png").write_bytes(b"no image at all")
-    with pytest.raises(LeftOut, match="image damaged: .*of another kind") as refused:
+    with pytest.raises(SkippedRow, match="image damaged: .*of another kind") as refused:
         read_image(b"no image at all" if as_bytes else str(tmp_path / "notes.png"))
     assert "BytesIO" not in str(refused.value)
 

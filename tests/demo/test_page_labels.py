@@ -20,7 +20,7 @@ from gradio_client.exceptions import AppError  # noqa: E402
 
 from modeling_moma.cli.main import main as moma  # noqa: E402
 from modeling_moma.demo.page import build_page, open_page  # noqa: E402
-from modeling_moma.demo.studio import Studio  # noqa: E402
+from modeling_moma.demo.studio import DemoSession  # noqa: E402
 from modeling_moma.labelling.folder import search_folder  # noqa: E402
 
 
@@ -38,7 +38,7 @@ def icons(tmp_path_factory):
 @pytest.fixture(scope="module")
 def studio(icons):
     processor = caption_processor()
-    return Studio(caption_model(processor), processor, "tiny", library=str(icons))
+    return DemoSession(caption_model(processor), processor, "tiny", library=str(icons))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,9 @@ def test_an_address_in_a_request_is_told(client):
 def test_found_images_are_sent_small(tmp_path):
     noise_images(1, 64)[0].resize((1500, 1000)).save(tmp_path / "large.png")
     processor = caption_processor()
-    ((image, name),) = Studio(caption_model(processor), processor, "tiny", library=str(tmp_path)).find("red apple")
+    ((image, name),) = DemoSession(caption_model(processor), processor, "tiny", library=str(tmp_path)).find(
+        "red apple"
+    )
     assert name == "large.png" and image.size == (320, 213)
 
 
@@ -118,7 +120,7 @@ def test_images_and_names_that_a_page_cannot_take_are_found_all_the_same(tmp_pat
     with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.jpg"), "wb") as file:
         image.convert("CMYK").save(file, format="jpeg")
     processor = caption_processor()
-    found = Studio(caption_model(processor), processor, "tiny", library=str(tmp_path)).find("red apple")
+    found = DemoSession(caption_model(processor), processor, "tiny", library=str(tmp_path)).find("red apple")
     gallery = gr.Gallery(format="png")
     gallery.GRADIO_CACHE = str(tmp_path)
     (entry,) = gallery.postprocess(found).root
@@ -130,14 +132,14 @@ def test_words_to_draw_beside_the_images_are_no_news(tmp_path, capsys):
     noise_images(1)[0].save(tmp_path / "an.png")
     (tmp_path / "prompts.txt").write_text("house\n")
     processor = caption_processor()
-    studio = Studio(caption_model(processor), processor, "tiny", library=str(tmp_path))
+    studio = DemoSession(caption_model(processor), processor, "tiny", library=str(tmp_path))
     assert studio.coded is not None and studio.coded.paths == ["an.png"]
     assert "prompts.txt" not in capsys.readouterr().err
 
 
 def test_a_page_without_a_folder_has_no_search():
     processor = tiny_processor()
-    studio = Studio(tiny_model(processor), processor, "tiny")
+    studio = DemoSession(tiny_model(processor), processor, "tiny")
     names = {function.api_name for function in build_page(studio).fns.values()}
     assert "label" in names and not {"find", "find_on_enter"} & names
     with pytest.raises(ValueError, match="no folder of images"):

@@ -18,7 +18,7 @@ gr = pytest.importorskip("gradio", reason="`pip install 'modeling-moma[demo]'` i
 
 from modeling_moma.demo.inputs import Examples, read_upload, show_errors  # noqa: E402
 from modeling_moma.demo.page import build_page  # noqa: E402
-from modeling_moma.demo.studio import Studio, load_studio  # noqa: E402
+from modeling_moma.demo.studio import DemoSession, load_studio  # noqa: E402
 from modeling_moma.demo.tabs import LEAST_SIDE, enlarged  # noqa: E402
 
 
@@ -154,7 +154,7 @@ def test_small_images_are_enlarged_by_whole_numbers():
 )
 def test_pages_of_other_models_are_built_with_all_tabs_and_phone_nobody(fields):
     processor = tiny_processor()
-    page = build_page(Studio(tiny_model(processor, **fields), processor, "tiny"))
+    page = build_page(DemoSession(tiny_model(processor, **fields), processor, "tiny"))
     try:
         config = page.get_config_file()
         tabs = [part["props"]["label"] for part in config["components"] if part["type"] == "tabitem"]
@@ -187,7 +187,7 @@ def test_messages_of_errors_reach_the_page():
 
 def test_images_that_are_drawn_are_shown_once():
     processor = tiny_processor()
-    page = build_page(Studio(tiny_model(processor), processor, "tiny"))
+    page = build_page(DemoSession(tiny_model(processor), processor, "tiny"))
     try:
         draw = next(function.fn for function in page.fns.values() if function.api_name == "draw")
         shown = list(draw("red apple", 2, 1.0, 1.0, 3))
@@ -201,7 +201,7 @@ def test_images_that_are_drawn_are_shown_once():
 
 def test_words_of_a_request_made_by_hand_have_the_limit_of_the_page():
     processor = tiny_processor()
-    page = build_page(Studio(tiny_model(processor), processor, "tiny"))
+    page = build_page(DemoSession(tiny_model(processor), processor, "tiny"))
     seen = []
 
     def reached(*arguments):
@@ -216,7 +216,7 @@ def test_words_of_a_request_made_by_hand_have_the_limit_of_the_page():
     try:
         functions = {function.api_name: function.fn for function in page.fns.values()}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Studio, "_inputs", reached)
+            patch.setattr(DemoSession, "_inputs", reached)
             for name, arguments in sent.items():
                 for words, said in (
                     ("a" * 2001, "2001 characters"),

@@ -19,14 +19,14 @@ from gradio_client.exceptions import AppError  # noqa: E402
 
 from modeling_moma.demo.inputs import read_sound_upload  # noqa: E402
 from modeling_moma.demo.page import build_page, open_page  # noqa: E402
-from modeling_moma.demo.studio import Studio  # noqa: E402
+from modeling_moma.demo.studio import DemoSession  # noqa: E402
 from modeling_moma.demo.tabs import as_html, as_sound  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def studio():
     processor = processor_of_sounds()
-    return Studio(tiny_model(processor, **THREE), processor, "tiny")
+    return DemoSession(tiny_model(processor, **THREE), processor, "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -110,5 +110,5 @@ def test_only_models_that_hear_have_the_tab(studio):
 
     assert tabs(build_page(studio)) == ["Caption", "Names", "Draw", "Sounds", "Interleaved", "Routing"]
     processor = tiny_processor()
-    page = build_page(Studio(tiny_model(processor), processor, "tiny"))
+    page = build_page(DemoSession(tiny_model(processor), processor, "tiny"))
     assert tabs(page) == ["Caption", "Names", "Draw", "Interleaved", "Routing"]

@@ -12,7 +12,7 @@ from PIL import ImageColor
 
 from helpers.tiny import noise_images, tiny_model, tiny_processor
 from modeling_moma.demo.routing_view import SIDE, RoutingView
-from modeling_moma.demo.studio import Studio
+from modeling_moma.demo.studio import DemoSession
 from modeling_moma.evaluation.routing_images import IMAGE_SHARE, UNCOVERED
 
 
@@ -34,7 +34,7 @@ def routed_example(**fields):
     for layer in model.model.layers:
         if hasattr(layer, "depth_router"):
             layer.depth_router.threshold.fill_(0.5)
-    studio = Studio(model, tiny_processor(), "tiny")
+    studio = DemoSession(model, tiny_processor(), "tiny")
     return studio, studio.route(noise_images(1)[0], "red <b>apple")
 
 

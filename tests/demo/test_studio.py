@@ -9,7 +9,7 @@ import torch
 
 from helpers.tiny import noise_images, tiny_model, tiny_processor
 from modeling_moma.demo.partial_images import PAPER, PartialImages
-from modeling_moma.demo.studio import Studio, stream_ids
+from modeling_moma.demo.studio import DemoSession, stream_ids
 
 
 # 16 codes of 4 x 4 pixels each
@@ -28,7 +28,7 @@ def model(processor):
 
 @pytest.fixture(scope="module")
 def studio(model, processor):
-    return Studio(model, processor, "tiny")
+    return DemoSession(model, processor, "tiny")
 
 
 def covered(image) -> int:

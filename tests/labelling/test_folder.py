@@ -18,7 +18,7 @@ from PIL import Image
 from helpers.captions import IMAGES, caption_model, caption_processor
 from helpers.tiny import noise_images, tiny_model, tiny_processor
 from modeling_moma.cli import main as moma
-from modeling_moma.data.images import LeftOut
+from modeling_moma.data.images import SkippedRow
 from modeling_moma.labelling import images as reading
 from modeling_moma.labelling.folder import CodedFolder, Found, search_folder, write_table
 from modeling_moma.labelling.images import SVG_SIDE, SvgRenderer, folder_files, read_files
@@ -415,7 +415,7 @@ def test_an_svg_that_ends_the_renderer_is_left_out_and_the_next_one_is_rendered(
     for name, text in hostile.items():
         (tmp_path / name).write_text(text)
     found = {file.name: image for file, image in read_files(folder_files(tmp_path))}
-    assert isinstance(found["deep.svg"], LeftOut) and "not rendered" in str(found["deep.svg"])
+    assert isinstance(found["deep.svg"], SkippedRow) and "not rendered" in str(found["deep.svg"])
     assert all(isinstance(found[name], Image.Image) for name in ("a.svg", "z.svg"))
 
 
@@ -424,7 +424,7 @@ def test_an_svg_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with SvgRenderer() as renderer:
         monkeypatch.setattr(renderer, "_start", lambda: subprocess.Popen(["sleep", "60"], **pipes))
-        with pytest.raises(LeftOut, match="takes too long"):
+        with pytest.raises(SkippedRow, match="takes too long"):
             renderer.render(tmp_path / "icon.svg", seconds=0.1)
         monkeypatch.undo()
         assert renderer.render(tmp_path / "icon.svg").startswith(b"\x89PNG")
@@ -434,7 +434,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "LARGEST_FILE", 10)
     (tmp_path / "icon.png").write_bytes(b"x" * 11)
     ((_, found),) = read_files(folder_files(tmp_path))
-    assert isinstance(found, LeftOut) and found.reason == "file too large"
+    assert isinstance(found, SkippedRow) and found.reason == "file too large"
 
 
 def test_an_image_of_too_many_pixels_is_told_so_and_a_large_one_brings_no_warning(tmp_path, monkeypatch, recwarn):
@@ -451,4 +451,4 @@ def test_without_a_renderer_an_svg_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(reading.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "icon.svg").write_text(SQUARE.format('viewBox="0 0 24 24"'))
     ((_, found),) = read_files(folder_files(tmp_path))
-    assert isinstance(found, LeftOut) and "modeling-moma[icons]" in str(found)
+    assert isinstance(found, SkippedRow) and "modeling-moma[icons]" in str(found)

@@ -68,9 +68,9 @@ def test_a_model_equals_the_plain_loop_forward_and_backward(name, routing, train
     assert_equals_plain_loop(model, ids, left_padding(ids, 3, 0, 4), routing, floor=3e-2)
 
 
-@pytest.mark.parametrize("fixed, may_sync", [(False, True), (True, True), (False, False)])
+@pytest.mark.parametrize("fixed, allow_host_sync", [(False, True), (True, True), (False, False)])
 @pytest.mark.parametrize("routing", LEAVING)
-def test_every_token_meets_an_expert_in_every_form_of_pairs(routing, fixed, may_sync):
+def test_every_token_meets_an_expert_in_every_form_of_pairs(routing, fixed, allow_host_sync):
     torch.manual_seed(0)
     config = tiny_config(num_experts=4, **fields_of(routing))
     router = MomaRouter(config, "all")
@@ -83,7 +83,7 @@ def test_every_token_meets_an_expert_in_every_form_of_pairs(routing, fixed, may_
     x_ND = torch.randn(40, 16)
     logits, chosen = router(x_ND, context_of(config, modality_BT, routing))
     scores = torch.sigmoid(logits)
-    selection = chosen.covering(scores, fixed, may_sync)
+    selection = chosen.with_fallback_expert(scores, fixed, allow_host_sync)
     columns = (selection.token_P, selection.expert_P, selection.weight_P)
     pairs = {(t, e): weight for t, e, weight in zip(*(column.tolist() for column in columns)) if weight > 0}
     expected = set(zip(chosen.token_P.tolist(), chosen.expert_P.tolist()))

@@ -9,7 +9,7 @@ import torch
 from helpers.reference import GROUPS, assert_near, context_of, fields_of, reference_cut, reference_selection
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
 from modeling_moma.configuration_moma import RULES, rule_names
-from modeling_moma.routing_moma import MomaRouter, thresholds_between
+from modeling_moma.routing_moma import MomaRouter, midpoints
 from modeling_moma.token_groups_moma import logistic_noise_like
 
 
@@ -74,7 +74,7 @@ def test_selection_and_gates_are_noisy_while_logits_and_statistics_are_not(routi
     lines = torch.sigmoid(clean_NE).t().tolist()
     cut_E = torch.tensor([reference_cut(line, math.ceil(NUM_TOKENS / 4)) for line in lines])
     statistics = context.statistics[router]
-    assert_near(thresholds_between(statistics.kth_C, statistics.lower_C), cut_E, 1e-6)
+    assert_near(midpoints(statistics.kth_C, statistics.next_best_C), cut_E, 1e-6)
     (gradient,) = torch.autograd.grad(weights.sum(), router.weight)
     (wanted,) = torch.autograd.grad(noisy_NE[token_P, expert_P].sum(), router.weight)
     assert_near(gradient, wanted, 1e-5)

@@ -13,7 +13,7 @@ from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma import cpu_moma, experts_implementations_moma, modeling_moma, token_groups_moma
 from modeling_moma.configuration_moma import rule_names
 from modeling_moma.data.packing import PackedCollator
-from modeling_moma.token_groups_moma import PairForm
+from modeling_moma.token_groups_moma import DispatchLayout
 
 
 # what reads numbers of a tensor, or makes a tensor whose size only its numbers tell
@@ -258,8 +258,8 @@ def test_without_waiting_the_outputs_are_the_same(monkeypatch, routing, normaliz
 def test_experts_that_a_device_map_leaves_on_the_cpu_take_their_own_pairs(monkeypatch, routing, is_training):
     fields = {**GROUPS["4t4i"], **fields_of(routing), "training_routing": routing}
     ids, found = mixed_ids(), []
-    for form in (PairForm.COUNTED, PairForm.SORTED):
-        monkeypatch.setattr(modeling_moma, "form_of_pairs", lambda *given, form=form: form)
+    for form in (DispatchLayout.RAGGED, DispatchLayout.SORTED):
+        monkeypatch.setattr(modeling_moma, "choose_dispatch_layout", lambda *given, form=form: form)
         model = tiny_model(**fields).train(is_training)
         with torch.set_grad_enabled(is_training):
             output = model(ids, labels=ids, use_cache=False)

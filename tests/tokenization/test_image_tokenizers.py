@@ -37,7 +37,7 @@ from modeling_moma.cli import build_processor, generate, pretrain, tokenize
 from modeling_moma.data.encoding import processor_fingerprint
 from modeling_moma.demo.partial_images import PAPER, PartialImages
 from modeling_moma.demo.routing_view import SIDE, RoutingView
-from modeling_moma.demo.studio import Studio
+from modeling_moma.demo.studio import DemoSession
 from modeling_moma.export.image_tokenizer import export_image_tokenizer
 from modeling_moma.hub.folder import check_files
 from modeling_moma.hub.loading import open_image_tokenizer
@@ -222,7 +222,7 @@ def test_page_shows_rectangles_in_their_shape(images):
     # six codes are the first row, the seventh begins the second
     assert not (pixels[:4] == PAPER).all() and not (pixels[4:8, :4] == PAPER).all()
     assert (pixels[4:8, 4:] == PAPER).all() and (pixels[8:] == PAPER).all()
-    studio = Studio(tiny_model(processor, num_experts={"text": 2, "image": 2}), processor, "tiny")
+    studio = DemoSession(tiny_model(processor, num_experts={"text": 2, "image": 2}), processor, "tiny")
     drawn = RoutingView(studio.model.config).image(studio.route(images[0], "red"), 0)
     assert drawn.size == (SIDE, round(SIDE * 16 / 24))
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from helpers.scans import repeated_scan
-from modeling_moma.data.images import LeftOut, read_image
+from modeling_moma.data.images import SkippedRow, read_image
 from tokenization import MomaImageProcessor, MomaImageProcessorPil
 from tokenization.image_input_moma import clean_pil_image
 from tokenization.large_images_moma import MOST_LISTED, MOST_SCANS, jpeg_scans, tiff_listed
@@ -192,7 +192,7 @@ def test_a_jpeg_of_many_scans_is_refused(tmp_path, backend):
     with pytest.raises(ValueError, match=r"scans\.jpg' has 1\d\d scans, more than 100"):
         backend.for_resolution(32)(str(path), return_tensors="pt")
     for source in (str(path), path.read_bytes()):
-        with pytest.raises(LeftOut, match=r"image damaged: .* has 1\d\d scans"):
+        with pytest.raises(SkippedRow, match=r"image damaged: .* has 1\d\d scans"):
             read_image(source)
     path.write_bytes(repeated_scan(MOST_SCANS // 2))
     assert read_image(str(path))[0].size == (64, 64)
@@ -226,7 +226,7 @@ def test_a_tiff_of_many_strips_is_refused(tmp_path, backend):
     with pytest.raises(ValueError, match=r"strips\.tif' lists 262\d\d\d numbers in its header, more than 262144"):
         backend.for_resolution(32)(str(path), return_tensors="pt")
     for source in (str(path), path.read_bytes()):
-        with pytest.raises(LeftOut, match=r"image damaged: .* lists 262\d\d\d numbers"):
+        with pytest.raises(SkippedRow, match=r"image damaged: .* lists 262\d\d\d numbers"):
             read_image(source)
     path.write_bytes(tiff_of_strips(2000))
     assert read_image(str(path))[0].size == (1, 2000)

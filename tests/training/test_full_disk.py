@@ -18,7 +18,7 @@ from helpers.tiny import four_steps, noise_images, write_training
 from modeling_moma.cli.main import main
 from modeling_moma.cli.pretrain import parse_arguments
 from modeling_moma.training import checkpoints
-from modeling_moma.training.checkpoints import last_checkpoint, without_torn_checkpoints
+from modeling_moma.training.checkpoints import last_checkpoint, without_incomplete_checkpoints
 from modeling_moma.training.pretraining import build_trainer
 
 
@@ -85,7 +85,7 @@ def test_shards_that_a_full_disk_cut_short_leave_one_error_and_no_torn_checkpoin
     trainer = build_trainer(parse_arguments(four_steps(inputs, tmp_path, "recipe")))
     trainer.is_world_process_zero = lambda: is_first
     full = OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(OSError, match="No space left") as raised, without_torn_checkpoints(trainer):
+    with pytest.raises(OSError, match="No space left") as raised, without_incomplete_checkpoints(trainer):
         (tmp_path / "checkpoint-2").mkdir()
         # as torch.distributed.checkpoint tells of it on every process
         raise CheckpointException("write", {1: (full, StackSummary())})
@@ -172,11 +172,11 @@ def test_checkpoints(inputs, disk, tmp_path, capsys, monkeypatch):
     output = disk.folder / "run"
     before, torn = None, []
 
-    def torn_checkpoints(folder, find=checkpoints.torn_checkpoints):
+    def incomplete_checkpoints(folder, find=checkpoints.incomplete_checkpoints):
         torn.append(find(folder))
         return torn[-1]
 
-    monkeypatch.setattr(checkpoints, "torn_checkpoints", torn_checkpoints)
+    monkeypatch.setattr(checkpoints, "incomplete_checkpoints", incomplete_checkpoints)
     # within the model, the optimizer and what comes after it, of the first checkpoint and of a later one
     for share in disk.rounds((0.1, 0.6, 0.98, 1.6)):
         disk.leave(int(share * size))

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from helpers.processes import run_group
-from modeling_moma.training.throughput_callback import FeedingCallback
+from modeling_moma.training.throughput_callback import ThroughputCallback
 
 
 def fed(shares, rows, weights=None, **fields):
     """A callback that was given so many rows of 100 positions, 10 of them padding."""
     weights = weights or {"photos": 5, "stories": 3, "lines": 2}
     epochs = lambda number: [number / 10, number / 20, number / 40]  # noqa: E731
-    callback = FeedingCallback(weights, epochs, examples_a_step=4, **fields)
+    callback = ThroughputCallback(weights, epochs, examples_a_step=4, **fields)
     counts = [round(90 * share) for share in shares]
     row = torch.repeat_interleave(torch.tensor([0, 1, 2, -1]), torch.tensor([*counts, 100 - sum(counts)]))
     callback.on_batches([{"input_ids": row[None], "source_ids": row[None]} for _ in range(rows)], 0.01)
@@ -77,13 +77,13 @@ def test_nothing_is_warned_of_where_a_share_is_off_by_less(warnings):
 def test_epoch_is_that_of_the_only_source():
     several = fed([0.5, 0.3, 0.2], 1)
     assert several.epoch(5) is None
-    alone = FeedingCallback({"lines": 1.0}, lambda number: [number / 8], examples_a_step=4)
+    alone = ThroughputCallback({"lines": 1.0}, lambda number: [number / 8], examples_a_step=4)
     assert alone.epoch(5) == 2.5
 
 
 @pytest.mark.parametrize("weights", [{"lines": 1.0}, {"photos": 1.0, "lines": 1.0}])
 def test_counting_a_batch_waits_for_no_device(weights):
-    callback = FeedingCallback(weights)
+    callback = ThroughputCallback(weights)
     # no number of such a tensor can be read
     ids, mask = (torch.zeros(2, 8, dtype=torch.long, device="meta") for _ in range(2))
     callback.on_batches([{"input_ids": ids, "source_ids": ids}, {"input_ids": ids, "attention_mask": mask}], 0.01)
@@ -91,7 +91,7 @@ def test_counting_a_batch_waits_for_no_device(weights):
 
 
 def test_tokens_are_those_that_no_padding_fills():
-    callback = FeedingCallback({"photos": 1.0, "lines": 1.0})
+    callback = ThroughputCallback({"photos": 1.0, "lines": 1.0})
     for _ in range(3):
         ids = torch.tensor([[0, 0, 1, -1], [1, 1, 1, -1]])
         callback.on_batches(

@@ -12,11 +12,11 @@ import pytest
 
 from helpers.processes import start_process
 from modeling_moma.utils.atomic_files import (
+    atomic_write,
     check_new_folder,
     check_place,
     path_aside,
     replace_folder,
-    write_aside,
     write_folder_aside,
 )
 
@@ -35,9 +35,9 @@ def fail_after(action):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "new folder" / "report.txt"
-    write_aside(path, lambda aside: aside.write_text("old"))
+    atomic_write(path, lambda aside: aside.write_text("old"))
     with pytest.raises(OSError, match="disk full"):
-        write_aside(path, fail_after(lambda aside: aside.write_text("half")))
+        atomic_write(path, fail_after(lambda aside: aside.write_text("half")))
     assert path.read_text() == "old"
     assert [child.name for child in path.parent.iterdir()] == ["report.txt"]
 
@@ -49,7 +49,7 @@ def test_a_link_to_a_file_stays_one_and_its_target_is_written(tmp_path):
         link.symlink_to(target)
         target.write_text("old") if name == "there.csv" else None
         check_place(link)
-        assert write_aside(link, lambda aside: aside.write_text("new")) == link
+        assert atomic_write(link, lambda aside: aside.write_text("new")) == link
         assert link.is_symlink() and target.read_text() == "new" and not target.is_symlink()
     assert sorted(child.name for child in tmp_path.iterdir()) == ["far", "not-yet.csv", "there.csv"]
 
@@ -85,7 +85,7 @@ def fill_with(text, *names):
 
 def write_often(path, writer, size):
     for _ in range(WRITES):
-        write_aside(path, lambda aside: aside.write_text(json.dumps([writer] * size)))
+        atomic_write(path, lambda aside: aside.write_text(json.dumps([writer] * size)))
 
 
 def test_several_writers_of_one_file_do_not_meet(tmp_path):
@@ -302,7 +302,7 @@ def test_a_pipe_and_a_device_are_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("pipe")
     for place in (tmp_path / "pipe", tmp_path / "link", "/dev/null"):
-        for write in (check_place, lambda path: write_aside(path, lambda aside: aside.write_text("lost"))):
+        for write in (check_place, lambda path: atomic_write(path, lambda aside: aside.write_text("lost"))):
             with pytest.raises(ValueError, match="--output: '.*' is a device or a pipe"):
                 write(place)
     assert (tmp_path / "pipe").is_fifo() and Path("/dev/null").is_char_device()

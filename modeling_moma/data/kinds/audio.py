@@ -10,7 +10,7 @@ from datasets import Features, List, Value
 
 from ...utils.fields import Share
 from ..encoding import DocumentEncoder
-from ..images import LeftOut
+from ..images import SkippedRow
 from ..shard import Shard
 from ..shards import ShardTable
 from ..templates import Template
@@ -37,7 +37,7 @@ class AudioKind(SourceKind):
     audio_first: Share = 0.5
 
     name = "sound"
-    told_by = ("audio",)
+    discriminator_fields = ("audio",)
     hint = "`audio` and `text` of sounds"
     has_sounds = True
 
@@ -69,7 +69,7 @@ class AudioKind(SourceKind):
         for index, split, row in shard.rows():
             try:
                 if empty := template.empty_columns(row):
-                    raise LeftOut("text empty", f"nothing in {empty}")
+                    raise SkippedRow("text empty", f"nothing in {empty}")
                 columns = {name: shard.stored_text(name, row[name]) for name in self.stored_columns()}
                 num_text = len(shard.encoder.text_ids(template.render(columns)))
                 codes = shard.sound_codes(row[self.audio])
@@ -77,8 +77,8 @@ class AudioKind(SourceKind):
                 around = len(shard.encoder.beginning) + 3
                 if num_text + len(codes) + around > shard.sequence_length:
                     length = num_text + len(codes) + around
-                    raise LeftOut("sound too long", f"{length} tokens with its text, over {shard.sequence_length}")
-            except LeftOut as error:
+                    raise SkippedRow("sound too long", f"{length} tokens with its text, over {shard.sequence_length}")
+            except SkippedRow as error:
                 shard.leave_out(index, error)
                 continue
             shard.report.write_document(split, num_text + around, audio=len(codes))

@@ -26,7 +26,7 @@ class SourceKind(ABC):
     Attributes:
         name (`ClassVar[str]`):
             singular, for messages and manifests.
-        told_by (`ClassVar[tuple[str, ...]]`, *optional*, defaults to `()`):
+        discriminator_fields (`ClassVar[tuple[str, ...]]`, *optional*, defaults to `()`):
             fields that no other kind has: a source that names one of them is of this kind.
         hint (`ClassVar[str]`, *optional*):
             its columns in words, for the message to somebody who names too few.
@@ -38,19 +38,19 @@ class SourceKind(ABC):
             whether its documents are [`CaptionDocuments`].
         has_chats (`bool`):
             whether documents are made by the processor's chat template.
-        rows_multiple (`ClassVar[int]`, *optional*, defaults to `1`):
+        batch_multiple (`ClassVar[int]`, *optional*, defaults to `1`):
             rows of a shard are a multiple of it.
         min_side (`int`, *optional*, defaults to `1`):
             images with a shorter side, in pixels, are left out.
     """
 
     name: ClassVar[str]
-    told_by: ClassVar[tuple[str, ...]] = ()
+    discriminator_fields: ClassVar[tuple[str, ...]] = ()
     hint: ClassVar[str] = ""
     has_images: ClassVar[bool] = False
     has_sounds: ClassVar[bool] = False
     has_captions: ClassVar[bool] = False
-    rows_multiple: ClassVar[int] = 1
+    batch_multiple: ClassVar[int] = 1
     min_side: int = 1
 
     @property
@@ -144,7 +144,7 @@ def source_kind(kind: _Kind) -> _Kind:
         ValueError: another class has its name or one of the fields that tell it.
     """
     for other in KINDS.values():
-        shared = set(other.told_by) & set(kind.told_by)
+        shared = set(other.discriminator_fields) & set(kind.discriminator_fields)
         if other.__qualname__ != kind.__qualname__ and (other.name == kind.name or shared):
             what = f"the field {min(shared)!r}" if shared else f"the name {kind.name!r}"
             raise InputError(f"`source_kind`: {kind.__name__} has {what} of {other.__name__}; choose another.")
@@ -155,8 +155,8 @@ def source_kind(kind: _Kind) -> _Kind:
 def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = ()) -> SourceKind:
     """Return the kind of a source, by the columns that it names."""
     # a kind that nothing tells is taken where no other is; one that was registered later is asked first
-    told = [kind for kind in KINDS.values() if fields.keys() & set(kind.told_by)]
-    kind = [*(kind for kind in KINDS.values() if not kind.told_by), *told][-1]
+    told = [kind for kind in KINDS.values() if fields.keys() & set(kind.discriminator_fields)]
+    kind = [*(kind for kind in KINDS.values() if not kind.discriminator_fields), *told][-1]
     where = f"sources: {source!r}"
     entries = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
     known = [entry.name for entry in entries]

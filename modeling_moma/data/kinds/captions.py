@@ -15,7 +15,7 @@ from tokenization.augmentation_moma import NUM_DRAWS, augment_images
 from ...utils.fields import Count, Share
 from ...utils.hardware import gains_by_bf16
 from ..encoding import DocumentEncoder
-from ..images import LeftOut
+from ..images import SkippedRow
 from ..shard import BATCH, Shard
 from ..shards import ShardTable
 from ..templates import Template
@@ -75,11 +75,11 @@ class CaptionKind(SourceKind):
     min_side: Count = 8
 
     name = "caption"
-    told_by = ("image",)
+    discriminator_fields = ("image",)
     hint = "`image` and `text` of captions"
     has_images = has_captions = True
     # shards of whole batches
-    rows_multiple = BATCH
+    batch_multiple = BATCH
 
     def tokenized_fields(self) -> dict[str, Any]:
         return {"image": self.image, "codings": self.codings, "min_side": self.min_side}
@@ -141,7 +141,7 @@ class _CaptionWriter:
             try:
                 columns, length = self._columns(row)
                 pixel_values = self.shard.pixel_values(row[self.kind.image], self.kind.min_side)
-            except LeftOut as error:
+            except SkippedRow as error:
                 self.shard.leave_out(index, error)
                 continue
             images.append(pixel_values)
@@ -157,10 +157,10 @@ class _CaptionWriter:
         shard, first = self.shard, Template(self.kind.text)
         columns = {name: shard.stored_text(name, row[name]) for name in self.kind.stored_columns()}
         if empty := first.empty_columns(columns):
-            raise LeftOut("caption empty", f"nothing in {empty}")
+            raise SkippedRow("caption empty", f"nothing in {empty}")
         lengths = self.kind.caption_lengths(columns, shard.encoder)
         if (longest := max(lengths)) > shard.sequence_length:
-            raise LeftOut("caption too long", f"{longest} tokens with its image, over {shard.sequence_length}")
+            raise SkippedRow("caption too long", f"{longest} tokens with its image, over {shard.sequence_length}")
         return columns, lengths[0] - shard.processor.image_seq_length
 
     @torch.inference_mode()

@@ -15,7 +15,7 @@ from tokenization.text_tokenizer_moma import IMAGE
 from ...errors_moma import InputError
 from ...utils.fields import Count, read_fields
 from ..encoding import has_caption_template
-from ..images import LeftOut
+from ..images import SkippedRow
 from ..shard import BATCH, Shard
 from .base import SourceKind, source_kind
 
@@ -59,7 +59,7 @@ class InterleavedKind(SourceKind):
     min_side: Count = 8
 
     name = "interleaved"
-    told_by = ("segments", "messages")
+    discriminator_fields = ("segments", "messages")
     hint = "`segments` or `messages` of interleaved documents"
     has_images = True
 
@@ -82,13 +82,13 @@ class InterleavedKind(SourceKind):
         if self.segments is not None:
             try:
                 yield from (part for part in read_segments(self, row) if isinstance(part, str))
-            except LeftOut:
+            except SkippedRow:
                 # `moma tokenize` names it
                 return
             return
         try:
             messages = _listed_messages(self, row)
-        except LeftOut:
+        except SkippedRow:
             return
         for message in messages:
             content = message["content"]
@@ -106,7 +106,7 @@ class InterleavedKind(SourceKind):
         if self.segments is not None:
             try:
                 parts = [part for part in read_segments(self, row) if isinstance(part, Segment)]
-            except LeftOut:
+            except SkippedRow:
                 # `moma tokenize` names it
                 return []
             return [part.value for part in parts if part.modality == modality]
@@ -131,7 +131,7 @@ class _InterleavedWriter:
         for index, split, row in self.shard.rows():
             try:
                 parts = self._read_chat(row) if self.kind.has_chats else self._read_segments(index, row)
-            except LeftOut as error:
+            except SkippedRow as error:
                 self.shard.leave_out(index, error)
                 continue
             waiting.append((index, split, parts))
@@ -153,10 +153,10 @@ class _InterleavedWriter:
                 parts.append(self._read_item(part))
                 is_empty = False
             # the rest of the document makes sense without it
-            except LeftOut as error:
+            except SkippedRow as error:
                 shard.leave_out(index, error, is_whole=False)
         if is_empty:
-            raise LeftOut("document empty", "no text, image or sound")
+            raise SkippedRow("document empty", "no text, image or sound")
         return [shard.encoder.beginning, *parts, [shard.encoder.eos]]
 
     def _read_item(self, segment: Segment) -> torch.Tensor | list[int]:
@@ -167,15 +167,15 @@ class _InterleavedWriter:
             self._check_length("image", shard.processor.image_seq_length + 2)
             return shard.pixel_values(segment.value, self.kind.min_side)
         if AUDIO not in shard.processor.codecs:
-            raise LeftOut("sound not readable", "the processor has no codec of sounds")
+            raise SkippedRow("sound not readable", "the processor has no codec of sounds")
         ids = shard.processor.frame_ids(AUDIO, shard.sound_codes(segment.value))
         self._check_length("sound", len(ids))
         return ids
 
     def _check_length(self, what: str, length: int) -> None:
-        """Raise `LeftOut` for what no sequence holds together with the token that comes before it."""
+        """Raise `SkippedRow` for what no sequence holds together with the token that comes before it."""
         if length >= self.shard.sequence_length:
-            raise LeftOut(
+            raise SkippedRow(
                 f"{what} too long", f"{length} tokens and one before them, over {self.shard.sequence_length}"
             )
 
@@ -184,7 +184,7 @@ class _InterleavedWriter:
         processor = self.shard.processor
         text, segments = read_messages(self.kind, row, processor)
         if not text:
-            raise LeftOut("document empty", "no text, image or sound in its messages")
+            raise SkippedRow("document empty", "no text, image or sound in its messages")
         ids = processor.tokenizer(text, add_special_tokens=False, sanitize_control_tokens=True)["input_ids"]
         # of one token it is a number
         placeholder_id: Any = processor.tokenizer.convert_tokens_to_ids
@@ -195,7 +195,7 @@ class _InterleavedWriter:
             message = (
                 f"the chat template wrote {len(written)} images and sounds of {len(segments)}, or in another order"
             )
-            raise LeftOut("chat not readable", message)
+            raise SkippedRow("chat not readable", message)
         items = iter([self._read_item(segment) for segment in segments])
         parts: list[Any] = [[]]
         for token in ids:
@@ -227,7 +227,7 @@ def read_segments(kind: InterleavedKind, row: dict[str, Any]) -> list[str | Segm
     """Return the texts, images and sounds of a row in their order."""
     entries = row[str(kind.segments)]
     if entries is not None and not isinstance(entries, list):
-        raise LeftOut("segment unknown", f"{str(kind.segments)!r} holds {str(entries)[:100]!r}, which is no list")
+        raise SkippedRow("segment unknown", f"{str(kind.segments)!r} holds {str(entries)[:100]!r}, which is no list")
     return [part for part in map(_read_segment, entries or []) if part != ""]
 
 
@@ -240,12 +240,12 @@ def _read_segment(entry: Any) -> str | Segment:
         given = [name for name in names if not _is_nothing(entry.get(name))]
         held = [name for name in given if entry[name] != ""] or given[:1]
         if len(held) > 1:
-            raise LeftOut("segment unknown", f"{str(entry)[:100]!r} holds {' and '.join(held)}: which comes first?")
+            raise SkippedRow("segment unknown", f"{str(entry)[:100]!r} holds {' and '.join(held)}: which comes first?")
         if held and held[0] != "text":
             return Segment(held[0], entry[held[0]])
         if held and isinstance(entry["text"], str):
             return entry["text"]
-    raise LeftOut(
+    raise SkippedRow(
         "segment unknown",
         f"{str(entry)[:100]!r} is neither a text nor {{'text': ...}}, {{'image': ...}}, {{'audio': ...}}",
     )
@@ -263,7 +263,7 @@ def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaPro
     messages, given = [], _listed_messages(kind, row)
     roles = [message["role"] for message in given]
     if roles not in ([], *_CAPTION_CHATS) and has_caption_template(processor):
-        raise LeftOut("chat not readable", f"the chat template of captions has no place for messages of {roles}")
+        raise SkippedRow("chat not readable", f"the chat template of captions has no place for messages of {roles}")
     for message in given:
         content = message["content"]
         parts = _split_placeholders(content, own) if isinstance(content, str) else content
@@ -279,14 +279,14 @@ def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaPro
         text = processor.apply_chat_template(messages, tokenize=False)
     # templates raise what they like
     except Exception as error:
-        raise LeftOut("chat not readable", str(error)) from error
+        raise SkippedRow("chat not readable", str(error)) from error
     order = [part["type"] for message in messages for part in message["content"] if part["type"] != "text"]
     items = {}
     for modality, found in own.items():
         column, wanted = listed.get(modality), order.count(modality)
         found = found or ([] if column is None else _as_list(row[column]))
         if len(found) != wanted:
-            raise LeftOut(f"{_PLURALS[modality]} missing in chat", f"{wanted} placeholders and {len(found)} items")
+            raise SkippedRow(f"{_PLURALS[modality]} missing in chat", f"{wanted} placeholders and {len(found)} items")
         items[modality] = iter(found)
     return text, [Segment(modality, next(items[modality])) for modality in order]  # pyright: ignore[reportReturnType]
 
@@ -295,17 +295,21 @@ def _listed_messages(kind: InterleavedKind, row: dict[str, Any]) -> list[dict[st
     """Return the messages of a row, each with a `role` and a text or a list as `content`."""
     messages = row[str(kind.messages)]
     if messages is not None and not isinstance(messages, list):
-        raise LeftOut("chat not readable", f"{str(kind.messages)!r} holds {str(messages)[:100]!r}, which is no list")
+        raise SkippedRow(
+            "chat not readable", f"{str(kind.messages)!r} holds {str(messages)[:100]!r}, which is no list"
+        )
     listed = []
     for message in messages or []:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise LeftOut("chat not readable", f"{str(message)[:100]!r} is no message with `role` and `content`")
+            raise SkippedRow("chat not readable", f"{str(message)[:100]!r} is no message with `role` and `content`")
         content = message.get("content") or ""
         called = [name for name in ("tool_calls", "function_call") if message.get(name)]
         if called:
-            raise LeftOut("chat not readable", f"a message has {called[0]!r}, and only `role` and `content` are read")
+            raise SkippedRow(
+                "chat not readable", f"a message has {called[0]!r}, and only `role` and `content` are read"
+            )
         if not isinstance(content, str | list):
-            raise LeftOut("chat not readable", f"the content of a message is {str(content)[:100]!r}")
+            raise SkippedRow("chat not readable", f"the content of a message is {str(content)[:100]!r}")
         listed.append({"role": message["role"], "content": content})
     return listed
 
@@ -338,17 +342,17 @@ def _split_placeholders(text: str, modalities: Iterable[str]) -> Iterator[dict]:
 
 def _plain_part(part: Any, items: dict[str, list[Any]]) -> dict:
     if not isinstance(part, dict):
-        raise LeftOut("chat not readable", f"a part of a message is {str(part)[:100]!r}")
+        raise SkippedRow("chat not readable", f"a part of a message is {str(part)[:100]!r}")
     modality = part.get("type")
     if modality in items:
         items[modality] += _part_items(part, modality)
         return {"type": modality}
     # a chat without what is spoken of makes another sense
     if modality not in (None, "text"):
-        raise LeftOut(
+        raise SkippedRow(
             "chat not readable", f"a part is of type {modality!r}, and the processor knows text, {', '.join(items)}"
         )
     text = part.get("text") or ""
     if not isinstance(text, str):
-        raise LeftOut("chat not readable", f"the text of a message is {str(text)[:100]!r}")
+        raise SkippedRow("chat not readable", f"the text of a message is {str(text)[:100]!r}")
     return {"type": "text", "text": text}

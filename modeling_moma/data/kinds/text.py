@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..images import LeftOut
+from ..images import SkippedRow
 from ..shard import Shard
 from ..templates import Template
 from .base import SourceKind, source_kind
@@ -37,9 +37,9 @@ class TextKind(SourceKind):
         for index, split, row in shard.rows():
             try:
                 if empty := template.empty_columns(row):
-                    raise LeftOut("text empty", f"nothing in {empty}")
+                    raise SkippedRow("text empty", f"nothing in {empty}")
                 text = template.render(row)
-            except LeftOut as error:
+            except SkippedRow as error:
                 shard.leave_out(index, error)
                 continue
             document = shard.document(index, split, shard.encoder.document([text]), 0)

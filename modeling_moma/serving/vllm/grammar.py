@@ -27,7 +27,7 @@ SERVED_MODES: set[str] = set()
 
 def check_served(name: str, mode: Any) -> None:
     """Raise `ValueError` for a mode that no model has that this process has been asked to serve."""
-    # of a list a set cannot be asked
+    # lists are unhashable
     if SERVED_MODES and mode not in sorted(SERVED_MODES):
         raise InputError(f"`{name}` must be one of {sorted(SERVED_MODES)}, got {mode!r}.")
 

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..data.images import LeftOut, read_image
+from ..data.images import SkippedRow, read_image
 from ..data.kinds.images import ImageKind
 from ..data.sources import TRAIN, Source, undecoded_rows
 from ..data.templates import as_text, is_something
@@ -84,7 +84,7 @@ def build_memory(
         for number, row in batch:
             try:
                 image = read_image(row[kind.image], source.image_root(), kind.min_side)[0]
-            except LeftOut as error:
+            except SkippedRow as error:
                 left_out[error.reason] += 1
                 if left_out.total() <= MOST_TOLD:
                     tqdm.write(f"row {number}: left out: {one_line(error, 200)}", file=sys.stderr)
