@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-import contextlib
 import copy
 import re
 from dataclasses import replace
-from io import BytesIO
 from types import SimpleNamespace
 
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
-from benchmarks import data_pipeline, drawing
 from benchmarks.__main__ import main as compare_speed
 from benchmarks.speed import clock, comparison, floors, gate
 from benchmarks.speed.cases import CASES
@@ -20,7 +15,6 @@ from benchmarks.speed.contenders import CONTENDERS, build
 from benchmarks.speed.profiles import PeakMemory, count_calls
 from benchmarks.speed.results import environment, report
 from benchmarks.speed.shapes import SHAPES, mixed_tokens
-from helpers.slow import slow
 from modeling_moma.depth_moma import MomaDepthRouter
 from modeling_moma.routing_moma import MomaRouter
 
@@ -237,58 +231,11 @@ def test_a_gpu_that_is_not_there_is_named(capsys):
     assert "torch sees no GPU" in capsys.readouterr().err
 
 
-@slow
-def test_drawing_is_compared_with_another_commit(monkeypatch, capsys):
-    # the same commit: what is compared is how the comparison works
-    monkeypatch.setattr(drawing, "checkout_of", lambda commit: contextlib.nullcontext(drawing.ROOT))
-    assert drawing.main(["--against", "HEAD", "--rows", "1", "--rounds", "1"]) == 0
-    page = capsys.readouterr().out
-    assert "Both draw the same codes." in page
-    assert 0.2 < float(page.split("This draws ")[1].split(" ")[0]) < 5
-
-
-def test_images_of_the_comparison_of_engines_all_differ(tmp_path):
-    source = data_pipeline.distinct_images(tmp_path, 1100)["pictures"]
-    rows = pq.read_table(source["data"]).to_pylist()
-    assert len({row["image"]["bytes"] for row in rows}) == len(rows) == 1100
-    image = Image.open(BytesIO(rows[-1]["image"]["bytes"]))
-    assert image.size == (64, 64) and rows[-1]["label"] == "disc 1099"
-
-
-# it tokenizes twice, in processes of its own
-@slow
-def test_an_engine_is_timed_and_watched(capsys):
-    report = data_pipeline.main(["engines", "--images", "257", "--runs", "processes:1", "--rounds", "1"])
-    (run,) = report["runs"]
-    assert report["equal"] and run["shards"] == 2 and run["images_per_second"] > 0
-    assert max(run["mib_at_quarters"]) >= max(run["mib_of_a_writer_at_quarters"]) > 0
-
-
-def test_only_ray_is_measured_with_a_killed_worker(capsys):
-    with pytest.raises(SystemExit):
-        data_pipeline.parse_arguments(["engines", "--runs", "ray:2", "processes:2", "--kill"])
-    assert "'processes:2', and only Ray goes on" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
-    "parse, arguments, message",
-    [
-        (compare_speed, ["--rounds", "0"], "--rounds 0"),
-        (compare_speed, ["--device", "gpu"], "--device: invalid choice: 'gpu'"),
-        (drawing.main, ["--against", "HEAD", "--rows", "0"], "--rows 0"),
-        (data_pipeline.main, ["scaling"], "--processor is missing, which `scaling` needs"),
-        (data_pipeline.main, ["stream", "--processor", "here"], "--tokens is missing"),
-        (data_pipeline.main, ["engines", "--rounds", "0"], "--rounds 0"),
-    ],
+    "arguments, message",
+    [(["--rounds", "0"], "--rounds 0"), (["--device", "gpu"], "--device: invalid choice: 'gpu'")],
 )
-def test_a_measurement_of_nothing_is_refused(parse, arguments, message, capsys):
+def test_a_measurement_of_nothing_is_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        parse(arguments)
+        compare_speed(arguments)
     assert message in capsys.readouterr().err
-
-
-def test_a_report_goes_into_a_folder_that_is_made_for_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(drawing, "compare", lambda args: ([[1.0], [2.0]], True))
-    assert drawing.main(["--against", "HEAD", "--report", str(tmp_path / "new" / "reports")]) == 0
-    (page,) = (tmp_path / "new" / "reports").iterdir()
-    assert "This draws 2.00 times as many." in page.read_text()
