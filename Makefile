@@ -26,7 +26,7 @@ RUN := $(VENV)/bin/python
 QUIET := env PYTHONWARNINGS=ignore
 INSTALLED := $(VENV)/.installed
 
-.PHONY: FORCE quickstart browser test test-newest test-lowest test-next test-extras test-cuda count-cuda test-vllm check docs dist bench reproduce reproduce-icons data data-manual data-gloss data-spoken clean
+.PHONY: FORCE quickstart browser test test-newest test-lowest test-next test-extras test-cuda count-cuda test-vllm check docs dist bench reproduce-icons data data-manual data-gloss data-spoken clean
 
 quickstart: $(VENV)/.installed-train
 	$(RUN) scripts/quickstart.py --output quickstart
@@ -88,8 +88,8 @@ dist: $(INSTALLED)
 
 # needs npm and rsvg-convert (Debian: librsvg2-bin)
 data: $(INSTALLED)
-	$(RUN) scripts/build_emoji_dataset.py --output data/emoji
-	$(RUN) scripts/build_icons_dataset.py --output data/icons
+	$(RUN) scripts/build_images.py emoji --output data/emoji
+	$(RUN) scripts/build_images.py icons --output data/icons
 
 # need apt-get and dpkg-deb; nothing is installed
 data-manual: $(INSTALLED)
@@ -105,9 +105,6 @@ data-spoken: $(INSTALLED)
 # one comparison of speed by its name, `make bench CASE=decode-4t4i`, or all of them; on a GPU where there is one
 bench: $(INSTALLED)
 	$(RUN) -m benchmarks $(CASE) --report benchmarks/reports
-
-reproduce: $(INSTALLED)
-	PYTHON=$(abspath $(RUN)) scripts/reproduce.sh
 
 # needs what `make data` builds
 reproduce-icons: $(INSTALLED)

@@ -864,7 +864,7 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
         **kwargs,
     ) -> torch.Tensor | BlockMask | None:
         """Return the mask of a step; a prompt's is made by the model itself: its routers have to see the padding."""
-        # CODEPATH: models with mixture of depths, as recipes/emoji-mod-4t4i.yaml, whose caches are not compiled
+        # CODEPATH: models with mixture of depths, whose caches are not compiled
         if inputs_embeds.shape[1] > 1 or config.depth_layers:
             return attention_mask
         return create_causal_mask(

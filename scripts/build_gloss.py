@@ -11,10 +11,10 @@ installed.
 import shutil
 from pathlib import Path
 
+from blocks import replace_block
 from corpora_recipe.debian import corpus_arguments, fetch_package
 from corpora_recipe.folder import read_card, write_corpus
 from corpora_recipe.gloss import PACKAGE, count_table, read_glosses, split_glosses
-from image_sets.counts import replace_counts
 
 
 CARD = Path(__file__).resolve().parent.parent / "data" / "gloss" / "README.md"
@@ -27,7 +27,7 @@ def main() -> None:
     counts = count_table(rows, package.version)
     # the licence wants to be in every copy
     notice = package.folder / "usr/share/doc" / PACKAGE / "copyright"
-    card = replace_counts(read_card(args.output, CARD), counts)
+    card = replace_block(read_card(args.output, CARD), counts)
     write_corpus(args.output, rows, card, lambda folder: shutil.copyfile(notice, folder / "LICENSE"))
     print(counts)
 

@@ -10,10 +10,10 @@ Needs `apt-get` (with network at the first run) and `dpkg-deb`, or the package's
 
 from pathlib import Path
 
+from blocks import replace_block
 from corpora_recipe.debian import corpus_arguments, fetch_package
 from corpora_recipe.folder import read_card, write_corpus
 from corpora_recipe.manual import PACKAGE, PAGES, copy_images, count_table, read_manual
-from image_sets.counts import replace_counts
 
 
 CARD = Path(__file__).resolve().parent.parent / "data" / "manual" / "README.md"
@@ -24,7 +24,7 @@ def main() -> None:
     package = fetch_package(PACKAGE, args.cache, args.archive)
     manual = read_manual(package.folder / PAGES, args.validation_share)
     counts = count_table(manual, package.version)
-    card = replace_counts(read_card(args.output, CARD), counts)
+    card = replace_block(read_card(args.output, CARD), counts)
     write_corpus(args.output, manual.rows, card, lambda folder: copy_images(manual, folder))
     print(counts)
 

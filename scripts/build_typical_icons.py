@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from icons_recipe.samples import TRAIN, open_split
-from icons_recipe.typical import typical_icons
+from icon_evaluation.samples import TRAIN, open_split
+from icon_evaluation.typical import typical_icons
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.measures import load_model
 from modeling_moma.hub.loading import open_processor
@@ -25,12 +25,10 @@ from modeling_moma.utils.atomic_files import atomic_write, check_place
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a MomaForCausalLM and its MomaProcessor")
-    parser.add_argument("--data", default="data/icons", help="folder of scripts/build_icons_dataset.py")
+    parser.add_argument("--data", default="data/icons", help="folder of the icons")
     parser.add_argument("--output", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args(arguments)
-    if args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: it must be at least 1")
     file = args.output / "train.parquet"
     try:
         check_place(file)

@@ -9,103 +9,409 @@ Some icons of every held-out split are measured, chosen by a hash of set and fil
 
 import argparse
 import json
-import math
 import shlex
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import torch
 from PIL import Image
 
-from icons_recipe.measuring import Evaluation
-from icons_recipe.model_card import EVALUATION_FILE, SHEET_FILE, report_tables, write_card
+from icon_evaluation.card import EVALUATION_FILE, SHEET_FILE, write_card
+from icon_evaluation.measures import (
+    NAMES,
+    TAGS,
+    Query,
+    chance,
+    fit_judge,
+    judged,
+    lexical_scores,
+    means,
+    name_document,
+    name_figures,
+    neighbour_document,
+    queries_of,
+    rank_names,
+    recall,
+    tag_figures,
+    tags_by_name,
+)
+from icon_evaluation.samples import (
+    HELD_OUT,
+    MAIN,
+    TRAIN,
+    Extract,
+    Sample,
+    caption,
+    lone_icons,
+    nearest,
+    open_split,
+    order,
+    read_train_icons,
+    take_sample,
+    without_images,
+)
+from icon_evaluation.typical import KnownDrawings, in_black, typical_caption
+from image_sets.icon_names import spaced
 from modeling_moma.errors_moma import InputError
-from modeling_moma.utils.atomic_files import atomic_write, check_place, check_writable
+from modeling_moma.evaluation.captions import derangement
+from modeling_moma.evaluation.drawings import all_features, check_drawings, feature_extractor
+from modeling_moma.evaluation.held_out import CaptionedImages
+from modeling_moma.evaluation.information import measure_information
+from modeling_moma.evaluation.measures import (
+    decode_images,
+    draw_images,
+    encode_images,
+    image_batches,
+    load_model,
+    tokenizer_quality,
+)
+from modeling_moma.evaluation.retrieval import likeliest_drawings
+from modeling_moma.labelling import FILE_NAME_SHARE
+from modeling_moma.labelling.file_names import file_name_shares, with_file_names
+from modeling_moma.labelling.guesses import Guess, mixed_guesses
+from modeling_moma.labelling.labeler import ImageLabeler
+from modeling_moma.labelling.memory import memory_of
+from modeling_moma.utils.atomic_files import atomic_write, check_writable
+from sheet import SheetEntry, draw_contact_sheet
+from tokenization import MomaProcessor
 
 
-# smallest values of numbers that are asked for; fewer drawings are no test
-LEAST = {
-    "train_images": 1,
-    "limit": 2,
-    "ranked": 1,
-    "queries": 1,
-    "drawings": 8,
-    "sheet": 1,
-    "seeds": 1,
-    "top_k": 0,
-    "batch_size": 1,
-    "views": 2,
-}
+# of the model of emoji alone, on all of the same images
+EMOJI_REPORT = Path(__file__).resolve().parents[1] / "model_cards" / "moma-emoji" / EVALUATION_FILE
+# codings of each icon, beside one, by which it is named and tagged
+VIEWS = 5
+# at most, of each split: icons for which all names are ranked, queries, captions to draw and to show, icons in tables
+RANKED, QUERIES, DRAWINGS, SHEET, SAMPLES = 32, 50, 160, 24, 20
+SHEET_COLUMNS = 4
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 0, "guidance_scale": 5.0}
+TYPICAL_SAMPLING = SAMPLING | {"temperature": 0.3, "guidance_scale": 1.0}
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a MomaForCausalLM and its MomaProcessor")
-    parser.add_argument("--data", default="data/icons", help="folder of scripts/build_icons_dataset.py")
+    parser.add_argument("--data", default="data/icons", help="folder of the icons")
     parser.add_argument("--emoji", default="data/emoji", help="folder of the emoji, to name their test; '' for none")
-    parser.add_argument("--output", help="JSON file of the report; by default evaluation.json beside the model")
-    parser.add_argument("--write-card", action="store_true", help="write README.md and its sheet beside the model")
-    parser.add_argument("--control", help="folder of a model of the same codes that saw half its captions first")
-    parser.add_argument("--features", help="file of the features of all training images, made where it is missing")
-    parser.add_argument(
-        "--neighbours", help="report of an earlier model on the same icons, whose neighbours are taken"
-    )
     parser.add_argument("--typical", help="folder of scripts/build_typical_icons.py that the model learnt to draw by")
-    parser.add_argument("--train-images", type=int, default=20_000, help="of which features are computed without it")
-    parser.add_argument("--limit", type=int, default=300, help="icons of each split to name, tag and search")
-    parser.add_argument("--ranked", type=int, default=32, help="icons of each split for which all names are ranked")
-    parser.add_argument("--queries", type=int, default=50, help="of each split and kind to look for")
-    parser.add_argument("--views", type=int, default=5, help="codings of each icon, beside one, to name and tag it")
-    parser.add_argument("--drawings", type=int, default=160, help="captions to draw")
+    parser.add_argument("--features", help="file of the features of training images, made where it is missing")
+    parser.add_argument("--train-images", type=int, help="to compare with, by default all")
+    parser.add_argument("--limit", type=int, default=300, help="icons of each split, at least 8")
     parser.add_argument("--seeds", type=int, default=4, help="drawings of each caption")
-    parser.add_argument("--sheet", type=int, default=24, help="captions of the sheet")
-    parser.add_argument("--temperature", type=float, default=0.7, help="of the drawings, as the next")
-    parser.add_argument("--top-k", type=int, default=0, help="likeliest codes to draw from, 0: all")
-    parser.add_argument("--guidance-scale", type=float, default=5.0, help="1: none")
-    parser.add_argument("--typical-temperature", type=float, default=0.3, help="of those of --typical, as the next")
-    parser.add_argument("--typical-guidance-scale", type=float, default=1.0, help="1: none")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--write-card", action="store_true", help="write README.md and its sheet beside the model")
     args = parser.parse_args(arguments)
-    for name, least in LEAST.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
-    for name in ("temperature", "typical_temperature"):
-        if not 0 < (value := getattr(args, name)) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value}: it must be above 0, and finite")
-    for name in ("guidance_scale", "typical_guidance_scale"):
-        if not math.isfinite(value := getattr(args, name)):
-            parser.error(f"--{name.replace('_', '-')} {value}: it must be a finite number, 1 for none")
-    if args.emoji and not Path(args.emoji).is_dir():
-        parser.error(f"--emoji {args.emoji!r} is no folder: `make data` builds it, and '' leaves it out")
-    try:
-        if args.output is not None:
-            check_place(args.output)
-        if args.output is None or args.write_card:
-            check_writable(args.model)
-    except InputError as error:
-        parser.error(str(error))
+    for name, least in (("train_images", 1), ("limit", 8), ("seeds", 1), ("batch_size", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
     words = sys.argv[1:] if arguments is None else arguments
     args.command = shlex.join(["python", "scripts/evaluate_icons.py", *words])
     return args
 
 
+class Evaluation:
+    """Loads what every measure needs; `run` measures, `sheet` draws."""
+
+    def __init__(self, args: argparse.Namespace, extract: Extract | None = None):
+        self.args = args
+        check_writable(args.model)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = load_model(args.model, device)
+        self.processor = MomaProcessor.from_pretrained(args.model).to(device)
+        check_drawings(self.processor, min(args.limit, DRAWINGS))
+        self.labeler = ImageLabeler(self.model, self.processor, batch_size=args.batch_size)
+        self.labeler.take_memory(memory_of(args.model), "memory")
+        self.memory = self.labeler.memory
+        self.labeler_of_views = ImageLabeler(
+            self.model, self.processor, batch_size=args.batch_size, views=VIEWS, memory=self.memory
+        )
+        self.extract = extract or feature_extractor(device)
+        self.typical = open_split(args.typical, TRAIN, "--typical") if args.typical else None
+        self.emoji_rows = open_split(args.emoji, "test", "--emoji") if args.emoji else None
+        self.train = read_train_icons(
+            open_split(args.data, TRAIN),
+            self.processor,
+            self.extract,
+            args.batch_size,
+            args.train_images,
+            args.features,
+        )
+        self.tags_of_names = tags_by_name(self.train.columns)
+        self.samples = {split: self._sample(split, args.limit) for split in HELD_OUT}
+
+    def _sample(self, split: str, limit: int, **kwargs) -> Sample:
+        args = self.args
+        return take_sample(args.data, split, limit, self.processor, self.extract, args.batch_size, **kwargs)
+
+    def neighbours(self) -> dict[str, list[list[dict]]]:
+        """The training icons of other families that are nearest to each icon of each split."""
+        samples = self.samples.values()
+        features = torch.cat([sample.features for sample in samples])
+        families = [row["family"] for sample in samples for row in sample.rows]
+        # in one pass over the training icons
+        found = iter(nearest(self.train, features, families))
+        return {sample.split: [next(found) for _ in sample.rows] for sample in samples}
+
+    def guesses(self, sample: Sample, kind: str, count: int, places: Sequence[int]) -> dict[str, list[list[str]]]:
+        """Names or tags of icons by the model alone and with its memory, by one view and by several."""
+        found = {}
+        for ending, labeler in (("", self.labeler), ("_of_views", self.labeler_of_views)):
+            codes = (labeler.encode_pixels(torch.cat(sample.images)) if ending else sample.codes)[list(places)]
+            written = getattr(labeler, f"written_{kind}")(codes, count)
+            found[f"model{ending}"] = texts_of(written, count)
+            if self.memory is not None:
+                shares_of = self.memory.name_shares if kind == "names" else self.memory.tag_shares
+                mixed = mixed_guesses(written, shares_of(labeler.features(codes)), labeler.memory_share)
+                found[f"with_memory{ending}"] = texts_of(mixed, count)
+        return found
+
+    def names(self, sample: Sample, neighbours: list[list[dict]]) -> dict:
+        """How many names are found by beam search and by neighbours, and the true names' ranks among all."""
+        found = self.guesses(sample, "names", NAMES, range(len(sample.rows)))
+        others = [list(dict.fromkeys(spaced(row["name"]) for row in rows))[:NAMES] for rows in neighbours]
+        shown = zip(sample.rows[:SAMPLES], as_shipped(found), others)
+        name_end = self.labeler.form.name_ends[0]
+        return {
+            "images": len(sample.rows),
+            **{key: name_figures(texts, sample.rows) for key, texts in found.items()},
+            "nearest_neighbour": name_figures(others, sample.rows),
+            "ranked": rank_names(self.model, self.processor, sample, RANKED, name_end, 4 * self.args.batch_size),
+            "samples": [
+                {"icon": f"{row['set']}:{row['icon']}", "name": row["name"], "names": texts, "neighbour": other[:1]}
+                for row, texts, other in shown
+            ],
+        }
+
+    def tags(self, sample: Sample, neighbours: list[list[dict]]) -> dict | None:
+        """How many of the makers' tags are found; nothing where no icon has any."""
+        places = [place for place, row in enumerate(sample.rows) if row["keywords"]]
+        if not places:
+            return None
+        rows = [sample.rows[place] for place in places]
+        found = self.guesses(sample, "tags", TAGS, places)
+        others = [
+            list(dict.fromkeys(spaced(tag) for row in neighbours[place] for tag in row["keywords"]))[:TAGS]
+            for place in places
+        ]
+        return {
+            "images": len(rows),
+            "tags": sum(len(row["keywords"]) for row in rows) / len(rows),
+            **{key: tag_figures(texts, rows) for key, texts in found.items()},
+            "nearest_neighbour": tag_figures(others, rows),
+            "samples": [
+                {"icon": f"{row['set']}:{row['icon']}", "keywords": row["keywords"], "tags": texts}
+                for row, texts in zip(rows[:SAMPLES], as_shipped(found))
+            ],
+        }
+
+    def search(self, sample: Sample, neighbours: list[list[dict]]) -> dict | None:
+        """The recall of search by tags, of icons whose names lack them and of all; nothing without tags."""
+        rows = sample.rows
+        kinds = {"unnamed": queries_of(rows, QUERIES), "any": queries_of(rows, QUERIES, in_names=True)}
+        if not all(kinds.values()):
+            return None
+        names = [name_document(row) for row in rows]
+        carried = [" ".join(self.tags_of_names.get(spaced(row["name"]), ())) for row in rows]
+        documents = {
+            "bm25_names": names,
+            "bm25_names_and_tags": [" ".join(parts) for parts in zip(names, carried)],
+            "bm25_neighbours": [neighbour_document(found) for found in neighbours],
+        }
+        return {kind: self._searched(sample, documents, queries) for kind, queries in kinds.items()}
+
+    def _searched(self, sample: Sample, documents: dict[str, list[str]], queries: list[Query]) -> dict:
+        texts = [query.text for query in queries]
+        scores_NQ = self.labeler.written_match(sample.codes, texts)
+        found = {"model": recall(scores_NQ, queries)}
+        if self.memory is not None:
+            scores_NQ = self.labeler.with_memory(scores_NQ, sample.codes, texts)
+            found["with_memory"] = recall(scores_NQ, queries)
+        shares_NQ = file_name_shares([row["icon"] for row in sample.rows], texts, self.memory)
+        found["with_file_names"] = recall(with_file_names(scores_NQ, shares_NQ, FILE_NAME_SHARE), queries)
+        return {
+            "images": len(sample.rows),
+            "queries": len(queries),
+            "wanted": sum(len(query.wanted) for query in queries) / len(queries),
+            **found,
+            **{name: recall(lexical_scores(texts, queries), queries) for name, texts in documents.items()},
+            "chance": chance(len(sample.rows), queries),
+        }
+
+    def emoji(self) -> dict | None:
+        """How many names of the emoji's own test are found, and by others; nothing without its folder."""
+        if self.emoji_rows is None:
+            return None
+        rows = [{"name": row["label"], "aliases": []} for row in without_images(self.emoji_rows)]
+        batches = image_batches(self.emoji_rows, self.processor, self.args.batch_size, "images of emoji")
+        codes = encode_images(self.processor, batches)
+        result: dict = {"images": len(rows)}
+        for key, guesses in (
+            ("model", self.labeler.beam_names(codes, NAMES)),
+            ("with_memory", self.memory and self.labeler.names(codes, NAMES)),
+        ):
+            if guesses is not None:
+                figures = name_figures(texts_of(guesses, NAMES), rows)
+                result[key] = {name: figures[name] for name in ("top1", "top5", "word_in_common")}
+        captions = json.loads(EMOJI_REPORT.read_text())["captions"]
+        result["moma-emoji"] = captions["model"]["label"]
+        result["nearest_neighbour"] = captions["nearest_neighbour"]["label"]
+        return result
+
+    def fit(self) -> dict:
+        """How many names the model alone finds of training icons, and of such icons of `MAIN`, held out."""
+        train, found = self.train.columns, {}
+        held_out = open_split(self.args.data, MAIN).select_columns(["name", "family"]).to_dict()
+        for split, columns in ((TRAIN, train), (MAIN, held_out)):
+            sample = self._sample(split, self.args.limit, is_taken=lone_icons(columns, train))
+            names = texts_of(self.labeler.beam_names(sample.codes, NAMES), NAMES)
+            found[split] = {"images": len(names), **name_figures(names, sample.rows)}
+        return found
+
+    def draw(self, captions: Sequence[str], sampling: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes of drawings `[N, seeds, L]`, and of those of which the model finds the captions likeliest `[N, L]`."""
+        size = self.args.batch_size
+        drawn = [
+            draw_images(self.model, self.processor, list(captions), size, sampling, seed)
+            for seed in range(self.args.seeds)
+        ]
+        drawn_NSL = torch.stack(drawn, dim=1)
+        places_N = likeliest_drawings(self.model, self.processor, drawn_NSL, captions, size)
+        return drawn_NSL, drawn_NSL[torch.arange(len(captions)), places_N]
+
+    def drawings(self) -> dict:
+        """What a judge sees in drawings of held-out captions whose names it knows."""
+        judge = fit_judge(self.train)
+        names, limit = set(judge.names), min(self.args.limit, DRAWINGS)
+        sample = self._sample(MAIN, limit, is_taken=lambda row: spaced(row["name"]) in names)
+        others = derangement(len(sample.rows))
+
+        def seen(codes: torch.Tensor) -> torch.Tensor:
+            return all_features(self.extract, decode_images(self.processor, codes, self.args.batch_size))
+
+        def figures(asked, sampling: dict) -> tuple[dict, torch.Tensor]:
+            drawn = self.draw([asked(row) for row in sample.rows], sampling)
+            settings = {**sampling, "seeds": list(range(self.args.seeds))}
+            return {**judged(judge, seen, sample, *drawn, others), "settings": settings}, drawn[0]
+
+        found, _ = figures(partial(caption, with_colour=True), SAMPLING)
+        if self.typical is not None:
+            found["typical"], drawn_NSL = figures(typical_caption, TYPICAL_SAMPLING)
+            found["typical"]["known"] = self._known(sample, drawn_NSL)
+        return found
+
+    def _known(self, sample: Sample, drawn_NSL: torch.Tensor) -> dict:
+        """How many drawings are nearly typical icons, and how many reconstructions of held-out icons are."""
+        known = KnownDrawings(self.typical, self.processor, self.args.batch_size)
+        names, colours = ([row[name] for row in sample.rows] for name in ("name", "colour"))
+        held_out = in_black(self.processor.decode_images(sample.codes), colours)
+        drawn = [known.shares(self.processor.decode_images(codes), names) for codes in drawn_NSL.unbind(1)]
+        return {
+            "icons": len(known),
+            "reconstructions": known.shares(map(Image.fromarray, held_out), names),
+            "drawn": means(drawn),
+        }
+
+    def information(self) -> dict:
+        """By how many nats captions make images likelier, with and without their colour, and the reverse."""
+        sample, found = self.samples[MAIN], {}
+        for key, with_colour in (("plain", False), ("coloured", True)):
+            captioned = CaptionedImages(sample.codes, [caption(row, with_colour) for row in sample.rows])
+            found[key] = {"model": measure_information(self.model, self.processor, captioned, self.args.batch_size)}
+        return found
+
+    def run(self) -> dict:
+        """The report."""
+        main, near, config = self.samples[MAIN], self.neighbours(), self.model.config
+        return {
+            "command": self.args.command,
+            "dtype": "float32",
+            "model": {
+                "parameters": config.num_parameters(),
+                "active_parameters": config.num_parameters(active=True),
+                "num_experts": config.num_experts,
+                "num_hidden_layers": config.num_hidden_layers,
+            },
+            "image_seq_length": self.processor.image_seq_length,
+            "resolution": self.processor.image_size[0],
+            "train_icons": len(self.train.columns["name"]),
+            "views": VIEWS,
+            "memory": self._memory_facts(),
+            "neighbour_images": len(self.train.rows),
+            "tokenizer": tokenizer_quality(self.processor, main.images, main.codes),
+            **{
+                name: {split: measure(sample, near[split]) for split, sample in self.samples.items()}
+                for name, measure in (("names", self.names), ("tags", self.tags), ("search", self.search))
+            },
+            "emoji": self.emoji(),
+            "fit": self.fit(),
+            "drawings": self.drawings(),
+            "information": self.information(),
+        }
+
+    def _memory_facts(self) -> dict | None:
+        if self.memory is None:
+            return None
+        return {
+            "images": len(self.memory),
+            "names": self.memory.num_image_names,
+            "tagged_names": sum(map(bool, self.memory.tags)),
+            "bytes": Path(memory_of(self.args.model) or "").stat().st_size,
+            "share": self.labeler.memory_share,
+        }
+
+    def sheet(self) -> Image.Image:
+        """Icons of different names by hash: as they are, through the image tokenizer, and from their captions."""
+        opened = open_split(self.args.data, MAIN)
+        rows = without_images(opened)
+        places = rows_of_names(rows, min(self.args.limit, SHEET))
+        real = opened.select(places)["image"][:]
+        codes = self.labeler.encode(real)
+        asked, sampling = partial(caption, with_colour=True), SAMPLING
+        if self.typical is not None:
+            asked, sampling = typical_caption, TYPICAL_SAMPLING
+        captions = [asked(rows[place]) for place in places]
+        _, drawn = self.draw(captions, sampling)
+        named = [guesses[0].text if guesses else "" for guesses in self.labeler.names(codes, 1)]
+        shown = zip(real, *map(self.processor.decode_images, (codes, drawn)), captions, named, strict=True)
+        return draw_contact_sheet([SheetEntry(*entry) for entry in shown], SHEET_COLUMNS)
+
+
+def texts_of(guesses: Sequence[Sequence[Guess]], count: int) -> list[list[str]]:
+    """So many texts of what images are given."""
+    return [[guess.text for guess in found[:count]] for found in guesses]
+
+
+def as_shipped(found: dict[str, list[list[str]]]) -> list[list[str]]:
+    """What `moma label` writes by default: one view, and the memory where there is one."""
+    return found.get("with_memory", found["model"])
+
+
+def rows_of_names(rows: Sequence[dict], count: int) -> list[int]:
+    """The places of icons of different names: the first names by their hashes, of each its first icon."""
+    first = {}
+    for place, row in enumerate(rows):
+        first.setdefault(spaced(row["name"]), place)
+    return [first[name] for name in sorted(first, key=order)[:count]]
+
+
 def main(arguments=None) -> int:
     args = parse_arguments(arguments)
+    folder = Path(args.model)
     try:
         evaluation = Evaluation(args)
         report = evaluation.run()
+        text = json.dumps(report, indent=2) + "\n"
+        atomic_write(folder / EVALUATION_FILE, lambda path: path.write_text(text))
+        if args.write_card:
+            # so few colours are enough for icons, and the folder is downloaded whole
+            sheet = evaluation.sheet().quantize(96, dither=Image.Dither.NONE)
+            atomic_write(folder / SHEET_FILE, lambda path: sheet.save(path, "PNG", optimize=True))
+            write_card(folder, report)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    folder = Path(args.model)
-    atomic_write(
-        args.output or folder / EVALUATION_FILE, lambda path: path.write_text(json.dumps(report, indent=2) + "\n")
-    )
-    print(report_tables(report))
-    if args.write_card:
-        # so few colours are enough for icons, and the folder is downloaded whole
-        sheet = evaluation.sheet().quantize(96, dither=Image.Dither.NONE)
-        atomic_write(folder / SHEET_FILE, lambda path: sheet.save(path, "PNG", optimize=True))
-        write_card(folder, report)
+    print(f"{folder / EVALUATION_FILE} has the report")
     return 0
 
 

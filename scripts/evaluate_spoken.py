@@ -22,7 +22,6 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, logging, set_seed
 
-from emoji_recipe.sheet import SheetEntry, draw_contact_sheet
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.images import read_image
 from modeling_moma.data.sources import undecoded_rows
@@ -30,6 +29,7 @@ from modeling_moma.evaluation.retrieval import rank_figures, ranks
 from modeling_moma.evaluation.scoring import continuation_log_probs
 from modeling_moma.hub.loading import MODEL, PROCESSOR, open_saved
 from modeling_moma.utils.atomic_files import atomic_write
+from sheet import SheetEntry, draw_contact_sheet
 from tokenization.audio_input_moma import read_sound
 
 

@@ -14,8 +14,6 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from emoji_recipe.routing_image import draw_routing, route_example
-from emoji_recipe.sheet import SheetEntry, draw_contact_sheet
 from modeling_moma import MomaMetricsCallback
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.examples import HeldOutExamples
@@ -28,6 +26,8 @@ from modeling_moma.labelling.memory import memory_of
 from modeling_moma.labelling.queries import check_queries
 from modeling_moma.training.recipe import read_recipe
 from modeling_moma.utils.atomic_files import atomic_write, check_writable
+from routing_image import draw_routing, route_example
+from sheet import SheetEntry, draw_contact_sheet
 from tokenization import MomaDataCollator
 
 

@@ -8,7 +8,7 @@ python=${PYTHON:-python3}
 runs=runs/icons recipes=recipes release=model_cards/moma-icons short=() few=()
 if [ -n "${STEPS:-}" ]; then
     runs=runs/icons-short recipes=runs/icons-short/recipes release=runs/icons-short/release
-    short=(--steps "$STEPS") few=(--limit 24 --ranked 8 --queries 8 --drawings 24 --train-images 2000)
+    short=(--steps "$STEPS") few=(--limit 24 --train-images 2000)
     mkdir -p $recipes
     for recipe in recipes/moma-icons*.yaml; do
         sed "s:runs/icons/:$runs/:" "$recipe" > "$recipes/${recipe##*/}"

@@ -9,18 +9,21 @@ from datasets import load_dataset
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from evaluate_emoji import Evaluation, parse_arguments
 from helpers.slow import slow
-from modeling_moma.evaluation.measures import EXPERT_CHOICE
+from modeling_moma.data.encoding import DocumentEncoder
+from modeling_moma.data.examples import shuffled_held_out
+from modeling_moma.data.kinds.captions import CaptionDocuments
+from modeling_moma.evaluation.measures import EXPERT_CHOICE, encode_images, held_out_loss, image_batches, load_model
 from modeling_moma.hub.loading import refuse_non_finite
 from modeling_moma.labelling.labeler import open_labeler
 from modeling_moma.modeling_moma import MomaExperts
+from modeling_moma.training.recipe import read_recipe
 
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER, ICONS = (ROOT / "model_cards" / name for name in ("moma-emoji", "moma-icons"))
 each_model = pytest.mark.parametrize("folder", [FOLDER, ICONS], ids=lambda folder: folder.name)
-# of 32 held-out images, by `python scripts/evaluate_emoji.py --limit 32`; the report has those of all
+# of 32 held-out images; the report has those of all
 LOSSES_OF_32 = {
     "causal": {"tokens": 4746, "text": 0.87144, "image": 3.26987, "overall": 2.94139},
     EXPERT_CHOICE: {"tokens": 4746, "text": 0.871, "image": 3.26986, "overall": 2.94130},
@@ -143,10 +146,17 @@ def test_the_folder_has_a_memory_that_knows_what_the_weights_do_not():
     assert labeler.names(codes, 1)[0][0].text != "underline"
 
 
-def losses_of_the_folder(output, *limit):
-    paths = {"--model": FOLDER, "--data": ROOT / "data" / "emoji", "--output": output}
-    arguments = [str(text) for pair in paths.items() for text in pair]
-    return Evaluation(parse_arguments([*arguments, *limit])).losses()
+def losses_of_the_folder(limit):
+    model, processor = load_model(str(FOLDER), "cpu"), AutoProcessor.from_pretrained(FOLDER)
+    rows = load_dataset(str(ROOT / "data" / "emoji"), split="test")
+    if limit:
+        rows = rows.shuffle(seed=0).select(range(limit))
+    codes = encode_images(processor, image_batches(rows, processor, 64, "images"))
+    coded = [{**row, "codes": own[None].numpy()} for row, own in zip(rows.remove_columns("image"), codes)]
+    kind = read_recipe(ROOT / "recipes" / "emoji.yaml").sources[0].kind
+    examples = shuffled_held_out([CaptionDocuments.from_rows("emoji", kind, coded, DocumentEncoder(processor))], 0)
+    routings = {"causal": "threshold", EXPERT_CHOICE: "expert_choice"}
+    return {name: held_out_loss(model, processor, examples, 64, routing, name) for name, routing in routings.items()}
 
 
 def assert_same_losses(losses, expected):
@@ -158,8 +168,8 @@ def assert_same_losses(losses, expected):
             assert measured[part] == pytest.approx(expected[name][part], abs=tolerance), (name, part)
 
 
-def test_the_folder_as_it_is_loses_what_it_lost_on_some_images(tmp_path):
-    assert_same_losses(losses_of_the_folder(tmp_path / "report.json", "--limit", "32"), LOSSES_OF_32)
+def test_the_folder_as_it_is_loses_what_it_lost_on_some_images():
+    assert_same_losses(losses_of_the_folder(32), LOSSES_OF_32)
 
 
 def test_the_card_shows_the_losses_of_the_report():
@@ -169,9 +179,9 @@ def test_the_card_shows_the_losses_of_the_report():
 
 
 @slow
-def test_the_folder_as_it_is_loses_what_its_report_says(tmp_path):
+def test_the_folder_as_it_is_loses_what_its_report_says():
     report = json.loads((FOLDER / "evaluation.json").read_text())["loss"]
-    assert_same_losses(losses_of_the_folder(tmp_path / "report.json"), report)
+    assert_same_losses(losses_of_the_folder(None), report)
 
 
 def test_the_folder_as_it_is_draws_the_same_whether_its_layers_are_seen_or_not():

@@ -177,7 +177,7 @@ def check_numbers(data: ModelCardData, files: Mapping[str, Path]) -> Iterator[st
     if results and EVALUATION_FILE not in files:
         yield (
             f"README.md: model-index has {len(results)} values, but {EVALUATION_FILE} is missing, which must have "
-            "them: put the report of scripts/evaluate_emoji.py beside the card, or leave model-index out."
+            "them: put the report of the evaluation beside the card, or leave model-index out."
         )
         return
     try:
@@ -194,5 +194,5 @@ def check_numbers(data: ModelCardData, files: Mapping[str, Path]) -> Iterator[st
         elif not any(math.isclose(value, number, rel_tol=TOLERANCE, abs_tol=TOLERANCE) for number in measured):
             yield (
                 f"{field} is {value!r}, which {EVALUATION_FILE} does not measure: edited by hand, or of an older "
-                "evaluation? scripts/write_card.py writes the card anew from the report."
+                "evaluation?"
             )

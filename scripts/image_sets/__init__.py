@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the builders of data sets share: npm packages, Iconify's format, groups of rows, counts in a card."""
+"""How the data sets of emoji and of icons are built out of npm packages."""

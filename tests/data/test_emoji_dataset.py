@@ -9,9 +9,10 @@ import pytest
 import yaml
 from datasets import load_dataset
 
-from emoji_recipe.card import count_table
-from emoji_recipe.cells import SPLITS, STYLES, drawing_cell
-from emoji_recipe.sources import PACKAGES
+from image_sets.cards import emoji_table
+from image_sets.emoji import FAMILIES, drawing_cell
+from image_sets.packages import EMOJI_PACKAGES
+from image_sets.splits import EMOJI_SPLITS as SPLITS
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "emoji"
@@ -57,7 +58,7 @@ def test_held_out_splits_have_their_shares(emoji):
 
 def test_only_permissively_licensed_styles_and_each_in_every_split(text):
     for split in SPLITS:
-        assert {row["style"] for row in text[split]} == set(STYLES)
+        assert {row["style"] for row in text[split]} == set(FAMILIES)
 
 
 def test_no_flag_of_a_place_in_fluent_3d(text):
@@ -122,7 +123,7 @@ def test_files_stay_small():
 
 def test_card_counts_are_those_of_the_files(text):
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert count_table(text) in card
+    assert emoji_table(text) in card
     info = yaml.safe_load(card.split("---\n")[1])["dataset_info"]
     assert {split["name"]: split["num_examples"] for split in info["splits"]} == {s: len(text[s]) for s in SPLITS}
     assert info["download_size"] == sum(path.stat().st_size for path in (FOLDER / "data").iterdir())
@@ -130,8 +131,8 @@ def test_card_counts_are_those_of_the_files(text):
 
 def test_licences_name_every_style_and_package_version():
     licences = (FOLDER / "LICENSES" / "README.md").read_text(encoding="utf-8")
-    for style in STYLES:
+    for style in FAMILIES:
         assert f"`{style}`" in licences
     # this one gives the names of files only
-    for name in set(PACKAGES) - {"@iconify-json/fluent-emoji-flat"}:
-        assert f"{name} {PACKAGES[name]}" in licences
+    for name in set(EMOJI_PACKAGES) - {"@iconify-json/fluent-emoji-flat"}:
+        assert f"{name} {EMOJI_PACKAGES[name]}" in licences

@@ -10,14 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from icons_recipe.drawing import COLOURS, decode, image_hash, small_grey
-from icons_recipe.emoji import EMOJI_FAMILIES, emoji_name, read_held_out
-from icons_recipe.files import FEATURES, SAMPLE_ROWS, short_hash, write_splits
-from icons_recipe.held_out import CELLS_PER_FAMILY, IMAGES_PER_CELL
-from icons_recipe.near import near_pairs
-from icons_recipe.sets import LICENSES, PACKAGES
-from icons_recipe.splits import SPLITS, TEST_FAMILIES, SplitSizes
-from icons_recipe.words import HeldOutWords, stems
+from image_sets.groups import TEST_FAMILIES, near_pairs, read_held_out
+from image_sets.icon_images import COLOURS, decode, image_hash, small_grey
+from image_sets.icon_names import EMOJI_FAMILIES, HeldOutWords, emoji_name, stems
+from image_sets.icon_rows import FEATURES, SAMPLE_ROWS, SPLITS, short_hash, write_splits
+from image_sets.icon_sets import LICENSES
+from image_sets.packages import ICON_PACKAGES
+from image_sets.splits import CELLS_PER_FAMILY, IMAGES_PER_CELL, SplitSizes
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "data" / "icons"
@@ -254,7 +253,7 @@ def test_attribution_names_every_set_with_its_licence(rows, listed):
     licences = (FOLDER / "LICENSES" / "README.md").read_text(encoding="utf-8")
     for licence in LICENSES:
         assert (FOLDER / "LICENSES" / f"{licence}.txt").exists() and f"{licence}.txt" in licences
-    for name, version in PACKAGES.items():
+    for name, version in ICON_PACKAGES.items():
         assert f"{name} {version}" in licences
 
 

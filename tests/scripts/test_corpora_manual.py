@@ -10,7 +10,6 @@ from PIL import Image
 from corpora_recipe.folder import SPLITS, split_of, write_corpus
 from corpora_recipe.manual import copy_images, count_table, read_manual
 from corpora_recipe.page import read_page
-from image_sets.counts import replace_counts
 
 
 PAGE = """<?xml version="1.0" encoding="UTF-8"?>
@@ -176,13 +175,6 @@ def test_split_depends_on_the_name_alone_and_has_about_the_share():
     assert all(split_of(name, 0.1) == "validation" for name in held_out)
     with pytest.raises(ValueError, match="validation_share"):
         split_of("page.html", 5)
-
-
-def test_counts_stand_between_the_comments():
-    card = "a\n<!-- counts: start -->\nold\n<!-- counts: end -->\nb"
-    assert replace_counts(replace_counts(card, "new"), "newer") == card.replace("old", "newer")
-    with pytest.raises(ValueError, match="counts: start"):
-        replace_counts("a", "new")
 
 
 def test_folder_without_pages_is_named(tmp_path):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawing families, base labels, and the split by drawing."""
+"""Labels of emoji, and their split by drawing."""
 
 import pytest
 
-from emoji_recipe.card import fill_card
-from emoji_recipe.cells import STYLES, base_label, drawing_family, merge_cells, split_cells
-from emoji_recipe.sources import Emoji, is_flag_of_place, label_slug, normalize_code_points
+from blocks import replace_block
+from image_sets.emoji import Emoji, base_label, is_flag_of_place, label_slug, normalize_code_points
+from image_sets.splits import merge_cells, split_emoji
 
 
 @pytest.mark.parametrize(
@@ -26,27 +26,10 @@ def test_base_label_drops_only_the_skin_tone(label, base):
     assert base_label(label) == base
 
 
-def test_fluent_styles_are_one_family_and_all_others_their_own():
-    families = {style: drawing_family(style) for style in STYLES}
-    assert families["fluent"] == families["fluent flat"] == families["fluent 3d"]
-    assert len(set(families.values())) == len(STYLES) - 2
-    assert families["noto"] != families["noto v1"]
-
-
-def test_unknown_style_is_refused_by_name():
-    with pytest.raises(ValueError, match="openmoji"):
-        drawing_family("openmoji")
-
-
 def test_cells_that_share_an_image_are_merged_through_a_chain():
     cells = [("a", "x"), ("b", "x"), ("b", "x"), ("c", "x"), ("d", "x"), ("a", "y")]
     images = [1, 1, 2, 2, 3, 4]
     assert sorted(map(sorted, merge_cells(cells, images))) == [[0, 1, 2, 3], [4], [5]]
-
-
-def test_rows_and_images_of_different_number_are_refused():
-    with pytest.raises(ValueError, match="images"):
-        merge_cells([("a", "x")], [])
 
 
 def make_rows():
@@ -65,7 +48,7 @@ def make_rows():
 
 def test_split_keeps_cells_images_and_labels_apart_and_hits_the_shares():
     cells, images = make_rows()
-    splits = split_cells(cells, images, {"validation": 0.1, "test": 0.2}, seed=3)
+    splits = split_emoji(cells, images, {"validation": 0.1, "test": 0.2}, seed=3)
     for keys in (cells, images):
         sides = {}
         for key, split in zip(keys, splits, strict=True):
@@ -78,7 +61,7 @@ def test_split_keeps_cells_images_and_labels_apart_and_hits_the_shares():
 
 def test_split_depends_on_the_seed_alone():
     cells, images = make_rows()
-    first, again, other = (split_cells(cells, images, {"test": 0.1}, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (split_emoji(cells, images, {"test": 0.1}, seed=seed) for seed in (0, 0, 1))
     assert first == again
     assert first != other
 
@@ -86,14 +69,9 @@ def test_split_depends_on_the_seed_alone():
 def test_labels_of_one_family_and_large_groups_stay_in_train():
     cells = [(f"label {i}", family) for i in range(6) for family in ("x", "y")] + [("alone", "x")]
     images = ["same" if family == "x" and label != "alone" else (label, family) for label, family in cells]
-    splits = split_cells(cells, images, {"test": 0.9}, max_cells=4)
+    splits = split_emoji(cells, images, {"test": 0.9})
     held_out = {cell for cell, split in zip(cells, splits, strict=True) if split == "test"}
     assert held_out == {(f"label {i}", "y") for i in range(6)}
-
-
-def test_shares_that_leave_no_train_are_refused():
-    with pytest.raises(ValueError, match="shares"):
-        split_cells([("a", "x")], [0], {"validation": 0.5, "test": 0.5})
 
 
 def test_file_names_are_matched_by_code_points_and_slugs():
@@ -112,6 +90,8 @@ def test_only_flags_of_places_count_as_such():
     assert not is_flag_of_place(emoji("1F3F4-200D-2620"))
 
 
-def test_card_without_its_marks_is_refused():
-    with pytest.raises(ValueError, match="card"):
-        fill_card("# no head", {}, {}, "")
+def test_blocks_of_a_card_are_replaced_and_a_missing_one_is_named():
+    card = "<!-- counts: start -->\nold\n<!-- counts: end -->"
+    assert replace_block(card, "new") == card.replace("old", "new")
+    with pytest.raises(ValueError, match="<!-- sizes: start --> and"):
+        replace_block(card, "new", "sizes")

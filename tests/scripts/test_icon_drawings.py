@@ -10,15 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from icons_recipe import drawing, grouping, rendering
-from icons_recipe.animation import settle
-from icons_recipe.emoji import HeldOutEmoji
-from icons_recipe.families import maker_family, merge_alike
-from icons_recipe.near import near_pairs
-from icons_recipe.rows import Row
-from icons_recipe.sets import ICONIFY, PACKAGES, read_set_files
-from image_sets.components import linked_groups
-from image_sets.npm import archive_path, read_files
+from image_sets import groups
+from image_sets import icon_images as drawing
+from image_sets.groups import HeldOutEmoji, linked_groups, merge_alike, near_pairs
+from image_sets.icon_images import settle
+from image_sets.icon_rows import Row
+from image_sets.icon_sets import maker_family, read_set_files
+from image_sets.packages import ICONIFY, archive_path, read_files
 
 
 pytest.importorskip("resvg_py")
@@ -71,7 +69,7 @@ def test_animations_end_or_stand_in_their_middle():
 
 
 def make_archive(cache, documents):
-    with tarfile.open(archive_path(cache, ICONIFY, PACKAGES[ICONIFY]), "w:gz") as archive:
+    with tarfile.open(archive_path(cache, ICONIFY), "w:gz") as archive:
         for prefix, document in documents.items():
             data = json.dumps(document).encode()
             member = tarfile.TarInfo(f"package/json/{prefix}.json")
@@ -84,20 +82,22 @@ def test_sets_are_rendered_once_without_withdrawn_icons_and_equal_again(tmp_path
     for cache in (first, second):
         cache.mkdir()
         make_archive(cache, {"some-set": ICON_SET, "other": ICON_SET | {"prefix": "other"}})
-        done = []
-        rendering.render_sets(cache, {"some-set": {}, "other": {"palette": True}}, 2, done.append)
-        assert done == [1, 1]
-    row, again = (rendering.read_rendered(cache, "some-set").to_pylist() for cache in (first, second))
+        drawing.render_sets(cache, {"some-set": {}, "other": {"palette": True}}, 2)
+
+    def rendered(cache, prefix):
+        return pq.read_table(drawing.rendered_folder(cache) / f"{prefix}.parquet").to_pylist()
+
+    row, again = (rendered(cache, "some-set") for cache in (first, second))
     assert row == again
     assert [item["icon"] for item in row] == ["square"]
     assert row[0]["colour"] == drawing.choose_colour("some-set", "square")
     assert Image.open(io.BytesIO(row[0]["webp"])).size == (64, 64)
-    assert rendering.read_rendered(first, "other")["colour"].to_pylist() == [None]
+    assert [item["colour"] for item in rendered(first, "other")] == [None]
 
-    path = rendering.rendered_folder(first) / "some-set.parquet"
+    path = drawing.rendered_folder(first) / "some-set.parquet"
     kept = path.stat().st_mtime_ns
-    (rendering.rendered_folder(first) / "other.parquet").unlink()
-    rendering.render_sets(first, {"some-set": {}, "other": {"palette": True}}, 1)
+    (drawing.rendered_folder(first) / "other.parquet").unlink()
+    drawing.render_sets(first, {"some-set": {}, "other": {"palette": True}}, 1)
     assert path.stat().st_mtime_ns == kept
     assert pq.read_metadata(path.with_name("other.parquet")).num_rows == 1
 
@@ -111,7 +111,7 @@ def test_no_sets_are_read_where_none_is_named(tmp_path):
 def test_archive_without_the_file_is_refused(tmp_path):
     make_archive(tmp_path, {"some-set": ICON_SET})
     with pytest.raises(ValueError, match="no file"):
-        read_files(next(tmp_path.iterdir()), r"icons\.json")
+        read_files(tmp_path, ICONIFY, r"icons\.json")
 
 
 def test_near_pairs_are_those_of_the_plain_loop():
@@ -150,18 +150,13 @@ def test_blank_and_emoji_images_are_dropped_with_their_cell_and_the_rest_is_grou
     ]
     emoji = HeldOutEmoji(frozenset(), held[None].astype(np.uint8), trained[None].astype(np.uint8), ())
     for _ in range(2):
-        found = grouping.drop_and_group(rows, {"twemoji": {"wave"}}, emoji, tmp_path)
+        found = groups.drop_and_group(rows, {"twemoji": {"wave"}}, emoji, tmp_path)
         assert [row.icon for row in found.rows] == ["a", "a-close", "b", "c", "trained", "tower"]
         assert found.groups.tolist() == [0, 0, 0, 3, 4, 3]
         assert found.stays.tolist() == [False, False, False, False, True, True]
         assert found.pairs.tolist() == [[0, 1], [3, 5]]
-        assert found.dropped[grouping.BLANK] == found.dropped[grouping.EMOJI_CELL] == 1
-        assert found.dropped[grouping.EMOJI_IMAGE] == 2
-
-
-def test_greys_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match="greys"):
-        near_pairs(np.zeros((2, 64), dtype=np.uint8))
+        assert found.dropped[groups.BLANK] == found.dropped[groups.EMOJI_CELL] == 1
+        assert found.dropped[groups.EMOJI_IMAGE] == 2
 
 
 def test_groups_are_named_by_their_smallest_member_in_any_order():

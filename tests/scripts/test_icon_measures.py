@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each measure of a model of icons against plain loops, and what it is taken on."""
 
-import random
 import shutil
 
 import numpy as np
@@ -12,23 +11,29 @@ from datasets import config
 
 from helpers.icons import NAMES, icon, write_icons
 from helpers.tiny import tiny_model, tiny_processor
-from icons_recipe.coverage import expert_coverage
-from icons_recipe.judging import fit_judge, frequent_names
-from icons_recipe.naming import name_figures, rank_names, tag_figures
-from icons_recipe.neighbours import (
-    TrainIcons,
-    compute_features,
-    distinct_names,
-    distinct_tags,
-    kept_features,
-    nearest,
-    rows_by_hash,
-    train_columns,
+from icon_evaluation.measures import (
+    Query,
+    chance,
+    fit_judge,
+    lexical_scores,
+    name_figures,
+    queries_of,
+    rank_names,
+    recall,
+    tag_figures,
+    tags_by_name,
 )
-from icons_recipe.samples import HELD_OUT, caption, in_order, lone_icons, open_split, order, take_sample
-from icons_recipe.searching import Query, chance, lexical_scores, queries_of, recall, tags_by_name
-from icons_recipe.sheet import rows_of_names
-from modeling_moma.calibration.observation import observed_routers
+from icon_evaluation.samples import (
+    HELD_OUT,
+    TrainIcons,
+    caption,
+    lone_icons,
+    nearest,
+    open_split,
+    order,
+    read_train_icons,
+    take_sample,
+)
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.errors_moma import InputError
 
@@ -51,9 +56,6 @@ def parts():
 
 
 def test_the_sample_of_a_split_is_chosen_by_hash_and_grows_with_its_limit(data, parts):
-    rows = [icon(number) for number in range(40)]
-    shuffled = random.Random(0).sample(rows, 40)
-    assert [rows[place] for place in in_order(rows)] == [shuffled[place] for place in in_order(shuffled)]
     processor = parts[1]
     few, more = (take_sample(str(data), "test", limit, processor, mean_colour, 4) for limit in (5, 9))
     assert few.rows == more.rows[:5] and torch.equal(few.codes, more.codes[:5])
@@ -149,39 +151,28 @@ def test_neighbours_are_those_of_a_loop_whatever_is_compared_at_once(monkeypatch
         score = F.cosine_similarity(vector[None], torch.from_numpy(train.features)).tolist()
         expected.append([train.row(row) for row in sorted(others, key=lambda row: -score[row])[:7]])
     for size in (4, 16_384):
-        monkeypatch.setattr("icons_recipe.neighbours.CHUNK", size)
+        monkeypatch.setattr("icon_evaluation.samples.CHUNK", size)
         assert nearest(train, wanted, families, kept=7) == expected
     assert all(row["family"] != "family0" for row in nearest(train, wanted[:1], families[:1])[0])
-    rows = [icon(0), icon(5), icon(4), icon(1)]
-    assert distinct_names(rows, 2) == ["house", "key"]
-    assert distinct_tags(rows, 2) == ["building", "fruit"]
 
 
-def test_training_icons_are_some_of_any_name_and_some_of_each_that_is_asked_for():
-    columns = train_icons(40).columns
-    rows = rows_by_hash(columns, 3, ["key", "castle"], 2)
-    assert rows == sorted(rows) and len(set(rows)) == len(rows)
-    assert set(rows_by_hash(columns, 3, [], 2)) <= set(rows) and len(rows) <= 7
-    assert sum(columns["name"][row] == "key" for row in rows) >= 2
-
-
-def test_kept_features_are_computed_once_and_for_all_icons(tmp_path, data, parts):
+def test_features_are_those_of_the_first_icons_by_hash_and_kept_in_a_file(tmp_path, data, parts):
     processor, path = parts[1], tmp_path / "kept" / "features.npy"
-    opened = open_split(str(data), "train")
-    columns, calls = train_columns(opened), []
+    train, calls = open_split(str(data), "train"), []
 
     def extract(pixel_values):
         calls.append(len(pixel_values))
         return pixel_values.flatten(1).double().mean(1, keepdim=True).expand(-1, 5)
 
     for _ in range(2):
-        found = kept_features(path, opened, columns, processor, extract, 3)
-    expected = compute_features(opened, columns, range(len(opened)), processor, extract, 4)
-    assert sum(calls) == 2 * len(opened)
-    np.testing.assert_allclose(found.features, expected.features, rtol=1e-6)
-    assert found.rows.tolist() == list(range(len(opened)))
-    with pytest.raises(InputError, match=f"those of {len(opened)} images, and --data 2 to train on"):
-        kept_features(path, opened.select(range(2)), columns, processor, extract, 3)
+        found = read_train_icons(train, processor, extract, 3, file=str(path))
+    assert sum(calls) == len(train) and found.rows.tolist() == list(range(len(train)))
+    some = read_train_icons(train, processor, extract, 4, limit=5)
+    first = sorted(range(len(train)), key=lambda row: order(train[row]["set"], train[row]["icon"]))[:5]
+    assert some.rows.tolist() == sorted(first)
+    np.testing.assert_allclose(some.features, found.features[some.rows], rtol=1e-6)
+    with pytest.raises(InputError, match=f"those of {len(train)} images, and 2 are asked for"):
+        read_train_icons(train, processor, extract, 3, limit=2, file=str(path))
 
 
 def test_queries_are_tags_and_aliases_that_no_word_of_the_name_tells():
@@ -227,40 +218,10 @@ def test_the_judge_learns_names_that_features_tell_and_knows_no_others():
     rng, labels = np.random.default_rng(0), np.arange(200) % len(NAMES)
     centres = np.eye(len(NAMES), 6) * 8
     train = train_icons(200, (centres[labels] + rng.normal(size=(200, 6))).astype(np.float32))
-    names = frequent_names(train.columns, 4)
-    assert names == NAMES[:4]
-    judge = fit_judge(train, names)
-    assert judge.train_images == 160
+    judge = fit_judge(train, num_names=4)
+    assert judge.names == NAMES[:4] and judge.train_images == 160
     held_out = torch.from_numpy(centres[[0, 1, 2, 3]]).float()
     assert judge.figures(held_out, NAMES[:4])["top1"] == 1
     assert judge.figures(held_out, NAMES[3::-1])["top1"] == 0
     with pytest.raises(ValueError, match="too few"):
-        fit_judge(train, ["dragon"])
-
-
-@torch.no_grad()
-def test_coverage_is_that_of_single_documents(parts):
-    model, processor = parts
-    encoder, codes = DocumentEncoder(processor), np.arange(16)
-    documents = [
-        encoder.caption(text, codes, first) for text in ("key", "red apple", "castle") for first in (True, False)
-    ]
-    found = expert_coverage(model, documents, 4)
-    counts = {}
-    for ids in documents:
-        records = []
-        with observed_routers(model, records.append):
-            model(input_ids=torch.tensor([ids]))
-        for record in records:
-            entry = counts.setdefault((record.name.split(".groups.")[1].split(".")[0], record.name), [])
-            entry += record.is_taken_NS.any(1).tolist()
-    for name in ("text", "image"):
-        expected = [np.mean(taken) for (group, _), taken in counts.items() if group == name]
-        assert found[name] == pytest.approx(expected)
-    assert expert_coverage(tiny_model(processor, num_experts=1), documents, 4) == {}
-
-
-def test_the_sheet_shows_each_name_once():
-    rows = [icon(number) for number in range(12)]
-    places = rows_of_names(rows, 3)
-    assert [rows[place]["name"] for place in places] == sorted(NAMES, key=order)[:3] and max(places) < 5
+        fit_judge(train, num_names=1)

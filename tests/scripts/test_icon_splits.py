@@ -7,10 +7,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from icons_recipe.held_out import CELLS_PER_FAMILY, IMAGES_PER_CELL, thin_out, without_held_out
-from icons_recipe.rows import Row
-from icons_recipe.splits import SplitSizes, split_rows
-from icons_recipe.words import HeldOutWords, stems
+from image_sets.icon_names import HeldOutWords, stems
+from image_sets.icon_rows import Row
+from image_sets.splits import CELLS_PER_FAMILY, IMAGES_PER_CELL, SplitSizes, split_icons, thin_out, without_held_out
 
 
 FAMILIES = ("x", "y", "z", "held")
@@ -34,7 +33,7 @@ def split_all(seed=0, stays=None, seen=(), brands=()):
     cells, groups = make_rows()
     families, names = zip(*cells, strict=True)
     stays = [False] * len(cells) if stays is None else stays
-    return cells, groups, split_rows(families, names, groups, stays, seen, brands, ("held",), SIZES, seed)
+    return cells, groups, split_icons(families, names, groups, stays, seen, brands, ("held",), SIZES, seed)
 
 
 def test_no_group_stands_on_two_sides_and_sizes_are_met():

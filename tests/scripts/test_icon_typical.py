@@ -12,18 +12,16 @@ from PIL import Image
 import build_typical_icons
 from helpers.icons import write_icons
 from helpers.tiny import tiny_model, tiny_processor
-from icons_recipe.drawing import COLOURS, paint, unpaint
-from icons_recipe.samples import open_split, order
-from icons_recipe.typical import (
-    Candidate,
+from icon_evaluation.samples import open_split, order
+from icon_evaluation.typical import (
     KnownDrawings,
     candidates,
     in_black,
-    most_typical,
     name_scores,
     typical_caption,
     typical_icons,
 )
+from image_sets.icon_images import COLOURS, paint, unpaint
 from modeling_moma.data.encoding import DocumentEncoder
 
 
@@ -88,12 +86,6 @@ def test_candidates_are_one_of_each_maker_and_eight_of_several(drawn):
             rivals = [other for other in own if other["family"] == row["family"] and (other["colour"] or not painted)]
             assert row == min(rivals, key=lambda other: order(other["set"], other["icon"]))
     assert {candidate.name for candidate in found} <= {"cog", "key"}
-
-
-def test_the_best_of_each_name_is_kept():
-    names = ["cog", "key", "cog", "cog", "pin", "key"]
-    compared = [Candidate(name, row, "red", "set", str(row)) for row, name in enumerate(names)]
-    assert most_typical(compared, [-9.0, -1.0, -3.0, -4.0, -8.0, -5.0]) == [2, 1, 4]
 
 
 def test_icons_are_black_or_as_they_are():

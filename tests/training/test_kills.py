@@ -3,10 +3,7 @@
 
 import json
 import random
-import shutil
-import subprocess
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +17,6 @@ from modeling_moma.cli import pretrain, tokenize
 from modeling_moma.training.checkpoints import last_checkpoint
 
 
-ROOT = Path(__file__).resolve().parents[2]
 KILLS, STEPS, TOKENIZER_KILLS = (20, 120, 10) if RUN_SLOW else (4, 32, 5)
 # steps that a run gets on after it has begun its first checkpoint; so many kills must not see the last one
 LONGEST_WAIT = 3
@@ -125,42 +121,3 @@ def test_tokenization_killed_at_random_moments_ends_as_an_uninterrupted_one(inpu
     assert finish(start(tmp_path / "killed")) == 0, log.read_text()
     whole, killed = contents(tmp_path / "whole"), contents(tmp_path / "killed")
     assert {path: content for path, content in killed.items() if ".partial" not in path.name} == whole
-
-
-STAGES = {
-    "runs/tokenizer/model.safetensors": "modeling_moma train-image-tokenizer",
-    "runs/processor/processor_config.json": "modeling_moma build-processor",
-    "runs/tokens/manifest.json": "modeling_moma tokenize",
-    "runs/4t4i/trainer_state.json": "modeling_moma pretrain, recipes/emoji.yaml",
-    "runs/dense/trainer_state.json": "modeling_moma pretrain, recipes/emoji-dense.yaml",
-}
-
-
-def test_reproduction_takes_up_what_a_kill_has_left_unfinished(tmp_path):
-    """What `make reproduce` starts, told by a Python that only says what it is asked for."""
-    (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts" / "reproduce.sh", tmp_path / "scripts")
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@"\n')
-    python.chmod(0o755)
-
-    def started():
-        command = ["bash", "scripts/reproduce.sh"]
-        output = subprocess.run(command, cwd=tmp_path, env={"PYTHON": str(python)}, capture_output=True, text=True)
-        assert output.returncode == 0, output.stderr
-        return output.stdout
-
-    for file in STAGES:
-        (tmp_path / file).parent.mkdir(parents=True)
-    # a training killed while it saved its model
-    for model in ("4t4i", "dense"):
-        (tmp_path / "runs" / model / "model.safetensors").write_text("")
-    remaining = list(STAGES)
-    while remaining:
-        output = started()
-        for file, stage in STAGES.items():
-            subcommand, *options = stage.split(", ")
-            calls = [line for line in output.splitlines() if subcommand in line and all(o in line for o in options)]
-            assert len(calls) == (file in remaining), (file, output)
-        (tmp_path / remaining.pop(0)).write_text("{}")
-    assert "pretrain" not in started()
