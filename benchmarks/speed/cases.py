@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from transformers.utils import is_flash_attn_2_available
 
-from benchmarks.speed.peers import IMPLEMENTATIONS
+from benchmarks.speed.models import IMPLEMENTATIONS
 
 
 OLMOE = tuple(f"olmoe {name}" for name in IMPLEMENTATIONS)

@@ -138,7 +138,7 @@ def test_without_gradients_no_backward_of_the_head_runs(monkeypatch, mode, train
 
 
 def test_loss_without_logits_holds_those_of_a_chunk():
-    from benchmarks.speed.profiles import PeakMemory
+    from benchmarks.speed.measures import PeakMemory
 
     torch.manual_seed(0)
     model = tiny_model(vocab_size=4096, max_position_embeddings=512).train()
