@@ -9,29 +9,26 @@ Needs espeak-ng (on Debian: apt-get install espeak-ng) and the extra `audio`. Wo
 """
 
 import argparse
+import hashlib
 import os
-from collections.abc import Callable, Sequence
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import soundfile
 from datasets import Audio, Features, Image, List, Value
 from tqdm.auto import tqdm
 
 from modeling_moma.utils.atomic_files import check_new_folder, replace_folder
-from spoken_recipe.rows import (
-    SPLITS,
-    SpokenDrawing,
-    SpokenWord,
-    read_emoji,
-    read_words,
-    split_drawings,
-    split_labels,
-    split_words,
-)
-from spoken_recipe.speech import as_flac, speak
+from tokenization.audio_input_moma import read_sound
 
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -43,9 +40,154 @@ DRAWING_FEATURES = {
     "voice": Value("string"),
 }
 WRITTEN_FEATURES = {"image": Image(decode=False), "label": Value("string")}
+SAMPLING_RATE = 16000
+# of the loudest sample, below which the ends of a sound are cut off
+_SILENCE = 0.02
+# samples that are kept before and behind what is loud enough, 20 ms
+_MARGIN = 320
+SPLITS = ("train", "validation", "test")
+# shares of the held-out splits, of all words and of all labels
+HELD_OUT_WORDS = {"validation": 0.025, "test": 0.05}
+HELD_OUT_LABELS = {"validation": 0.04, "test": 0.1}
+# letters of a word
+LETTERS = (3, 14)
+# voices that speak each word, and each label of a drawing
+VOICES_A_WORD, VOICES_A_DRAWING = 3, 4
+# the designer whose drawings are taken: one for a label, so that a small model may learn what belongs to a word
+STYLE = "noto"
+# shares of the drawings in `train` by what comes in which order: a sound, perhaps the label written, and the drawing
+ORDERS = {("audio", "text", "image"): 0.5, ("audio", "image"): 0.35, ("image", "audio"): 0.15}
+HELD_OUT_ORDER = ("audio", "image")
+# columns of words and of lists of words
+_TEXTS = ("label", "name", "keywords", "aliases")
 
 
-def sound(text: str, voice: Any) -> dict[str, Any]:
+class Voice(NamedTuple):
+    """A voice of espeak-ng: its name for `-v`, words a minute, and pitch from 0 to 99."""
+
+    name: str
+    speed: int
+    pitch: int
+
+
+VOICES = (
+    Voice("en-us", 160, 50),
+    Voice("en-us+m3", 150, 40),
+    Voice("en-us+f2", 165, 55),
+    Voice("en-us+f4", 145, 60),
+    Voice("en-us+m7", 170, 45),
+    Voice("en-gb", 155, 50),
+    Voice("en-gb+f5", 150, 60),
+    Voice("en-gb-x-rp+m1", 165, 35),
+)
+
+
+def choose_voices(name: str, number: int) -> list[Voice]:
+    """So many different voices, always the same ones for a name."""
+    return sorted(VOICES, key=lambda voice: hashlib.sha256(f"{name}/{voice.name}".encode()).digest())[:number]
+
+
+def speak(text: str, voice: Voice) -> np.ndarray:
+    """The samples of a text in [-1, 1], at `SAMPLING_RATE`, without silence around them."""
+    program = shutil.which("espeak-ng")
+    if program is None:
+        raise ValueError("espeak-ng is not installed; on Debian: apt-get install espeak-ng")
+    command = [program, "-v", voice.name, "-s", str(voice.speed), "-p", str(voice.pitch), "--stdout", "--", text]
+    spoken = subprocess.run(command, capture_output=True, check=True).stdout
+    samples = read_sound(spoken, SAMPLING_RATE)
+    loud = np.flatnonzero(np.abs(samples) > _SILENCE * np.abs(samples).max())
+    if not len(loud):
+        raise ValueError(f"espeak-ng says nothing for {text!r}")
+    return samples[max(0, loud[0] - _MARGIN) : loud[-1] + _MARGIN]
+
+
+def as_flac(samples: np.ndarray) -> bytes:
+    """A file of samples, without loss but for 16 bits each."""
+    file = BytesIO()
+    soundfile.write(file, samples, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+    return file.getvalue()
+
+
+class SpokenWord(NamedTuple):
+    """A word and a voice."""
+
+    word: str
+    voice: Voice
+
+
+class SpokenDrawing(NamedTuple):
+    """A label, a voice, a drawing of the emoji, and the order in which they stand, of `ORDERS`."""
+
+    label: str
+    voice: Voice
+    image: dict[str, Any]
+    order: tuple[str, ...]
+
+
+def draw(name: str) -> float:
+    """A number in [0, 1), always the same one for a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+
+
+def split_of(name: str, shares: dict, rest="train"):
+    """One of the keys of shares by a hash of a name, or the rest."""
+    place = draw(name)
+    for key, share in shares.items():
+        if place < share:
+            return key
+        place -= share
+    return rest
+
+
+def read_words(files: Iterable[Path]) -> list[str]:
+    """The words in labels, names, tags and aliases of image sets, of `LETTERS` letters, in order."""
+    words: set[str] = set()
+    for path in files:
+        names = [name for name in _TEXTS if name in pq.read_schema(path).names]
+        for column in pq.read_table(path, columns=names).columns:
+            for value in column.to_pylist():
+                for text in value if isinstance(value, list) else [value or ""]:
+                    words.update(re.findall(r"[a-z]+", text.lower()))
+    return sorted(word for word in words if LETTERS[0] <= len(word) <= LETTERS[1])
+
+
+def split_words(words: Sequence[str], label_splits: dict[str, str]) -> dict[str, list[SpokenWord]]:
+    """Each split's words with their voices, in an order drawn by hash; one that is a label stands where that does."""
+    rows: dict[str, list[SpokenWord]] = {split: [] for split in SPLITS}
+    for word in words:
+        split = label_splits.get(word) or split_of(f"word/{word}", HELD_OUT_WORDS)
+        rows[split] += [SpokenWord(word, voice) for voice in choose_voices(word, VOICES_A_WORD)]
+    return {
+        split: sorted(found, key=lambda row: draw(f"{row.word}/{row.voice.name}")) for split, found in rows.items()
+    }
+
+
+def split_labels(labels: Iterable[str]) -> dict[str, str]:
+    """The split of each label."""
+    return {label: split_of(f"label/{label}", HELD_OUT_LABELS) for label in labels}
+
+
+def read_emoji(path: Path) -> list[dict[str, Any]]:
+    """`label` and `image` (its file's bytes) of the rows of one split that are of `STYLE`."""
+    rows = pq.read_table(path, columns=["label", "style", "image"]).to_pylist()
+    return [{"label": row["label"], "image": row["image"]} for row in rows if row["style"] == STYLE]
+
+
+def split_drawings(rows: Sequence[dict[str, Any]], label_splits: dict[str, str]) -> dict[str, list[SpokenDrawing]]:
+    """Each split's drawings with voices: of each label in `train` several, of each other label one."""
+    drawings: dict[str, list[SpokenDrawing]] = {split: [] for split in SPLITS}
+    for row in rows:
+        label, split = row["label"], label_splits[row["label"]]
+        for voice in choose_voices(label, VOICES_A_DRAWING if split == "train" else 1):
+            order = split_of(f"order/{label}/{voice.name}", ORDERS if split == "train" else {}, HELD_OUT_ORDER)
+            drawings[split].append(SpokenDrawing(label, voice, row["image"], order))
+    return {
+        split: sorted(found, key=lambda row: draw(f"{row.label}/{row.voice.name}"))
+        for split, found in drawings.items()
+    }
+
+
+def sound(text: str, voice: Voice) -> dict[str, Any]:
     return {"bytes": as_flac(speak(text, voice)), "path": f"{text}.flac"}
 
 
@@ -60,7 +202,7 @@ def drawing_row(entry: SpokenDrawing) -> dict[str, Any]:
 
 
 def write_split(path: Path, entries: Sequence[Any], make: Callable[[Any], dict], features: dict, threads: int) -> None:
-    """Write the rows of a split; espeak-ng is a process of its own, so threads are enough."""
+    """Writes the rows of a split; espeak-ng is a process of its own, so threads are enough."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(threads) as pool:
         rows = list(tqdm(pool.map(make, entries), total=len(entries), desc=f"{path.parent.name} {path.stem}"))

@@ -12,23 +12,27 @@ import soundfile
 from datasets import Dataset
 
 import build_spoken
-import evaluate_spoken
-from spoken_recipe.rows import (
+from build_spoken import (
     HELD_OUT_LABELS,
     HELD_OUT_ORDER,
     ORDERS,
+    SAMPLING_RATE,
     SPLITS,
     STYLE,
+    VOICES,
     VOICES_A_DRAWING,
     SpokenDrawing,
+    as_flac,
+    choose_voices,
     read_emoji,
     read_words,
+    speak,
     split_drawings,
     split_labels,
     split_of,
     split_words,
 )
-from spoken_recipe.speech import SAMPLING_RATE, VOICES, as_flac, choose_voices, speak
+from modeling_moma.data.sources import undecoded_rows
 
 
 WORDS = [f"word{letter}{other}" for letter in "abcdefghij" for other in "abcdefghijklmnopqrst"]
@@ -89,11 +93,6 @@ def test_words_are_read_from_labels_and_lists(tmp_path):
     assert read_words([tmp_path / "rows.parquet"]) == ["apple", "cat", "face", "fruit", "red"]
 
 
-def test_errors_of_spelling_are_counted_in_letters():
-    pairs = {("castle", "castle"): 0, ("", "cat"): 3, ("rosted", "roasted"): 1, ("kitten", "sitting"): 3}
-    assert {pair: evaluate_spoken.distance(*pair) for pair in pairs} == pairs
-
-
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed (apt-get install espeak-ng)")
 def test_rows_are_spoken_and_read_again(tmp_path):
     sound = speak("castle", VOICES[0])
@@ -104,14 +103,14 @@ def test_rows_are_spoken_and_read_again(tmp_path):
     entries = split_words(["castle"], {"castle": "train"})["train"]
     path = tmp_path / "words" / "train.parquet"
     build_spoken.write_split(path, entries, build_spoken.word_row, build_spoken.WORD_FEATURES, 1)
-    rows = evaluate_spoken.rows_of(path, 5, "word")
-    assert [row["word"] for row in rows] == ["castle"] and len(Dataset.from_parquet(str(path))) == 3
+    rows = list(undecoded_rows(Dataset.from_parquet(str(path))))
+    assert [row["word"] for row in rows] == ["castle"] * 3
     assert rows[0]["audio"]["bytes"][:4] == b"fLaC"
     image = {"bytes": b"image", "path": None}
     for order in ORDERS:
         entry = SpokenDrawing("cat face", VOICES[0], image, order)
         build_spoken.write_split(path, [entry], build_spoken.drawing_row, build_spoken.DRAWING_FEATURES, 1)
-        (row,) = evaluate_spoken.rows_of(path, 5, "label")
+        (row,) = undecoded_rows(Dataset.from_parquet(str(path)))
         parts = [{name: value for name, value in part.items() if value} for part in row["segments"]]
         assert [list(part) for part in parts] == [[name] for name in order]
         values = {name: value for part in parts for name, value in part.items()}
