@@ -48,103 +48,55 @@ SAMPLING = {"do_sample": True, "top_k": 0}
 def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=RELEASED, help="folder of a model and its processor")
-    add_data_flags(parser)
+    parser.add_argument(
+        "--recipe", default="recipes/moma-icons.yaml", help="its first source has the images and their captions"
+    )
+    parser.add_argument("--data", help="folder of the data set, by default the recipe's")
     parser.add_argument("--output", default="quickstart", help="folder for the images and the fine-tuned model")
     parser.add_argument("--images", type=int, default=12, help="held-out images to name and to draw")
     parser.add_argument("--query", default="arrow", help="words to look for among held-out images")
     parser.add_argument("--name-prompt", default="", help="what the model's captions have before a name")
     parser.add_argument("--tag-prompt", default="tags:", help="what they have before tags")
-    add_drawing_flags(parser)
-    parser.add_argument("--fine-tune-steps", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=32, help="examples of a fine-tuning step")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
-    for name, least in (("images", 1), ("fine_tune_steps", 1), ("batch_size", 1), ("seed", 0)):
-        check_number(parser, args, name, least)
-    try:
-        check_queries([args.query])
-        check_writable(args.output)
-    except ValueError as error:
-        parser.error(str(error))
-    # the largest that NumPy takes
-    if args.seed >= 2**32:
-        parser.error(f"--seed {args.seed}: it must be below {2**32}")
-    args.source = open_source(parser, args)
-    splits = check_splits(parser, args.source)
-    args.learns_new = NEW_SPLIT in splits
-    check_drawing_prompt(parser, args)
-    return args
-
-
-def check_splits(parser: argparse.ArgumentParser, source: Source) -> list[str]:
-    """The splits of data, refused without one of those that are read, the last of which only after some minutes."""
-    try:
-        found = list(source.split_names().values())
-    except ValueError as error:
-        parser.error(str(error))
-    missing = [split for split in SPLITS if split not in found]
-    if missing:
-        parser.error(f"--data {source.data!r} has no split {missing[0]!r}, but {found}.")
-    return found
-
-
-def check_number(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str, least: int):
-    """Refuses a number that is too small."""
-    if getattr(args, name) < least:
-        parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
-
-
-def add_data_flags(parser: argparse.ArgumentParser):
-    """Flags that say which images are shown and how they are captioned."""
-    parser.add_argument(
-        "--recipe", default="recipes/moma-icons.yaml", help="its first source has the images and their captions"
-    )
-    parser.add_argument("--data", help="folder of the data set, by default the recipe's")
-
-
-def add_drawing_flags(parser: argparse.ArgumentParser):
-    """Flags that say what is drawn of an image's columns, and how."""
     parser.add_argument(
         "--drawing-prompt",
         help=f"what is drawn, by the columns of an image: by default {TYPICAL!r} of the released model of icons, and "
         "the captions of others",
     )
-    parser.add_argument("--temperature", type=float, help="of the drawings, by default the model's own")
-    parser.add_argument(
-        "--guidance-scale", type=float, help="how closely a drawing follows its prompt, 1: no guidance; likewise"
-    )
-
-
-def check_drawing_prompt(parser: argparse.ArgumentParser, args: argparse.Namespace, split: str = "test"):
-    """Makes the prompt's template in `args.drawing`, and refuses one that the data cannot fill."""
-    prompt = args.drawing_prompt
-    if prompt is None and Path(args.model).resolve() == Path(RELEASED).resolve():
-        prompt = TYPICAL
-    args.drawing = args.source.kind.templates()[0] if prompt is None else Template(prompt)
-    columns = args.source.open(split).column_names
-    try:
-        missing = [column for column in args.drawing.columns if column not in columns]
-    except ValueError as error:
-        parser.error(f"--drawing-prompt: {error}")
-    if missing:
-        parser.error(f"--drawing-prompt {prompt!r}: {args.source.data!r} has no column {missing[0]!r}, but {columns}.")
-
-
-def open_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Source:
-    """The first source of `args.recipe`, of the data in `args.data` where it is given; there has to be a model."""
+    parser.add_argument("--fine-tune-steps", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=32, help="examples of a fine-tuning step")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    for name, least in (("images", 1), ("fine_tune_steps", 1), ("batch_size", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
     # a folder that is missing would be looked for on the Hub
     if not (Path(args.model) / "config.json").is_file():
         parser.error(f"--model: there is no model in a folder {args.model!r}; run from the root of the repository.")
     try:
+        check_queries([args.query])
+        check_writable(args.output)
         source = read_recipe(args.recipe, needs=("sources",)).sources[0]
+        if not source.kind.has_captions:
+            parser.error(f"--recipe {args.recipe!r}: its first source, {source.name!r}, has no images with captions.")
+        args.source = dataclasses.replace(source, data=args.data or source.data)
+        if not Path(args.source.data).is_dir():
+            parser.error(f"--data: there is no folder {args.source.data!r}; run from the root of the repository.")
+        # one of them is read only after some minutes
+        splits = list(args.source.split_names().values())
+        for split in SPLITS:
+            if split not in splits:
+                parser.error(f"--data {args.source.data!r} has no split {split!r}, but {splits}.")
+        args.learns_new = NEW_SPLIT in splits
+        prompt = args.drawing_prompt
+        if prompt is None and Path(args.model).resolve() == Path(RELEASED).resolve():
+            prompt = TYPICAL
+        args.drawing = args.source.kind.templates()[0] if prompt is None else Template(prompt)
+        columns = args.source.open("test").column_names
+        if missing := [column for column in args.drawing.columns if column not in columns]:
+            parser.error(f"--drawing-prompt {prompt!r}: the data has no column {missing[0]!r}, but {columns}.")
     except ValueError as error:
         parser.error(str(error))
-    if not source.kind.has_captions:
-        parser.error(f"--recipe {args.recipe!r}: its first source, {source.name!r}, has no images with captions.")
-    source = dataclasses.replace(source, data=args.data or source.data)
-    if not Path(source.data).is_dir():
-        parser.error(f"--data: there is no folder {source.data!r}; run from the root of the repository.")
-    return source
+    return args
 
 
 def load(folder):
@@ -178,14 +130,11 @@ def caption_images(model, processor, images: list) -> list[str]:
     return [" ".join(caption.split()) for caption in words]
 
 
-def draw(model, processor, prompts: list[str], args: argparse.Namespace) -> list:
-    """One sampled image for each prompt."""
+def draw(model, processor, prompts: list[str], seed: int) -> list:
+    """One sampled image for each prompt, as the model's own configuration samples, if it does."""
     inputs = processor(text=prompts, padding=True, padding_side="left", return_tensors="pt")
-    set_seed(args.seed)
-    given = {"temperature": args.temperature, "guidance_scale": args.guidance_scale}
-    given = {name: value for name, value in given.items() if value is not None}
-    has_own = getattr(model.generation_config, "image_sampling", None)
-    sampling = SAMPLING | given if given or not has_own else {}
+    set_seed(seed)
+    sampling = {} if getattr(model.generation_config, "image_sampling", None) else SAMPLING
     ids = model.generate(**inputs, generation_mode="image", **sampling)
     return processor.post_process_multimodal_output(model.decode_image_tokens(ids), generation_mode="image")
 
@@ -210,13 +159,11 @@ def show_both_ways(
     start = time.time()
     model_captions = caption_images(model, processor, images)
     print(f"{len(images)} held-out images captioned in {time.time() - start:.1f} s:")
-    if before is None:
-        print_table(("true caption", "model's caption"), list(zip(captions, model_captions, strict=True)))
-    else:
-        print_table(("true caption", "before", "after"), list(zip(captions, before, model_captions, strict=True)))
+    heads = ("true caption", "model's caption") if before is None else ("true caption", "before", "after")
+    print_table(heads, list(zip(*filter(None, (captions, before, model_captions)), strict=True)))
     prompts = rendered(args.drawing, rows)
     start = time.time()
-    drawn = draw(model, processor, prompts, args)
+    drawn = draw(model, processor, prompts, args.seed)
     print(f"{len(drawn)} images drawn from words such as {prompts[0]!r} in {time.time() - start:.1f} s")
     reconstructed = processor.decode_images(processor.encode_images(images))
     entries = map(SheetEntry, images, reconstructed, drawn, captions, model_captions)
@@ -224,11 +171,6 @@ def show_both_ways(
     atomic_write(sheet_path, lambda path: sheet.save(path, format="PNG"))
     print(f"wrote {sheet_path}")
     return captions
-
-
-def as_share(probability: float) -> str:
-    """A probability of two digits, or that it is smaller."""
-    return f"{probability:.2f}" if probability >= 0.01 else "<0.01"
 
 
 def show_names(labeler: ImageLabeler, rows: Dataset, source: Source):
@@ -241,7 +183,7 @@ def show_names(labeler: ImageLabeler, rows: Dataset, source: Source):
     lines = [
         (
             caption,
-            ", ".join(f"{guess.text} {as_share(guess.probability)}" for guess in names),
+            ", ".join(f"{guess.text} {guess.probability:.2f}" for guess in names),
             ", ".join(guess.text for guess in tags),
         )
         for caption, names, tags in zip(captions_of(source, rows), named, tagged, strict=True)
@@ -332,16 +274,6 @@ def fine_tune(model, processor, args, learnt: Dataset, held_out: Dataset, folder
     return trainer.model.to("cpu").eval()
 
 
-def show(model, processor, rows: Dataset, args: argparse.Namespace, sheet_path: Path) -> list[str]:
-    """Captions, draws, names and finds held-out images; returns the captions of the rows."""
-    captions = show_both_ways(model, processor, rows, args, sheet_path)
-    labeler = ImageLabeler(model, processor, CaptionForm(name_prompt=args.name_prompt, tag_prompt=args.tag_prompt))
-    labeler.take_memory(memory_of(args.model), "--model")
-    show_names(labeler, rows, args.source)
-    show_search(labeler, pick_rows(args.source, "test", SEARCHED_IMAGES, args.seed), args.source, args.query)
-    return captions
-
-
 def main(arguments=None):
     args = parse_arguments(arguments)
     # most last a moment
@@ -358,7 +290,11 @@ def main(arguments=None):
 
     print("\n2. Images to words and words to images, on drawings that no training image shows")
     rows = pick_rows(args.source, "test", args.images, args.seed)
-    captions = show(model, processor, rows, args, output / "contact_sheet.png")
+    captions = show_both_ways(model, processor, rows, args, output / "contact_sheet.png")
+    labeler = ImageLabeler(model, processor, CaptionForm(name_prompt=args.name_prompt, tag_prompt=args.tag_prompt))
+    labeler.take_memory(memory_of(args.model), "--model")
+    show_names(labeler, rows, args.source)
+    show_search(labeler, pick_rows(args.source, "test", SEARCHED_IMAGES, args.seed), args.source, args.query)
     routed = [
         route_example(model, processor, image, caption)
         for image, caption in zip(rows[:ROUTED_IMAGES][args.source.kind.image], captions, strict=False)

@@ -3,7 +3,7 @@
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -20,8 +20,7 @@ BACKGROUND, TEXT_COLOR, FAINT_COLOR = "white", "#1a1a1a", "#767676"
 QUOTATION_MARKS = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 
 
-@dataclass
-class SheetEntry:
+class SheetEntry(NamedTuple):
     """What the sheet shows of one held-out image.
 
     Attributes:
@@ -47,17 +46,7 @@ def printable(text: str) -> str:
 
 
 def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """
-    Breaks a text into lines.
-
-    Args:
-        text: one paragraph.
-        font: gives the widths.
-        width: the most pixels of a line; a word that is longer is cut.
-
-    Returns:
-        The lines, one empty line for an empty text.
-    """
+    """Breaks a text into lines of so many pixels at most; a word that is longer is cut."""
     lines = [""]
     for word in text.split():
         candidate = f"{lines[-1]} {word}".strip()
@@ -74,23 +63,7 @@ def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str
 
 
 def draw_contact_sheet(entries: Sequence[SheetEntry], columns: int = COLUMNS) -> Image.Image:
-    """
-    Draws one card for each entry: the three images side by side, the two captions beneath.
-
-    Args:
-        entries: at least one.
-        columns: cards in a row.
-
-    Returns:
-        An RGB image.
-
-    Raises:
-        ValueError: there are no entries, or `columns` is below 1.
-    """
-    if not entries:
-        raise ValueError("`entries` is empty: a sheet needs one image at least.")
-    if columns < 1:
-        raise ValueError(f"`columns` is {columns}: it must be at least 1.")
+    """Draws one card for each entry, so many in a row: the three images side by side, the two captions beneath."""
     columns = min(columns, len(entries))
     font = ImageFont.load_default(FONT_SIZE)
     card_width = 3 * IMAGE_SIDE + 2 * GAP
