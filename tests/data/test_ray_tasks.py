@@ -19,6 +19,7 @@ from datasets import Dataset, Features, Image, Value
 
 from helpers.forked_python import run_python
 from helpers.processes import start_process
+from helpers.server_process import free_port
 from helpers.slow import slow
 from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.cli import tokenize
@@ -26,7 +27,6 @@ from modeling_moma.cli.main import main
 from modeling_moma.data.jobs import read_job
 from modeling_moma.data.ray_tasks import OBJECT_STORE_BYTES, write_shard
 from modeling_moma.utils.atomic_files import LEFT_OVER
-from server_process import free_port
 
 
 ROOT = Path(__file__).resolve().parents[2]

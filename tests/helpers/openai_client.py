@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from server_process import running
+from helpers.server_process import running
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from server_process import free_port
+from helpers.server_process import free_port
 
 
 # what every process would import; the server does it once and forks

@@ -34,11 +34,11 @@ from helpers.parallel_reference import (
     unwrapped,
 )
 from helpers.processes import CRASH_SIGNALS, CRASHES, run_group
+from helpers.server_process import free_port
 from helpers.tiny import tiny_config, tiny_model, write_training
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import pretrain
 from modeling_moma.modeling_moma import MomaDecoderLayer
-from server_process import free_port
 
 
 ROOT = Path(__file__).resolve().parents[2]

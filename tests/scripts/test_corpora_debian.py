@@ -37,9 +37,6 @@ def test_archive_in_the_cache_needs_no_network(archive, tmp_path):
     (tmp_path / "cache/words").mkdir(parents=True)
     shutil.copy(archive, tmp_path / "cache/words/words_2.deb")
     assert (fetch_package("words", tmp_path / "cache").folder / "words.txt").exists()
-    shutil.copy(archive, tmp_path / "cache/words/words_1.deb")
-    with pytest.raises(RuntimeError, match="several archives"):
-        fetch_package("words", tmp_path / "cache")
 
 
 @needs_dpkg
@@ -60,7 +57,7 @@ def program(folder, name, script):
 
 def test_missing_programs_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    with pytest.raises(RuntimeError, match="`dpkg-deb` is not installed.*--archive"):
+    with pytest.raises(RuntimeError, match="`dpkg-deb` is not installed"):
         fetch_package("words", tmp_path / "cache")
     program(tmp_path / "bin", "dpkg-deb", "exit 0")
     with pytest.raises(RuntimeError, match="`apt-get` is not installed"):
@@ -71,6 +68,8 @@ def test_unknown_package_is_named_and_leaves_nothing(tmp_path, monkeypatch):
     program(tmp_path / "bin", "dpkg-deb", "exit 0")
     program(tmp_path / "bin", "apt-get", "echo 'E: Unable to locate package words' >&2; exit 100")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    with pytest.raises(RuntimeError, match="(?s)'words' unknown.*apt-get update.*Unable to locate package words"):
+    with pytest.raises(
+        RuntimeError, match="(?s)download words. failed.*apt-get update.*Unable to locate package words"
+    ):
         fetch_package("words", tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

@@ -24,8 +24,8 @@ import httpx  # noqa: E402
 from helpers.chat_requests import CHAT, DRAW, message  # noqa: E402
 from helpers.hostile_requests import hostile_requests  # noqa: E402
 from helpers.recorders import recorder  # noqa: E402
+from helpers.server_process import running  # noqa: E402
 from modeling_moma.cli.main import main as moma  # noqa: E402
-from server_process import running  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parents[3]

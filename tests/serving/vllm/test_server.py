@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from helpers.served import CONFIGURATIONS, greedy, prompts, save, served_model
+from helpers.server_process import running
 from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.serving.vllm import guided_frame, server_logprobs
-from server_process import running
 
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: `make test-vllm`")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server in a process of its own, for benchmarks, images of pages and tests: until it answers, and its end."""
+"""A server in a process of its own: until it answers, and its end."""
 
 import os
 import socket
