@@ -67,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file = None if args.report is None else dated_file(args.report, f"speed-{args.device}")
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
+
+    def page() -> str:
+        return report(outcomes, command, args.rounds, args.device, machine, not_measured)
+
     end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     for name in args.cases or [name for name, case in CASES.items() if args.device == "cuda" or not case.needs]:
         if end is not None and time.monotonic() > end:
@@ -95,21 +99,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}, {number} threads: {outcome.ratio:.3f}", file=sys.stderr, flush=True)
             if missed := outcome.missed():
                 print(f"{name}, {number} threads: above what is wanted: {', '.join(missed)}", file=sys.stderr)
-            write(file, report(outcomes, command, args.rounds, args.device, machine, not_measured))
-    page = report(outcomes, command, args.rounds, args.device, machine, not_measured)
-    write(file, page)
-    print(page)
+            # after every case, since they take long
+            if file is not None:
+                file.write_text(page())
+    if file is not None:
+        file.write_text(page())
+    print(page())
     for name, reason in not_measured.items():
         print(f"Not measured: {name}: {reason}", file=sys.stderr)
     if file is not None:
         print(f"Written: {file}", file=sys.stderr)
     return status
-
-
-def write(file: Path | None, page: str) -> None:
-    """Writes a report after every case, since they take long."""
-    if file is not None:
-        file.write_text(page)
 
 
 if __name__ == "__main__":

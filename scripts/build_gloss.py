@@ -9,25 +9,21 @@ installed.
 """
 
 import shutil
-from pathlib import Path
 
-from blocks import replace_block
+from cards import DATA, read_card, replace_block
 from corpora_recipe.debian import corpus_arguments, fetch_package
-from corpora_recipe.folder import read_card, write_corpus
+from corpora_recipe.folder import write_corpus
 from corpora_recipe.gloss import PACKAGE, count_table, read_glosses, split_glosses
 
 
-CARD = Path(__file__).resolve().parent.parent / "data" / "gloss" / "README.md"
-
-
 def main() -> None:
-    args = corpus_arguments(__doc__, CARD, size="35 MB", validation_share=0.01)
+    args = corpus_arguments(__doc__, DATA / "gloss", size="35 MB")
     package = fetch_package(PACKAGE, args.cache, args.archive)
-    rows = split_glosses(read_glosses(package.folder / "usr/share/wordnet"), args.validation_share)
+    rows = split_glosses(read_glosses(package.folder / "usr/share/wordnet"), validation_share=0.01)
     counts = count_table(rows, package.version)
     # the licence wants to be in every copy
     notice = package.folder / "usr/share/doc" / PACKAGE / "copyright"
-    card = replace_block(read_card(args.output, CARD), counts)
+    card = replace_block(read_card(args.output, "gloss"), counts)
     write_corpus(args.output, rows, card, lambda folder: shutil.copyfile(notice, folder / "LICENSE"))
     print(counts)
 

@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from tqdm.auto import tqdm
 
-from blocks import replace_block
+from cards import DATA, read_card, replace_block
 from image_sets.cards import attribution, fill_emoji_card, icon_counts
 from image_sets.emoji import Drawing, drawing_cell, read_drawings, read_emoji, render
 from image_sets.groups import drop_and_group, read_held_out
@@ -42,7 +42,6 @@ from image_sets.splits import (
 from modeling_moma.utils.atomic_files import atomic_write
 
 
-DATA = Path(__file__).resolve().parent.parent / "data"
 EMOJI_FEATURES = Features(
     {
         "image": Image(),
@@ -151,12 +150,6 @@ def build_icons(output: Path, cache: Path, processes: int, limit_sets: list[str]
     }
     counts = icon_counts(by_split, sizes, dropped, summary)
     write_text(output / "README.md", replace_block(read_card(output, "icons"), counts))
-
-
-def read_card(output: Path, name: str) -> str:
-    """The text of the card in a folder; where there is none, of that in the repository."""
-    card = output / "README.md"
-    return (card if card.exists() else DATA / name / "README.md").read_text(encoding="utf-8")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,23 +8,18 @@ Needs `apt-get` (with network at the first run) and `dpkg-deb`, or the package's
 `corpora` of this package (`pip install -e ".[corpora]"`). Nothing else is installed.
 """
 
-from pathlib import Path
-
-from blocks import replace_block
+from cards import DATA, read_card, replace_block
 from corpora_recipe.debian import corpus_arguments, fetch_package
-from corpora_recipe.folder import read_card, write_corpus
+from corpora_recipe.folder import write_corpus
 from corpora_recipe.manual import PACKAGE, PAGES, copy_images, count_table, read_manual
 
 
-CARD = Path(__file__).resolve().parent.parent / "data" / "manual" / "README.md"
-
-
 def main() -> None:
-    args = corpus_arguments(__doc__, CARD, size="123 MB", validation_share=0.05)
+    args = corpus_arguments(__doc__, DATA / "manual", size="123 MB")
     package = fetch_package(PACKAGE, args.cache, args.archive)
-    manual = read_manual(package.folder / PAGES, args.validation_share)
+    manual = read_manual(package.folder / PAGES, validation_share=0.05)
     counts = count_table(manual, package.version)
-    card = replace_block(read_card(args.output, CARD), counts)
+    card = replace_block(read_card(args.output, "manual"), counts)
     write_corpus(args.output, manual.rows, card, lambda folder: copy_images(manual, folder))
     print(counts)
 

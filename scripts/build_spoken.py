@@ -27,12 +27,12 @@ import soundfile
 from datasets import Audio, Features, Image, List, Value
 from tqdm.auto import tqdm
 
+from cards import DATA, read_card
+from corpora_recipe.folder import draw, split_of
 from modeling_moma.utils.atomic_files import check_new_folder, replace_folder
 from tokenization.audio_input_moma import read_sound
 
 
-DATA = Path(__file__).resolve().parent.parent / "data"
-CARD = DATA / "spoken" / "README.md"
 WORD_FEATURES = {"audio": Audio(decode=False), "word": Value("string"), "voice": Value("string")}
 DRAWING_FEATURES = {
     "segments": List({"audio": Audio(decode=False), "text": Value("string"), "image": Image(decode=False)}),
@@ -124,21 +124,6 @@ class SpokenDrawing(NamedTuple):
     order: tuple[str, ...]
 
 
-def draw(name: str) -> float:
-    """A number in [0, 1), always the same one for a name."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
-
-
-def split_of(name: str, shares: dict, rest="train"):
-    """One of the keys of shares by a hash of a name, or the rest."""
-    place = draw(name)
-    for key, share in shares.items():
-        if place < share:
-            return key
-        place -= share
-    return rest
-
-
 def read_words(files: Iterable[Path]) -> list[str]:
     """The words in labels, names, tags and aliases of image sets, of `LETTERS` letters, in order."""
     words: set[str] = set()
@@ -212,11 +197,13 @@ def write_split(path: Path, entries: Sequence[Any], make: Callable[[Any], dict],
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=CARD.parent, help="folder of the data set, replaced as a whole")
+    parser.add_argument(
+        "--output", type=Path, default=DATA / "spoken", help="folder of the data set, replaced as a whole"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="words spoken side by side")
     args = parser.parse_args(arguments)
     check_new_folder(args.output, is_fine=lambda path: path.name in ("README.md", "words", "emoji", "drawings"))
-    card = (args.output / "README.md" if (args.output / "README.md").is_file() else CARD).read_text(encoding="utf-8")
+    card = read_card(args.output, "spoken")
     emoji = read_emoji(DATA / "emoji" / "data" / "train-00000-of-00001.parquet")
     label_splits = split_labels({row["label"] for row in emoji})
     # what a fresh clone has, so that the words do not depend on whether all icons were built

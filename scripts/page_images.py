@@ -27,16 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # works for root and without a network
 FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-dev-shm-usage",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
+    "--headless --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync"
+).split()
 START_SECONDS = 120
 # milliseconds that an answer may take on a busy machine
 PATIENCE = 60_000
@@ -98,9 +91,7 @@ def browser() -> Iterator:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=find_browser(), args=list(FLAGS), env=dict(environment())
-        )
+        chromium = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS, env=dict(environment()))
         try:
             yield chromium
         finally:

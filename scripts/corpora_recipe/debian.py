@@ -14,15 +14,12 @@ from modeling_moma.utils.atomic_files import replace_folder, write_folder_aside
 DEFAULT_CACHE = Path.home() / ".cache" / "modeling-moma" / "debian"
 
 
-def corpus_arguments(description: str | None, card: Path, size: str, validation_share: float) -> argparse.Namespace:
-    """The command line of a script that builds a corpus, by default in the card's folder, of a package of a size."""
+def corpus_arguments(description: str | None, folder: Path, size: str) -> argparse.Namespace:
+    """The command line of a script that builds a corpus, of a package of a size."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=card.parent, help="folder of the data set, replaced as a whole")
+    parser.add_argument("--output", type=Path, default=folder, help="folder of the data set, replaced as a whole")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help=f"folder that keeps the package ({size})")
     parser.add_argument("--archive", type=Path, help="the package's .deb file, in place of a download")
-    parser.add_argument(
-        "--validation-share", type=float, default=validation_share, help="share of all rows in validation"
-    )
     return parser.parse_args()
 
 

@@ -12,12 +12,19 @@ from modeling_moma.utils.atomic_files import check_new_folder, replace_folder
 SPLITS = ("train", "validation")
 
 
-def split_of(name: str, validation_share: float) -> str:
-    """Returns `"validation"` for about `validation_share` of all names, always the same ones, else `"train"`."""
-    if not 0 <= validation_share < 1:
-        raise ValueError(f"`validation_share` is {validation_share}: it is a share of all, from 0 to below 1.")
-    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
-    return "validation" if place < validation_share else "train"
+def draw(name: str) -> float:
+    """A number in [0, 1), always the same one for a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+
+
+def split_of(name: str, shares: dict, rest="train"):
+    """One of the keys of shares by a hash of a name, or the rest."""
+    place = draw(name)
+    for key, share in shares.items():
+        if place < share:
+            return key
+        place -= share
+    return rest
 
 
 def write_corpus(
@@ -50,9 +57,3 @@ def write_corpus(
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     return replace_folder(output, write)
-
-
-def read_card(output: Path, otherwise: Path) -> str:
-    """Returns the text of the card in the folder `output`; where there is none, of the file `otherwise`."""
-    card = output / "README.md"
-    return (card if card.exists() else otherwise).read_text(encoding="utf-8")

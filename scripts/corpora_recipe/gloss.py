@@ -66,7 +66,7 @@ def split_glosses(glosses: Iterable[Gloss], validation_share: float) -> dict[str
     """Returns the rows `{"text": ...}` of each split, drawn by a hash of the key."""
     rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
     for gloss in glosses:
-        rows[split_of(gloss.key, validation_share)].append({"text": gloss.text})
+        rows[split_of(gloss.key, {"validation": validation_share})].append({"text": gloss.text})
     return rows
 
 

@@ -63,7 +63,8 @@ def read_manual(folder: Path, validation_share: float) -> Manual:
         if not page.has_text:
             manual.left_out["pages without text"] += 1
             continue
-        manual.rows[split_of(path.name, validation_share)].append({"title": page.title, "segments": page.segments})
+        split = split_of(path.name, {"validation": validation_share})
+        manual.rows[split].append({"title": page.title, "segments": page.segments})
         for source in asked:
             target, reason = choose(source)
             if target is None:

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 
 import yaml
 
-from blocks import replace_block
+from cards import replace_block
 from icon_evaluation.samples import MAIN
 from icon_evaluation.typical import STYLE
 from modeling_moma.errors_moma import InputError

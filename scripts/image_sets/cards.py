@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from blocks import replace_block
+from cards import replace_block
 from image_sets.emoji import FAMILIES, drawing_cell
 from image_sets.icon_images import COLOURS
 from image_sets.icon_rows import SPLITS, Row

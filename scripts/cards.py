@@ -1,5 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a card that scripts write, each between two comments that name it."""
+"""Cards of data sets and models, and the parts of them that scripts write, between two comments that name each."""
+
+from pathlib import Path
+
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+
+
+def read_card(folder: Path, name: str) -> str:
+    """The text of the card in the folder of a data set; where there is none, of that in the repository."""
+    card = folder / "README.md"
+    return (card if card.exists() else DATA / name / "README.md").read_text(encoding="utf-8")
 
 
 def replace_block(card: str, text: str, name: str = "counts") -> str:
