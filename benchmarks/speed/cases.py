@@ -5,13 +5,11 @@ from dataclasses import dataclass, replace
 
 from transformers.utils import is_flash_attn_2_available
 
-from benchmarks.speed.models import IMPLEMENTATIONS
+from benchmarks.speed.models import OLMOE
 
 
-OLMOE = tuple(f"olmoe {name}" for name in IMPLEMENTATIONS)
-ERNIE = tuple(f"ernie {name}" for name in IMPLEMENTATIONS)
 # without "batched_mm", which copies an expert's weights for each row: seconds a step, in training over 24 GiB
-OLMOE_FOR_ROWS, ERNIE_FOR_ROWS = (tuple(name for name in names if "batched" not in name) for names in (OLMOE, ERNIE))
+OLMOE_FOR_ROWS = tuple(name for name in OLMOE if "batched" not in name)
 
 
 @dataclass(frozen=True)
@@ -85,20 +83,15 @@ def _cases() -> list[Case]:
         replace(against_dense, name="train-threshold", ours="4t4i threshold", bar=1.15),
         replace(against_dense, name="train-token-choice", ours="4t4i token_choice", bar=1.15),
         replace(against_dense, name="train-4t4i-olmoe", ours="4t4i", peers=OLMOE_FOR_ROWS, bar=0.65),
-        replace(against_dense, name="train-4t4i-ernie", ours="4t4i", peers=ERNIE_FOR_ROWS),
-        replace(against_dense, name="train-dense-chameleon", peers=("chameleon",)),
-        replace(against_dense, name="train-4t4i-mixtral", ours="4t4i", peers=("mixtral grouped_mm",)),
         replace(against_dense, name="train-depth", ours="mod-4t4i", peers=("4t4i",), bar=1.08),
         replace(against_dense, name="train-16t16i", ours="16t16i", peers=("4t4i",), bar=1.35),
         replace(against_dense, name="train-16t16i-long", ours="16t16i", peers=("4t4i",), rows=1, length=4096),
         replace(prefill, name="prefill-4t4i", ours="4t4i", peers=("dense",), bar=1.08),
         replace(prefill, name="prefill-depth", ours="mod-4t4i", peers=("4t4i",), bar=1.08),
         replace(prefill, name="prefill-4t4i-olmoe", ours="4t4i", peers=OLMOE_FOR_ROWS),
-        replace(prefill, name="prefill-4t4i-ernie", ours="4t4i", peers=ERNIE_FOR_ROWS),
         replace(decode, name="decode-4t4i", ours="4t4i", peers=("dense",), bar=1.10),
         replace(decode, name="decode-token-choice", ours="4t4i token_choice", peers=("dense",), bar=1.10),
         replace(decode, name="decode-4t4i-olmoe", ours="4t4i", peers=OLMOE, bar=1.0),
-        replace(decode, name="decode-4t4i-ernie", ours="4t4i", peers=ERNIE),
         replace(decode, name="decode-depth", ours="mod-4t4i", peers=("4t4i",), bar=1.1),
         replace(decode, name="decode-depth-8", ours="mod-4t4i", peers=("4t4i",), bar=1.1, rows=8),
     ]

@@ -15,14 +15,8 @@ from functools import partial
 
 import torch
 from transformers import (
-    ChameleonConfig,
-    ChameleonForConditionalGeneration,
-    Ernie4_5_VLMoeConfig,
-    Ernie4_5_VLMoeForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
     PreTrainedModel,
@@ -63,9 +57,9 @@ SHAPES = {
     "study": Shape(128, 128, num_layers=4, num_heads=4, vocab_size=5024),
     "90m": Shape(512, 1368, num_layers=8, num_heads=8, vocab_size=65536),
 }
-# experts of a sparse peer, and of each modality where those are apart
-NUM_EXPERTS, NUM_EXPERTS_PER_MODALITY = 8, 4
-IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+# experts of a sparse peer, by each of its implementations
+NUM_EXPERTS = 8
+OLMOE = ("olmoe eager", "olmoe batched_mm", "olmoe grouped_mm")
 EXPERTS = {
     "dense": 1,
     "1t1i": {"text": 1, "image": 1},
@@ -129,47 +123,15 @@ def _common(shape: Shape, length: int) -> dict:
     }
 
 
-def _peer(config_class: type, model_class: type, implementation: str | None, shape: Shape, length: int, **fields):
+def _llama(shape: Shape, length: int) -> PreTrainedModel:
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    return LlamaForCausalLM(LlamaConfig(**_common(shape, length), **ids, num_key_value_heads=shape.num_heads))
+
+
+def _olmoe(implementation: str, shape: Shape, length: int) -> PreTrainedModel:
     ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "num_key_value_heads": shape.num_heads}
-    model = model_class(config_class(**_common(shape, length), **ids, **fields))
-    if implementation is not None:
-        model.set_experts_implementation(implementation)
-    return model
-
-
-class TypedErnie(Ernie4_5_VLMoeForConditionalGeneration):
-    """Tells the model which ids are image codes, as its processor would."""
-
-    first_code = 0
-
-    def forward(self, input_ids: torch.Tensor, **kwargs):
-        """See the class it comes from."""
-        return super().forward(input_ids, moe_mm_token_type_ids=(input_ids >= self.first_code).int(), **kwargs)
-
-
-def _ernie(implementation: str, shape: Shape, length: int) -> PreTrainedModel:
-    """A model with experts of words and experts of images, of which each token chooses one."""
-    # three parts of the rotary angles, in the shares of the released model
-    half = shape.hidden_size // shape.num_heads // 2
-    side = half * 11 // 32
-    text = {
-        **_common(shape, length),
-        **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "num_key_value_heads": shape.num_heads},
-        "moe_num_experts": NUM_EXPERTS_PER_MODALITY,
-        "moe_k": 1,
-        "moe_intermediate_size": [shape.intermediate_size] * 2,
-        "moe_num_shared_experts": 0,
-        "mlp_layer_types": ["sparse"] * shape.num_layers,
-        "tie_word_embeddings": False,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [side, side, half - 2 * side],
-        },
-    }
-    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16}
-    model = TypedErnie(Ernie4_5_VLMoeConfig(text_config=text, vision_config=vision))
-    model.first_code = shape.first_code
+    sizes = {"num_experts": NUM_EXPERTS, "num_experts_per_tok": 1}
+    model = OlmoeForCausalLM(OlmoeConfig(**_common(shape, length), **ids, **sizes))
     model.set_experts_implementation(implementation)
     return model
 
@@ -229,19 +191,10 @@ def _depth_of_equal_flops(shape: Shape, length: int) -> MomaForCausalLM:
     return _settled(closest, shape, length)
 
 
-def _chameleon(shape: Shape, length: int) -> PreTrainedModel:
-    """The dense decoder of words and images that MoMa began from; its image tokenizer is as small as may be."""
-    tokenizer = {"embed_dim": 8, "num_embeddings": 8, "latent_channels": 8, "base_channels": 32}
-    tokenizer |= {"channel_multiplier": [1], "num_res_blocks": 1, "resolution": 16}
-    more = {"vq_config": tokenizer, "vocabulary_map": {"<image>": 3}}
-    return _peer(ChameleonConfig, ChameleonForConditionalGeneration, None, shape, length, **more)
-
-
 _study = partial(_moma, "4t4i", shared_expert_intermediate_size={"text": 256, "image": 256}, **_STUDY)
 # what makes a model at a shape, for sequences of a length
 CONTENDERS: dict[str, Callable[[Shape, int], PreTrainedModel]] = {
-    "llama": partial(_peer, LlamaConfig, LlamaForCausalLM, None),
-    "chameleon": _chameleon,
+    "llama": _llama,
     **{name: partial(_moma, name) for name in EXPERTS},
     **{
         f"4t4i {rule}": partial(_moma, "4t4i", training_routing=rule, inference_routing=rule)
@@ -257,21 +210,8 @@ CONTENDERS: dict[str, Callable[[Shape, int], PreTrainedModel]] = {
     "study 4t4i": _study,
     # the layers as they are written, and the library's attention
     "study 4t4i plain": partial(_study, change=lambda model: use_cpu_layers(model, False)),
+    **{name: partial(_olmoe, name.split()[1]) for name in OLMOE},
 }
-for _name in IMPLEMENTATIONS:
-    CONTENDERS[f"olmoe {_name}"] = partial(
-        _peer, OlmoeConfig, OlmoeForCausalLM, _name, num_experts=NUM_EXPERTS, num_experts_per_tok=1
-    )
-    CONTENDERS[f"mixtral {_name}"] = partial(
-        _peer,
-        MixtralConfig,
-        MixtralForCausalLM,
-        _name,
-        num_local_experts=NUM_EXPERTS,
-        num_experts_per_tok=1,
-        sliding_window=None,
-    )
-    CONTENDERS[f"ernie {_name}"] = partial(_ernie, _name)
 
 
 def build(name: str, shape: Shape, length: int, device: str) -> PreTrainedModel:
