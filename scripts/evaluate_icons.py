@@ -127,7 +127,7 @@ class Evaluation:
         found = {}
         for ending, labeler in (("", self.labeler), ("_of_views", self.labeler_of_views)):
             codes = (labeler.encode_pixels(torch.cat(sample.images)) if ending else sample.codes)[list(places)]
-            written = getattr(labeler, f"written_{kind}")(codes, count)
+            written = getattr(labeler, f"beam_{kind}")(codes, count)
             found[f"model{ending}"] = texts_of(written, count)
             if self.memory is not None:
                 shares_of = self.memory.name_shares if kind == "names" else self.memory.tag_shares

@@ -31,8 +31,9 @@ def test_front_matter_names_this_app_and_a_gradio_that_the_extra_allows():
     packaging = pytest.importorskip("packaging.requirements")
     front = yaml.safe_load((SPACE / "README.md").read_text().split("---\n")[1])
     assert front["sdk"] == "gradio" and (SPACE / front["app_file"]).is_file()
-    (extra,) = project()["optional-dependencies"]["demo"]
-    assert packaging.Requirement(extra).specifier.contains(front["sdk_version"])
+    extras = map(packaging.Requirement, project()["optional-dependencies"]["demo"])
+    (gradio,) = (extra for extra in extras if extra.name == "gradio")
+    assert gradio.specifier.contains(front["sdk_version"])
     assert packaging.SpecifierSet(project()["requires-python"]).contains(front["python_version"] + ".0")
     # what the Hub asks of the front matter
     assert len(front["short_description"]) <= 60 and front["license"] == "apache-2.0"

@@ -37,15 +37,11 @@ def tokenize(folder: Path, *engine: str):
 
 
 def run_train(folder: Path):
-    """a step of `moma train-image-tokenizer` with the perceptual loss, and a plot of losses"""
-    from modeling_moma.training.loss_curves import CURVES, plot_curves
-
+    """a step of `moma train-image-tokenizer` with the perceptual loss"""
     config, recipe = folder / "config.json", write_mixture(folder / "data")
     config.write_text(json.dumps(tiny_vq_model(32).config.to_diff_dict()))
     sizes = "--steps 1 --batch-size 2 --warmup-steps 0 --perceptual-weight 1".split()
     moma("train-image-tokenizer", recipe, "--config", config, *sizes, "--output", folder / "tokenizer")
-    points = [dict.fromkeys(("flops", *CURVES), step) for step in (1.0, 2.0)]
-    plot_curves({"model": {"curve": points}}, folder / "losses.png")
 
 
 def run_finetune(folder: Path):
@@ -164,7 +160,7 @@ def run_corpora(folder: Path):
 
 def run_serve(folder: Path):
     """`moma serve` on `moma-icons`, and a caption over HTTP"""
-    from server_process import running
+    from helpers.server_process import running
 
     image = {"type": "image_url", "image_url": {"url": address_of(png(disc("red")))}}
     question = {"model": RELEASED, "messages": [{"role": "user", "content": [image]}], "temperature": 0}

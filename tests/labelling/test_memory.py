@@ -247,7 +247,7 @@ def test_probabilities_are_means_of_model_and_memory(labeler, processor):
         ("names", memory.name_shares(labeler.features(codes))),
         ("tags", memory.tag_shares(labeler.features(codes))),
     ):
-        written = getattr(labeler, f"written_{kind}")(codes, 2)
+        written = getattr(labeler, f"beam_{kind}")(codes, 2)
         found = getattr(both, kind)(codes, 2)
         assert all(len(guesses) == 2 for guesses in found)
         for guesses, of_model, shares in zip(found, written, known, strict=True):
