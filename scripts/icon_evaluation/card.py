@@ -20,8 +20,9 @@ EVALUATION_FILE, SHEET_FILE = "evaluation.json", "samples.png"
 RELEASED = Path(__file__).resolve().parents[2] / "model_cards" / "moma-icons" / "README.md"
 # smallest values that the released model shall reach
 AIM_INFORMATION, AIM_RECONSTRUCTIONS, AIM_ORIGINALS, AIM_TOP5 = 0.8, 0.7, 0.5, 0.4
+# icons whose names are shown
+SHOWN = 8
 
-_QUERIES = {"unnamed": "tags not in the names", "any": "any tags"}
 _SEARCHES = {
     "model": "MoMa",
     "with_memory": "MoMa and memory",
@@ -34,7 +35,6 @@ _SEARCHES = {
 _DRAWINGS = {
     "drawn": "one",
     "likeliest": "the likeliest of all seeds",
-    "shuffled": "judged by another name (floor)",
 }
 _TOPS = ("top1", "top5")
 
@@ -53,16 +53,9 @@ def _shares(found: dict, names: Sequence[str]) -> list[str]:
     return [percent(found[name]) for name in names]
 
 
-def _whose(report: dict, found: dict) -> list[tuple[str, dict]]:
-    """Whose names or tags were measured, and the figures."""
-    views = f"{report['views']} views"
-    titles = {
-        "model": "MoMa",
-        "model_of_views": f"MoMa, {views}",
-        "with_memory": "MoMa and memory",
-        "with_memory_of_views": f"MoMa and memory, {views}",
-        "nearest_neighbour": "ImageNet neighbour",
-    }
+def _whose(found: dict) -> list[tuple[str, dict]]:
+    """Whose names or tags were measured, and the figures; `evaluation.json` has those of several views as well."""
+    titles = {"model": "MoMa", "with_memory": "MoMa and memory", "nearest_neighbour": "ImageNet neighbour"}
     return [(title, found[key]) for key, title in titles.items() if key in found]
 
 
@@ -84,38 +77,27 @@ def _model(report: dict) -> str:
     return "\n".join(lines)
 
 
+def _splits(found: dict) -> list[tuple[str, dict]]:
+    """What was measured on each split but `validation`, by which the training was chosen."""
+    return [(split, figures) for split, figures in found.items() if split != "validation" and figures]
+
+
 def _names(report: dict) -> str:
-    measures = ("top1", "top5", "top1_or_alias", "top5_or_alias", "word_in_common")
+    measures = ("top1", "top5", "word_in_common")
     rows = [
-        [f"`{split}`, {title}", str(found["images"]), *_shares(figures, measures)]
-        for split, found in report["names"].items()
-        for title, figures in _whose(report, found)
+        [f"`{split}`, {title}", *_shares(figures, measures)]
+        for split, found in _splits(report["names"])
+        for title, figures in _whose(found)
     ]
-    head = ["names", "icons", "top-1", "top-5", "top-1 or alias", "top-5 or alias", "a word in common"]
-    return markdown_table(head, rows)
-
-
-def _ranks(report: dict) -> str:
-    rows = []
-    for split, found in report["names"].items():
-        ranked = found["ranked"]
-        first = [percent(ranked["recall@1"]), percent(ranked["recall@5"]), f"{ranked['median_rank']:g}"]
-        numbers = [str(ranked["images"]), f"{ranked['names']:,}", *first, percent(ranked["chance"]["recall@5"])]
-        rows.append([f"`{split}`", *numbers])
-    head = ["all names ranked", "icons", "names", "first", "first five", "median rank", "first five by chance"]
-    return markdown_table(head, rows)
+    return markdown_table(["names", "top-1", "top-5", "a word in common"], rows)
 
 
 def _samples(report: dict) -> str:
-    tags = {sample["icon"]: sample["tags"] for sample in report["tags"][MAIN]["samples"]}
     rows = [
-        [
-            f"`{sample['icon']}`",
-            *map(_cells, ([sample["name"]], sample["names"], tags.get(sample["icon"], ()), sample["neighbour"])),
-        ]
-        for sample in report["names"][MAIN]["samples"]
+        [f"`{sample['icon']}`", *map(_cells, (sample["names"], sample["neighbour"]))]
+        for sample in report["names"][MAIN]["samples"][:SHOWN]
     ]
-    return markdown_table(["icon", "name", "names by the model", "tags by the model", "neighbour's name"], rows)
+    return markdown_table(["icon", "names by the model", "neighbour's name"], rows)
 
 
 def _emoji(report: dict) -> str:
@@ -129,42 +111,19 @@ def _emoji(report: dict) -> str:
     return markdown_table(["names of emoji", "top-1", "top-5"], rows)
 
 
-def _fit(report: dict) -> str:
-    rows = [
-        [f"`{split}`", str(found["images"]), *_shares(found, (*_TOPS, "word_in_common"))]
-        for split, found in report["fit"].items()
-    ]
-    return markdown_table(["names", "icons", "top-1", "top-5", "a word in common"], rows)
-
-
 def _tags(report: dict) -> str:
     rows = [
-        [
-            f"`{split}`, {title}",
-            str(found["images"]),
-            f"{found['tags']:.1f}",
-            *_shares(figures, ("recall", "precision")),
-        ]
-        for split, found in report["tags"].items()
-        if found
-        for title, figures in _whose(report, found)
+        [f"`{split}`, {title}", *_shares(figures, ("recall", "precision"))]
+        for split, found in _splits(report["tags"])
+        for title, figures in _whose(found)
     ]
-    return markdown_table(["tags", "icons", "tags of an icon", "recall", "precision"], rows)
+    return markdown_table(["tags", "recall", "precision"], rows)
 
 
 def _search(report: dict) -> str:
     searches = {key: title for key, title in _SEARCHES.items() if key != "with_memory" or report["memory"]}
-    rows = [
-        [
-            f"`{split}`, {title}",
-            *(str(found[kind][name]) for name in ("images", "queries")),
-            *_shares(found[kind], list(searches)),
-        ]
-        for kind, title in _QUERIES.items()
-        for split, found in report["search"].items()
-        if found
-    ]
-    return markdown_table(["recall@10", "icons", "queries", *searches.values()], rows)
+    rows = [[f"`{split}`", *_shares(found["unnamed"], list(searches))] for split, found in _splits(report["search"])]
+    return markdown_table(["recall@10", *searches.values()], rows)
 
 
 def _sampling(settings: dict) -> str:
@@ -204,15 +163,6 @@ def _drawings(report: dict) -> str:
     return f"{text}\n\n{markdown_table(['images', 'top-1', 'top-5'], rows)}"
 
 
-def _information(report: dict) -> str:
-    rows = []
-    for key, title in (("plain", "`name (style)`"), ("coloured", "`name (style, colour)`")):
-        found = report["information"][key]["model"]
-        taken = [f"{found[side]['taken']:.2f} ± {found[side]['standard_error']:.2f}" for side in ("image", "caption")]
-        rows.append([title, str(found["pairs"]), *taken])
-    return markdown_table(["nats", "pairs", "an image takes from its caption", "a caption from its image"], rows)
-
-
 def _best_way(report: dict) -> str:
     """The key of what `moma label` does by default."""
     return "with_memory" if report["memory"] else "model"
@@ -242,7 +192,7 @@ def _aims(report: dict) -> str:
     # names alone find none of these, so that tags are the harder lexical search
     for key in ("bm25_names", "bm25_names_and_tags"):
         share, other = search["with_file_names"], search[key]
-        aim = f"search as `moma search` does, {_QUERIES['unnamed']}: above {_SEARCHES[key]}"
+        aim = f"search as `moma search` does, tags not in the names: above {_SEARCHES[key]}"
         aims.append((aim, f"{percent(share)} against {percent(other)}", share > other))
     rows = [[aim, measured, "yes" if reached else "no"] for aim, measured, reached in aims]
     return markdown_table(["aim", "measured", "reached"], rows)
@@ -253,14 +203,11 @@ BLOCKS = {
     "command": lambda report: f"```bash\n{report['command']}\n```",
     "aims": _aims,
     "names": _names,
-    "ranks": _ranks,
     "samples": _samples,
     "emoji": _emoji,
-    "fit": _fit,
     "tags": _tags,
     "search": _search,
     "drawings": _drawings,
-    "information": _information,
 }
 
 
