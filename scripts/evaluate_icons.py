@@ -51,8 +51,8 @@ from tokenization import MomaProcessor
 EMOJI_REPORT = Path(__file__).resolve().parents[1] / "model_cards" / "moma-emoji" / EVALUATION_FILE
 # codings of each icon, beside one, by which it is named and tagged
 VIEWS = 5
-# at most, of each split: icons for which all names are ranked, queries, captions to draw and to show, icons in tables
-RANKED, QUERIES, DRAWINGS, SHEET, SAMPLES = 32, 50, 160, 24, 20
+# at most, of each split: queries, captions to draw and to show, icons in tables
+QUERIES, DRAWINGS, SHEET, SAMPLES = 50, 160, 24, 20
 SHEET_COLUMNS = 4
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 0, "guidance_scale": 5.0}
 TYPICAL_SAMPLING = SAMPLING | {"temperature": 0.3, "guidance_scale": 1.0}
@@ -136,18 +136,14 @@ class Evaluation:
         return found
 
     def names(self, sample: Sample, neighbours: list[list[dict]]) -> dict:
-        """How many names are found by beam search and by neighbours, and the true names' ranks among all."""
+        """How many names are found by beam search and by neighbours."""
         found = self.guesses(sample, "names", measures.NAMES, range(len(sample.rows)))
         others = [list(dict.fromkeys(spaced(row["name"]) for row in rows))[: measures.NAMES] for rows in neighbours]
         shown = zip(sample.rows[:SAMPLES], as_shipped(found), others)
-        name_end = self.labeler.form.name_ends[0]
         return {
             "images": len(sample.rows),
             **{key: measures.name_figures(texts, sample.rows) for key, texts in found.items()},
             "nearest_neighbour": measures.name_figures(others, sample.rows),
-            "ranked": measures.rank_names(
-                self.model, self.processor, sample, RANKED, name_end, 4 * self.args.batch_size
-            ),
             "samples": [
                 {"icon": f"{row['set']}:{row['icon']}", "name": row["name"], "names": texts, "neighbour": other[:1]}
                 for row, texts, other in shown
@@ -177,13 +173,10 @@ class Evaluation:
         }
 
     def search(self, sample: Sample, neighbours: list[list[dict]]) -> dict | None:
-        """The recall of search by tags, of icons whose names lack them and of all; nothing without tags."""
+        """The recall of search by tags that the names of icons lack; nothing without such tags."""
         rows = sample.rows
-        kinds = {
-            "unnamed": measures.queries_of(rows, QUERIES),
-            "any": measures.queries_of(rows, QUERIES, in_names=True),
-        }
-        if not all(kinds.values()):
+        queries = measures.queries_of(rows, QUERIES)
+        if not queries:
             return None
         names = [measures.name_document(row) for row in rows]
         carried = [" ".join(self.tags_of_names.get(spaced(row["name"]), ())) for row in rows]
@@ -192,7 +185,7 @@ class Evaluation:
             "bm25_names_and_tags": [" ".join(parts) for parts in zip(names, carried)],
             "bm25_neighbours": [measures.neighbour_document(found) for found in neighbours],
         }
-        return {kind: self._searched(sample, documents, queries) for kind, queries in kinds.items()}
+        return {"unnamed": self._searched(sample, documents, queries)}
 
     def _searched(self, sample: Sample, documents: dict[str, list[str]], queries: list[measures.Query]) -> dict:
         texts = [query.text for query in queries]
@@ -219,7 +212,7 @@ class Evaluation:
         """How many names of the emoji's own test are found, and by others; nothing without its folder."""
         if self.emoji_rows is None:
             return None
-        rows = [{"name": row["label"], "aliases": []} for row in samples.without_images(self.emoji_rows)]
+        rows = [{"name": row["label"]} for row in samples.without_images(self.emoji_rows)]
         batches = image_batches(self.emoji_rows, self.processor, self.args.batch_size, "images of emoji")
         codes = encode_images(self.processor, batches)
         result: dict = {"images": len(rows)}
@@ -234,16 +227,6 @@ class Evaluation:
         result["moma-emoji"] = captions["model"]["label"]
         result["nearest_neighbour"] = captions["nearest_neighbour"]["label"]
         return result
-
-    def fit(self) -> dict:
-        """How many names the model alone finds of training icons, and of such icons of `MAIN`, held out."""
-        train, found = self.train.columns, {}
-        held_out = open_split(self.args.data, MAIN).select_columns(["name", "family"]).to_dict()
-        for split, columns in ((TRAIN, train), (MAIN, held_out)):
-            sample = self._sample(split, self.args.limit, is_taken=samples.lone_icons(columns, train))
-            names = texts_of(self.labeler.beam_names(sample.codes, measures.NAMES), measures.NAMES)
-            found[split] = {"images": len(names), **measures.name_figures(names, sample.rows)}
-        return found
 
     def draw(self, captions: Sequence[str], sampling: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes of drawings `[N, seeds, L]`, and of those of which the model finds the captions likeliest `[N, L]`."""
@@ -290,12 +273,11 @@ class Evaluation:
         }
 
     def information(self) -> dict:
-        """By how many nats captions make images likelier, with and without their colour, and the reverse."""
-        sample, found = self.samples[MAIN], {}
-        for key, with_colour in (("plain", False), ("coloured", True)):
-            captioned = CaptionedImages(sample.codes, [caption(row, with_colour) for row in sample.rows])
-            found[key] = {"model": measure_information(self.model, self.processor, captioned, self.args.batch_size)}
-        return found
+        """By how many nats captions make images likelier, and images their captions."""
+        sample = self.samples[MAIN]
+        captioned = CaptionedImages(sample.codes, [caption(row, False) for row in sample.rows])
+        found = measure_information(self.model, self.processor, captioned, self.args.batch_size)
+        return {"plain": {"model": found}}
 
     def run(self) -> dict:
         """The report."""
@@ -321,7 +303,6 @@ class Evaluation:
                 for name, measure in (("names", self.names), ("tags", self.tags), ("search", self.search))
             },
             "emoji": self.emoji(),
-            "fit": self.fit(),
             "drawings": self.drawings(),
             "information": self.information(),
         }

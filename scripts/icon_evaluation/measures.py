@@ -14,10 +14,7 @@ from tqdm.auto import tqdm
 
 from icon_evaluation.samples import Sample, TrainIcons, order
 from image_sets.icon_names import spaced, stems, words
-from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.errors_moma import InputError
-from modeling_moma.evaluation.retrieval import rank_figures, ranks
-from modeling_moma.evaluation.scoring import continuation_log_probs
 from modeling_moma.utils.errors import needs_extra
 
 
@@ -34,19 +31,16 @@ def name_figures(found: Sequence[Sequence[str]], rows: Sequence[dict]) -> dict[s
     """
     Counts names that are right, compared in lower case and without signs, as shares of the icons.
 
-    `found` are the names that each icon is given, the likeliest first; `rows` have `name` and `aliases`.
+    `found` are the names that each icon is given, the likeliest first; `rows` have `name`.
     `word_in_common`: the first one has one of the name's words (singular or plural).
     """
     guesses = [[spaced(text) for text in texts[:NAMES]] for texts in found]
     names = [spaced(row["name"]) for row in rows]
-    right = [{name, *map(spaced, row["aliases"])} for name, row in zip(names, rows)]
-    pairs = list(zip(guesses, names, right, strict=True))
+    pairs = list(zip(guesses, names, strict=True))
     return {
-        "top1": fmean(name in texts[:1] for texts, name, _ in pairs),
-        "top5": fmean(name in texts for texts, name, _ in pairs),
-        "top1_or_alias": fmean(not accepted.isdisjoint(texts[:1]) for texts, _, accepted in pairs),
-        "top5_or_alias": fmean(not accepted.isdisjoint(texts) for texts, _, accepted in pairs),
-        "word_in_common": fmean(bool(stems(" ".join(texts[:1])) & stems(name)) for texts, name, _ in pairs),
+        "top1": fmean(name in texts[:1] for texts, name in pairs),
+        "top5": fmean(name in texts for texts, name in pairs),
+        "word_in_common": fmean(bool(stems(" ".join(texts[:1])) & stems(name)) for texts, name in pairs),
     }
 
 
@@ -60,17 +54,6 @@ def tag_figures(found: Sequence[Sequence[str]], rows: Sequence[dict]) -> dict[st
     return {"recall": fmean(recall for recall, _ in hits), "precision": fmean(precision for _, precision in hits)}
 
 
-def rank_names(model, processor, sample: Sample, limit: int, name_end: str, batch_size: int) -> dict:
-    """Ranks all names of a split for some of its icons, by the likelihood of a caption that begins with them."""
-    encoder = DocumentEncoder(processor)
-    shown = [encoder.opened(processor.image_ids(codes)) for codes in sample.codes[:limit].tolist()]
-    texts = [encoder.text_ids(name + name_end) for name in sample.names]
-    scores = continuation_log_probs(model, shown, texts, batch_size, f"names of {sample.split}, ranked")
-    own = torch.tensor([sample.names.index(spaced(row["name"])) for row in sample.rows[:limit]])
-    figures = rank_figures(*ranks(scores, torch.arange(len(shown)), own))
-    return {"images": len(shown), "names": len(texts), **figures}
-
-
 @dataclass(frozen=True)
 class Query:
     """A tag or an alias to look for, icons that have it, and others that have it and count neither way."""
@@ -80,12 +63,11 @@ class Query:
     left_out: frozenset[int]
 
 
-def queries_of(rows: Sequence[dict], limit: int, in_names: bool = False) -> list[Query]:
+def queries_of(rows: Sequence[dict], limit: int) -> list[Query]:
     """
     Tags and aliases of icons, chosen by hash.
 
-    `in_names`: all icons that have a query are wanted, whatever they are called. By default only those in whose file
-    name and name none of its words stands, and the others are left out.
+    Wanted are icons in whose file name and name none of the query's words stands; others that have it are left out.
     """
     tagged = defaultdict(set)
     for place, row in enumerate(rows):
@@ -94,7 +76,7 @@ def queries_of(rows: Sequence[dict], limit: int, in_names: bool = False) -> list
     name_stems = [stems(name_document(row)) for row in rows]
     found = []
     for text in sorted(tagged, key=order):
-        wanted = frozenset(place for place in tagged[text] if in_names or not stems(text) & name_stems[place])
+        wanted = frozenset(place for place in tagged[text] if not stems(text) & name_stems[place])
         if text and wanted:
             found.append(Query(text, wanted, frozenset(tagged[text]) - wanted))
     return found[:limit]

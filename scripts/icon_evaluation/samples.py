@@ -2,8 +2,7 @@
 """What a model is measured on: held-out icons chosen by hashes, and training icons to compare them with."""
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from image_sets.icon_names import spaced
 from modeling_moma.data.kinds import ImageKind
 from modeling_moma.data.sources import Source
 from modeling_moma.errors_moma import InputError
@@ -37,17 +35,13 @@ Extract = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Sample:
-    """Some icons of a split: their columns but for images, batches of pixel values, codes and features.
-
-    `names` are the different names of all icons of the split, whether they are in the sample or not.
-    """
+    """Some icons of a split: their columns but for images, batches of pixel values, codes and features."""
 
     split: str
     rows: list[dict]
     images: list[torch.Tensor]
     codes: torch.Tensor
     features: torch.Tensor
-    names: list[str]
 
 
 @dataclass(frozen=True)
@@ -98,25 +92,6 @@ def without_images(rows: Dataset) -> list[dict]:
     return rows.remove_columns("image").to_list()
 
 
-def lone_icons(columns: Mapping[str, Sequence[str]], train: Mapping[str, Sequence[str]]) -> Callable[[dict], bool]:
-    """
-    What tells the icons that are their family's only ones of their name, which another family of the training draws
-    too: whether they were trained on or held out, the training has no other size or style of them.
-
-    Both arguments have `name` and `family`, of a split and of the training.
-    """
-    numbers = Counter(zip(columns["family"], map(spaced, columns["name"]), strict=True))
-    families = defaultdict(set)
-    for family, name in zip(train["family"], map(spaced, train["name"]), strict=True):
-        families[name].add(family)
-
-    def is_lone(row: dict) -> bool:
-        family, name = row["family"], spaced(row["name"])
-        return numbers[family, name] == 1 and bool(families[name] - {family})
-
-    return is_lone
-
-
 def take_sample(
     data: str,
     split: str,
@@ -140,7 +115,6 @@ def take_sample(
         images=images,
         codes=encode_images(processor, iter(images)),
         features=all_features(extract, images),
-        names=sorted({spaced(row["name"]) for row in rows}),
     )
 
 
