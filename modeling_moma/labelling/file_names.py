@@ -64,6 +64,8 @@ def with_file_names(scores_NQ: torch.Tensor, shares_NQ: torch.Tensor, weight: fl
     return torch.logaddexp(scores_NQ + (1 - counts).log(), shares_NQ.log() + counts.log())
 
 
+# names of a memory have many tags in common
+@functools.cache
 def _words(text: str) -> Words:
     # macOS writes `é` in names of files as a letter and a sign, of which a word would end
     composed = unicodedata.normalize("NFC", text)
@@ -110,6 +112,7 @@ def _affix_share(words: Words, query: str) -> float:
 def _tags_of_names(memory: ImageMemory, split: _Splitter) -> dict[Words, set[Words]]:
     """Return the tags of each kept name; names that are alike share theirs."""
     found = defaultdict(set)
+    split_tag = functools.cache(lambda tag: split(_words(tag)))
     for name, tags in zip(memory.names, memory.tags, strict=True):
-        found[split(_words(name))].update(split(_words(tag)) for tag in tags)
+        found[split(_words(name))].update(map(split_tag, tags))
     return found
