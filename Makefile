@@ -137,7 +137,7 @@ $(NEXT_VENV)/.installed: FORCE
 	$(QUIET) $(NEXT_RUN) -m pip install --quiet --no-compile --editable ".[dev]"
 	$(NEXT_RUN) -m pip install --quiet --no-compile --no-deps --upgrade transformers huggingface_hub
 	-$(NEXT_RUN) tests/helpers/fetch.py
-	touch $@
+	touch $@ $(NEXT_VENV)/.installed-train
 
 # made at every call, as that with the newest releases
 $(CUDA_VENV)/.installed: FORCE
