@@ -203,15 +203,6 @@ def eta(dense: Sequence[tuple[float, float]], sparse: Sequence[tuple[float, floa
     return Eta(dense_cost / cost)
 
 
-def eta_by_modality(
-    dense: Mapping[str, Sequence[tuple[float, float]]], sparse: Mapping[str, Sequence[tuple[float, float]]]
-) -> dict[str, Eta]:
-    """Return [`eta`] for each loss that two models name, `{"overall": ..., "text": ..., "image": ...}`."""
-    if set(dense) != set(sparse):
-        raise InputError(f"`dense` has the curves {sorted(dense)}, but `sparse` has {sorted(sparse)}.")
-    return {name: eta(dense[name], sparse[name]) for name in dense}
-
-
 def _envelope(name: str, curve: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     try:
         points = [(float(flops), float(loss)) for flops, loss in curve]

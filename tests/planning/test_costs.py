@@ -10,7 +10,7 @@ from helpers.reference import GROUPS
 from helpers.tiny import IMAGE_IDS, tiny_config
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.modeling_moma import MomaForCausalLM
-from modeling_moma.planning.costs import Eta, eta, eta_by_modality, flops_per_token, training_flops
+from modeling_moma.planning.costs import Eta, eta, flops_per_token, training_flops
 from modeling_moma.routing_moma import MomaAuxiliaryRouter, MomaRouterBase
 
 
@@ -244,14 +244,6 @@ def test_a_noisy_end_of_the_dense_curve_favours_nobody():
 
 def test_eta_prints_its_bound():
     assert [str(Eta(3.7, bound)) for bound in ("exact", "at_most", "at_least")] == ["3.70x", "<3.70x", ">=3.70x"]
-
-
-def test_eta_by_modality_compares_equal_names():
-    faster = [(flops / 2, loss) for flops, loss in DENSE]
-    result = eta_by_modality({"overall": DENSE, "text": DENSE}, {"overall": faster, "text": DENSE})
-    assert result == {"overall": Eta(2.0), "text": Eta(1.0)}
-    with pytest.raises(ValueError, match="image"):
-        eta_by_modality({"image": DENSE}, {"text": DENSE})
 
 
 @pytest.mark.parametrize(
