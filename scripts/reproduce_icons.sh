@@ -62,3 +62,4 @@ recipe=$recipes/moma-icons-typical.yaml
     --tags keywords --group family --least-groups 2
 "$python" scripts/evaluate_icons.py --model $release --features $runs/features.npy \
     --typical $runs/typical "${few[@]}" --write-card
+"$python" scripts/evaluate_unseen_icons.py --model $release ${short:+--limit 24}
