@@ -29,8 +29,6 @@ class Flag:
             of the flag, where it is not that of the field.
         one_of (`str`, *optional*):
             name of a group of flags of which at most one may be given.
-        section (`str`, *optional*):
-            title of the part of the help that it stands in.
     """
 
     metavar: str | None = None
@@ -38,7 +36,6 @@ class Flag:
     is_repeated: bool = False
     name: str | None = None
     one_of: str | None = None
-    section: str | None = None
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -50,9 +47,6 @@ class FlagParser(argparse.ArgumentParser):
         holders: dict[str, Any] = {}
         for entry in dataclasses.fields(kind):
             flag, holder = flag_of(kind, entry.name), self
-            if flag.section is not None:
-                holder = holders.get(flag.section) or self.add_argument_group(flag.section)
-                holders[flag.section] = holder
             if flag.one_of is not None:
                 holder = holders.get(flag.one_of) or self.add_mutually_exclusive_group(
                     required=flag.one_of in required

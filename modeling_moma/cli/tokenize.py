@@ -4,7 +4,7 @@
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from ..utils.fields import Count, Seed
 from ..utils.messages import without_import_notices
@@ -15,16 +15,6 @@ if TYPE_CHECKING:
     from ..data.sources import Source
     from ..data.workers import Workers
     from ..training.recipe import DataFields
-
-# flags that only some engines read
-ENGINES_OF = {
-    "processes": ("processes", "datatrove", "ray"),
-    "threads": ("processes", "ray"),
-    "tasks": ("datatrove", "slurm"),
-    "partition": ("slurm",),
-    "time": ("slurm",),
-}
-CLUSTER = "on a cluster, shards as tasks of datatrove (extra `scale`) or of Ray (extra `ray`)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +29,9 @@ class Arguments:
         output (`str`):
             folder for the tokens; a second start goes on in it.
         processes (`int`, *optional*):
-            of this machine, not of Slurm; by default one for every core.
+            by default one for every core.
         threads (`int`, *optional*, defaults to `1`):
-            of each process; datatrove and Slurm have one.
+            of each process.
         rows_per_shard (`int`, *optional*):
             by default about 64 shards a split, of 256 images and more.
         splits (`list[str]`, *optional*):
@@ -50,17 +40,8 @@ class Arguments:
             of the changed images of further codings.
         strict (`bool`, *optional*, defaults to `False`):
             stop at the first row that cannot be used.
-        engine (`Literal["processes", "datatrove", "slurm", "ray"]`, *optional*, defaults to `"processes"`):
-            what starts the tasks, shards of the tokens: this command, datatrove on this machine, Slurm, or Ray.
-        tasks (`int`, *optional*, defaults to `64`):
-            of datatrove, on this machine or on Slurm, among which the shards are divided.
-        partition (`str`, *optional*):
-            of Slurm.
-        time (`str`, *optional*, defaults to `"24:00:00"`):
-            longest of a Slurm job.
-        address (`str`, *optional*):
-            of a Ray cluster, HOST:PORT or `auto`, all cores of which work; by default RAY_ADDRESS, and without it a
-            Ray of this machine with `processes`. Data, processor and tokens lie on a disk that all nodes share.
+        plan (`bool`, *optional*, defaults to `False`):
+            write what there is to do and end, for `TokenizeStep` on several machines.
     """
 
     recipe: Annotated[str, Flag(metavar="RECIPE", is_positional=True)]
@@ -72,27 +53,11 @@ class Arguments:
     splits: Annotated[list[str] | None, Flag(metavar="SPLIT")] = None
     seed: Seed = 0
     strict: bool = False
-    engine: Annotated[Literal["processes", "datatrove", "slurm", "ray"], Flag(section=CLUSTER)] = "processes"
-    tasks: Annotated[Count, Flag(section=CLUSTER)] = 64
-    partition: Annotated[str | None, Flag(section=CLUSTER)] = None
-    time: Annotated[str, Flag(section=CLUSTER)] = "24:00:00"
-    address: Annotated[str | None, Flag(section=CLUSTER)] = None
+    plan: bool = False
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:
-    parser = FlagParser(Arguments, description=__doc__)
-    given = parser.read(arguments)
-    args = Arguments(**given)
-    if args.engine == "slurm" and not args.partition:
-        parser.error("--engine slurm needs --partition")
-    if args.address is not None and args.engine != "ray":
-        parser.error(f"--address {args.address!r} is that of a Ray cluster: give --engine ray with it")
-    for name in given:
-        engines = ENGINES_OF.get(name, (args.engine,))
-        if args.engine not in engines:
-            where = " or ".join(engines)
-            parser.error(f"--{name} {given[name]}: --engine {args.engine} does not read it, but {where}")
-    return args
+    return Arguments(**FlagParser(Arguments, description=__doc__).read(arguments))
 
 
 def summary(manifest: dict) -> str:
@@ -134,33 +99,23 @@ def run(args: Arguments) -> None:
     # what they cannot load they would each tell of
     check_saved(PROCESSOR, "--processor", args.processor)
     # while they start, this process looks at the sources
-    others = args.processes - 1 if args.engine == "processes" else 0
+    others = 0 if args.plan else args.processes - 1
     with Workers(others, args.threads, args.processor) if others else nullcontext() as workers:
         tokenize(args, recipe.sources, data, workers)
 
 
 def tokenize(args: Arguments, sources: "list[Source]", data: "DataFields", workers: "Workers | None") -> None:
     """Plan and write the tokens, and say what became of the rows."""
-    from ..data.executors import run_executor
-    from ..data.jobs import done_report, plan_job, write_job
-    from ..data.ray_tasks import run_on_ray
+    from ..data.jobs import plan_job, write_job
     from ..data.reports import write_manifest
     from ..data.workers import run_tasks
 
     job = plan_job(sources, args.processor, *data.to_tokenize(), args.seed, args.rows_per_shard, args.splits)
     write_job(args.output, job)
-    if args.engine == "processes":
-        run_tasks(args.output, job, args.processes, args.threads, args.strict, workers)
-    elif args.engine == "ray":
-        address = args.address or os.environ.get("RAY_ADDRESS") or None
-        run_on_ray(args.output, job, args.processes, args.threads, args.strict, address)
-    # a second start on a cluster, after the jobs of the first, only adds up
-    elif any(done_report(args.output, task) is None for task in job.tasks()):
-        at_once = args.tasks if args.engine == "slurm" else args.processes
-        run_executor(args.output, args.engine, args.tasks, at_once, args.strict, args.partition, args.time)
-        if args.engine == "slurm":
-            print(f"submitted; once all tasks are done, the same command writes {args.output}/manifest.json")
-            return
+    if args.plan:
+        print(f"{args.output} has {len(job.tasks())} shards to write; afterwards this command, without --plan")
+        return
+    run_tasks(args.output, job, args.processes, args.threads, args.strict, workers)
     manifest = write_manifest(args.output, job)
     print(summary(manifest))
 

@@ -9,6 +9,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, Features, IterableDataset
 from datasets.arrow_writer import ArrowWriter
 
@@ -16,7 +17,7 @@ from ..errors_moma import InputError
 from ..utils.atomic_files import path_aside
 from .encoding import DocumentEncoder, loaded_encoder
 from .images import SkippedRow
-from .jobs import Job, Task, done_report
+from .jobs import Job, Task, done_report, read_job
 from .json_lines import BROKEN_LINE
 from .reports import write_report
 from .shard import BATCH, Shard
@@ -161,3 +162,35 @@ class SourceShard(Shard):
                 self.leave_out(self.start + index, SkippedRow("JSON broken", row[BROKEN_LINE]))
                 continue
             yield self.start + index, split, row
+
+
+class TokenizeStep:
+    """A step of a [datatrove](https://github.com/huggingface/datatrove) pipeline that writes shards of tokens.
+
+    Each rank of `LocalPipelineExecutor`, `SlurmPipelineExecutor` or `RayPipelineExecutor` writes one in `world_size`
+    shards of what `moma tokenize --plan` has planned; those that are there are left as they are.
+
+    Args:
+        folder (`str`):
+            of the tokens, on a disk that all machines share.
+        strict (`bool`, *optional*, defaults to `False`):
+            Stop at the first row that cannot be used.
+    """
+
+    # what datatrove calls it in its logs
+    name = "tokenize shards"
+
+    def __init__(self, folder: str, strict: bool = False):
+        self.folder, self.strict = os.path.abspath(folder), strict
+        self.home = os.getcwd()
+
+    def __call__(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator:
+        """Write the shards of one rank, then pass on what the step before it gave."""
+        # paths of a recipe are those of where it was planned
+        os.chdir(self.home)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        torch.set_num_threads(1)
+        job = read_job(self.folder)
+        for task in job.tasks()[rank::world_size]:
+            tokenize_shard(self.folder, job, task, self.strict)
+        yield from data or ()

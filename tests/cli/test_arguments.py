@@ -39,7 +39,7 @@ class Arguments:
     probe: Annotated[bool, Flag(name="--no-probe")] = True
     repo_id: Annotated[str | None, Flag(one_of="target")] = None
     folder: Annotated[str | None, Flag(one_of="target")] = None
-    tasks: Annotated[Count, Flag(section="on a cluster")] = 64
+    tasks: Count = 64
 
 
 NEEDED = ["recipe.yaml", "--output", "out", "--folder", "here"]
@@ -90,4 +90,4 @@ def test_help_is_the_docstring_with_the_defaults():
     assert "--top-p TOP_P share of the probability (default: 1.0)" in text
     assert "--sources NAME [NAME ...] these alone --mode {text,image} what comes out --batch-size" in text
     assert "--no-probe do not compare --repo-id" in text
-    assert text.endswith("on a cluster: --tasks TASKS how many (default: 64)")
+    assert text.endswith("--tasks TASKS how many (default: 64)")

@@ -237,19 +237,3 @@ def test_a_seed_below_zero_is_refused(line, capsys):
     with pytest.raises(SystemExit):
         main([*shlex.split(line), "--seed", "-1"])
     assert "--seed = '-1' must be" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "flags, said",
-    [
-        ("--tasks 3", "--tasks 3: --engine processes does not read it, but datatrove or slurm"),
-        ("--partition cpu", "--partition cpu: --engine processes does not read it, but slurm"),
-        ("--engine ray --time 1:00:00", "--time 1:00:00: --engine ray does not read it, but slurm"),
-        ("--engine datatrove --threads 2", "--threads 2: --engine datatrove does not read it, but processes or ray"),
-        ("--engine slurm --partition cpu --processes 2", "--processes 2: --engine slurm does not read it, but "),
-    ],
-)
-def test_flags_of_other_engines_are_refused(flags, said, capsys):
-    with pytest.raises(SystemExit):
-        main(shlex.split(f"tokenize r.yaml --processor proc --output out {flags}"))
-    assert said in capsys.readouterr().err

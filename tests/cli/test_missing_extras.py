@@ -52,12 +52,10 @@ COMMANDS = {
     "finetune": ["pretrain", "recipe.yaml", "--lora-rank", "2", *TRAINING],
     "gguf": "convert llama --source llama --gguf-file llama.gguf --processor processor --output out".split(),
     "quantize": "generate --model int8 --prompt apple --mode text".split(),
-    "scale": "tokenize recipe.yaml --processor processor --output more --engine datatrove".split(),
-    "ray": "tokenize recipe.yaml --processor processor --output another --engine ray".split(),
     "serve": ["serve", "model"],
     "demo": ["demo", "model"],
 }
-MODULES = ("efficientnet_lite_pytorch", "peft", "gguf", "bitsandbytes", "datatrove", "ray", "fastapi", "gradio")
+MODULES = ("efficientnet_lite_pytorch", "peft", "gguf", "bitsandbytes", "fastapi", "gradio")
 # one process for all: Transformers asks but once whether a library is there
 WITHOUT = f"""
 import sys

@@ -9,7 +9,7 @@ from helpers.tiny import tiny_processor
 from modeling_moma.cli import build_processor, tokenize
 
 
-def test_same_command_after_the_jobs_of_a_cluster_writes_the_manifest(tmp_path, capsys):
+def test_same_command_after_the_tasks_of_datatrove_writes_the_manifest(tmp_path, capsys):
     tiny_processor().save_pretrained(tmp_path / "processor")
     (tmp_path / "lines.txt").write_text("red apple\ncastle\ngreen apple\n")
     recipe = tmp_path / "recipe.yaml"
@@ -18,9 +18,9 @@ def test_same_command_after_the_jobs_of_a_cluster_writes_the_manifest(tmp_path, 
     tokenize.main([*command, "--processes", "1"])
     manifest = tmp_path / "tokens" / "manifest.json"
     expected = json.loads(manifest.read_text())
-    # as the jobs leave it
+    # as the tasks leave it
     manifest.unlink()
-    tokenize.main([*command, "--engine", "slurm", "--partition", "any"])
+    tokenize.main(command)
     assert json.loads(manifest.read_text()) == expected
     assert "| lines, train | 3 |" in capsys.readouterr().out
 

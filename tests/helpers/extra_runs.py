@@ -138,13 +138,14 @@ def run_deepspeed(folder: Path):
 
 
 def run_scale(folder: Path):
-    """`moma tokenize --engine datatrove`"""
-    tokenize(folder, "--engine", "datatrove", "--tasks", "2", "--processes", "1")
+    """shards of `moma tokenize --plan` as tasks of datatrove"""
+    from datatrove.executor import LocalPipelineExecutor
 
+    from modeling_moma.data.tokenizing import TokenizeStep
 
-def run_ray(folder: Path):
-    """`moma tokenize --engine ray`"""
-    tokenize(folder, "--engine", "ray")
+    tokenize(folder, "--plan")
+    LocalPipelineExecutor([TokenizeStep(str(folder / "tokens"))], tasks=2, logging_dir=str(folder / "logs")).run()
+    tokenize(folder)
 
 
 def run_corpora(folder: Path):
