@@ -53,7 +53,6 @@ class RoutingRule:
     counts_experts: bool = False
     reads_threshold: bool = False
     needs_auxiliary: bool = False
-    respects_skip_mask: bool = False
     choose: Callable | None = None
 
     def experts_per_token(self, config: "MomaConfig", group: str) -> float:

@@ -50,8 +50,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .compat_moma import complete_model_card, finish_saving, prepare_saving
 from .configuration_moma import MomaConfig, check_rules
 from .cpu_moma import CpuAttention, CpuRMSNorm, MomaCpuLinear, cpu_form_of, use_cpu_layers
-from .depth_cache_moma import DepthCacheView, DepthPacking
-from .depth_moma import DepthLayer, MomaDepthRouter
+from .depth_moma import DepthLayer, DepthSelection, MomaDepthRouter
 from .documents_moma import causal_mask_of, check_replica, uses_flash_attention_mask
 from .errors_moma import InputError
 from .experts_implementations_moma import DEFAULT_IMPLEMENTATION, choose_dispatch_layout, takes_any_width, takes_hints
@@ -232,8 +231,8 @@ class MomaAttention(MomaProjections):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        cache: Cache | DepthCacheView | None = None,
-        packing: DepthPacking | None = None,
+        cache: Cache | DepthSelection | None = None,
+        packing: DepthSelection | None = None,
         routing_context: RoutingContext | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -270,7 +269,7 @@ class MomaAttention(MomaProjections):
         return self.config._attn_implementation  # pyright: ignore[reportReturnType]
 
     def store(
-        self, cache: Cache | DepthCacheView, key: torch.Tensor, value: torch.Tensor, kwargs: Any
+        self, cache: Cache | DepthSelection, key: torch.Tensor, value: torch.Tensor, kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add keys and values to a cache, `[B, H, T, head_dim]`, and return all that this layer has there."""
         # a paged cache changes the arguments of attention in place

@@ -95,11 +95,7 @@ class Selection:
         return cls(order_P % size, order_P // size, weight_P, has_padding=True, is_sorted=True, ends_E=ends_E)
 
     def with_fallback_expert(
-        self,
-        scores_NE: torch.Tensor,
-        has_fixed_shapes: bool,
-        allow_host_sync: bool = True,
-        is_skipping_N: torch.Tensor | None = None,
+        self, scores_NE: torch.Tensor, has_fixed_shapes: bool, allow_host_sync: bool = True
     ) -> "Selection":
         """Return a selection in which each token that no expert takes is added to the one that scores it highest."""
         place_P = self.token_P * scores_NE.shape[1] + self.expert_P
@@ -107,8 +103,6 @@ class Selection:
         nobody_NE = torch.zeros_like(scores_NE, dtype=torch.bool)
         taken_NE = nobody_NE.flatten().scatter(0, place_P, taken_P).view_as(nobody_NE)
         is_left_N1 = ~taken_NE.any(1, keepdim=True)
-        if is_skipping_N is not None:
-            is_left_N1 &= ~is_skipping_N.unsqueeze(1)
         taken_NE = taken_NE | nobody_NE.scatter(1, scores_NE.argmax(1, keepdim=True), is_left_N1)
         return replace(Selection.from_mask(taken_NE, scores_NE, has_fixed_shapes, allow_host_sync), chosen=self)
 
@@ -184,14 +178,6 @@ def ceil_share(share: Iterable[Any], count: Count) -> Count:
     """Return `ceil(share * count)`, for integers or for integer tensors."""
     numerator, denominator = share
     return -(-numerator * count // denominator)
-
-
-def is_within_share(share: tuple[int, int], count: torch.Tensor, num_places: int) -> torch.Tensor:
-    """Return which of so many places are among the first `ceil(share * count)`, a bool tensor."""
-    numerator, denominator = share
-    # a place comes before the share's end if it does before the ceiling of it
-    places = torch.arange(0, num_places * denominator, denominator, device=count.device)
-    return places < (count if numerator == 1 else count * numerator)
 
 
 # scores that differ by less, relatively, are taken for one score that was rounded in two ways
@@ -407,18 +393,9 @@ class MomaRouter(MomaRouterBase):
         if context.track:
             # inference compares scores without noise
             plain_NE = torch.sigmoid(logits_NE.detach()) if is_noisy else scores_NE.detach()
-            if context.skipping_of(self.group) is None:
-                statistics = self._statistics(plain_NE, selection, is_noisy, rule.moves_bias, context)
-            else:
-                is_best = rule.select is expert_choice and not is_noisy
-                best = selection if is_best else expert_choice(self, x_ND, plain_NE, context)
-                statistics = self._statistics_of_others(plain_NE, selection, best, rule.moves_bias, context)
-            context.record(self, statistics)
+            context.record(self, self._statistics(plain_NE, selection, is_noisy, rule.moves_bias, context))
         if self.covers_all_tokens and not rule.counts_experts:
-            is_skipping_N = context.skipping_of(self.group)
-            selection = selection.with_fallback_expert(
-                scores_NE, context.has_fixed_shapes, context.allow_host_sync, is_skipping_N
-            )
+            selection = selection.with_fallback_expert(scores_NE, context.has_fixed_shapes, context.allow_host_sync)
         return logits_NE, selection
 
     def capacity(self, num_tokens: int) -> int:
@@ -457,23 +434,7 @@ class MomaRouter(MomaRouterBase):
             return RouterStatistics(kth_E, lower_E)
         return RouterStatistics(kth_E, lower_E, self._load_deficit(selection, num_tokens, context))
 
-    def _statistics_of_others(
-        self, scores_NE: torch.Tensor, selection: Selection, best: Selection, moves_bias: bool, context: RoutingContext
-    ) -> RouterStatistics:
-        """Return the statistics of the tokens that do not skip the layer; there may be none. `best` is their top K."""
-        is_skipping_N: Any = context.skipping_of(self.group)
-        scores_EN, weight_EK = scores_NE.t().masked_fill(is_skipping_N, -1.0), best.weight_EK.detach()
-        # scores are lower than 2, which stays where no place is filled
-        kth_E = weight_EK.masked_fill(weight_EK <= 0, 2.0).amin(-1)
-        lower_E = lower_scores(scores_EN, kth_E.unsqueeze(-1)).amax(-1)
-        count_E, load_deficit = (kth_E < 2).float(), None
-        if moves_bias:
-            load_deficit = self._load_deficit(selection, (~is_skipping_N).sum().clamp(min=1), context)
-        return RouterStatistics(kth_E, lower_E, load_deficit, count_E)
-
-    def _load_deficit(
-        self, selection: Selection, num_tokens: int | torch.Tensor, context: RoutingContext
-    ) -> torch.Tensor:
+    def _load_deficit(self, selection: Selection, num_tokens: int, context: RoutingContext) -> torch.Tensor:
         """Return by how much each expert's load lags behind the mean, as a share of the tokens, `[E]`.
 
         With `config.balance_bias_by_modality` those of each modality, `[M, E]`.
@@ -483,14 +444,13 @@ class MomaRouter(MomaRouterBase):
         if self.balance_bias.ndim == 1:
             load_E = weight_P.new_zeros(self.num_experts).index_add(0, selection.expert_P, is_taken_P)
             return (load_E.mean() - load_E) / num_tokens
-        modality_N, is_skipping_N = context.modality_N, context.skipping_of(self.group)
+        modality_N = context.modality_N
         place_P = modality_N.index_select(0, selection.token_P) * self.num_experts + selection.expert_P
         load_ME = torch.zeros_like(self.balance_bias).flatten().index_add(0, place_P, is_taken_P)
         load_ME = load_ME.view_as(self.balance_bias)
-        is_counted_N = torch.ones_like(modality_N) if is_skipping_N is None else ~is_skipping_N
         # a modality without a token has no load and moves no bias
-        count_M = torch.zeros_like(load_ME[:, 0]).index_add(0, modality_N, is_counted_N.to(load_ME)).clamp(min=1)
-        return (load_ME.mean(1, keepdim=True) - load_ME) / count_M.unsqueeze(-1)
+        count_M = torch.zeros_like(load_ME[:, 0]).index_add(0, modality_N, torch.ones_like(modality_N).to(load_ME))
+        return (load_ME.mean(1, keepdim=True) - load_ME) / count_M.clamp(min=1).unsqueeze(-1)
 
 
 SelectionFunction = Callable[[MomaRouter, torch.Tensor, torch.Tensor, RoutingContext], Selection]
@@ -510,23 +470,16 @@ def routing_rule(name: str, **properties: Any) -> Callable[[SelectionFunction], 
     return enter
 
 
-@routing_rule("expert_choice", is_causal=False, may_train=True, takes_noise=True, respects_skip_mask=True)
+@routing_rule("expert_choice", is_causal=False, may_train=True, takes_noise=True)
 def expert_choice(
     router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
 ) -> Selection:
     """Select each expert's top `K` tokens of the batch (MoMa section 2.2). Not causal: for training."""
-    num_tokens, is_skipping_N = scores_NE.shape[0], context.skipping_of(router.group)
-    capacity = router.capacity(num_tokens)
-    if is_skipping_N is None:
-        weight_EK, token_EK = scores_NE.t().topk(capacity, dim=-1)
-        return Selection.from_topk(token_EK, weight_EK)
-    # as many places as if none skipped the layer, of which those of the others are filled
-    weight_EK, token_EK = scores_NE.t().masked_fill(is_skipping_N, -1.0).topk(capacity, dim=-1)
-    is_filled_K = is_within_share(router.capacity_fraction, num_tokens - is_skipping_N.sum(), capacity)
-    return Selection.from_topk(token_EK, weight_EK * is_filled_K, has_padding=True)
+    weight_EK, token_EK = scores_NE.t().topk(router.capacity(scores_NE.shape[0]), dim=-1)
+    return Selection.from_topk(token_EK, weight_EK)
 
 
-@routing_rule("threshold", is_causal=True, may_train=True, reads_threshold=True, respects_skip_mask=True)
+@routing_rule("threshold", is_causal=True, may_train=True, reads_threshold=True)
 def threshold(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext) -> Selection:
     """Select a token iff its score reaches the running mean of the expert's thresholds.
 
@@ -538,22 +491,12 @@ def threshold(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, c
     if context.track and router.warmup_steps and not router.is_frozen:
         num_updates = context.router_state(router).num_updates
         best = expert_choice(router, x_ND, scores_NE.detach(), context)
-        is_filled: Any = best.weight_EK > 0 if best.has_padding else True
-        is_best_EN = torch.zeros_like(is_taken_NE.t()).scatter_(1, best.token_EK, is_filled)
+        is_best_EN = torch.zeros_like(is_taken_NE.t()).scatter_(1, best.token_EK, True)
         is_taken_NE = torch.where(num_updates < router.warmup_steps, is_best_EN.t(), is_taken_NE)
-    is_taken_NE = _without_skipping(is_taken_NE, router, context)
     return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.allow_host_sync)
 
 
-@routing_rule(
-    "token_choice",
-    is_causal=True,
-    may_train=True,
-    takes_noise=True,
-    moves_bias=True,
-    counts_experts=True,
-    respects_skip_mask=True,
-)
+@routing_rule("token_choice", is_causal=True, may_train=True, takes_noise=True, moves_bias=True, counts_experts=True)
 def token_choice(
     router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, context: RoutingContext
 ) -> Selection:
@@ -563,9 +506,8 @@ def token_choice(
         # of each token's modality
         bias = bias.index_select(0, context.modality_N)
     expert_Nk = (scores_NE + bias).topk(router.num_experts_per_tok, dim=-1).indices
-    if context.has_fixed_shapes or context.skipping_BT is not None:
+    if context.has_fixed_shapes:
         is_taken_NE = torch.zeros_like(scores_NE, dtype=torch.bool).scatter_(1, expert_Nk, True)
-        is_taken_NE = _without_skipping(is_taken_NE, router, context)
         return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.allow_host_sync)
     expert_P, order_P = expert_Nk.flatten().sort(stable=True)
     weight_P = scores_NE.gather(1, expert_Nk).flatten().index_select(0, order_P)
@@ -577,11 +519,6 @@ def auxiliary(router: MomaRouter, x_ND: torch.Tensor, scores_NE: torch.Tensor, c
     """Select a token iff the auxiliary router predicts so, weighed by the main router (section 2.4)."""
     is_taken_NE = router.predicted_scores(x_ND) >= router.auxiliary.threshold
     return Selection.from_mask(is_taken_NE, scores_NE, context.has_fixed_shapes, context.allow_host_sync)
-
-
-def _without_skipping(is_taken_NE: torch.Tensor, router: MomaRouter, context: RoutingContext) -> torch.Tensor:
-    is_skipping_N = context.skipping_of(router.group)
-    return is_taken_NE if is_skipping_N is None else is_taken_NE.masked_fill(is_skipping_N.unsqueeze(-1), False)
 
 
 def update_routers(context: RoutingContext, bias_update_rate: float):

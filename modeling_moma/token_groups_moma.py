@@ -280,8 +280,6 @@ class RoutingContext:
         pairs: DispatchLayout = DispatchLayout.RAGGED,
         takes_hints: bool = False,
         is_recorded: bool = False,
-        masks_depth: bool = False,
-        skipping_BT: torch.Tensor | None = None,
     ):
         self.routing = routing
         # both are given wherever there are depth layers
@@ -292,12 +290,11 @@ class RoutingContext:
         self.custom_mask_BHQS, self.lengths = custom_mask_BHQS, lengths
         self.hidden: tuple[torch.Tensor, int, int] | None = None
         self.keep_empty_groups, self.pairs, self.takes_hints = keep_empty_groups, pairs, takes_hints
-        self.is_recorded, self.masks_depth, self.skipping_BT = is_recorded, masks_depth, skipping_BT
+        self.is_recorded = is_recorded
         self.statistics: dict[Any, RouterStatistics] = {}
         self.state: dict[Any, RouterState] = {}
         self.noise: dict[Any, torch.Tensor] = {}
         self._by_device: dict[torch.device, RoutingContext] = {}
-        self._skipping: dict[str, torch.Tensor] | None = None
 
     @property
     def has_fixed_shapes(self) -> bool:
@@ -349,19 +346,6 @@ class RoutingContext:
         """Return the same context for a part of the tokens; what routers leave behind lies in this one."""
         return self._view(split=split, modality_BT=modality_BT)
 
-    def with_skipping(self, skipping_BT: torch.Tensor) -> "RoutingContext":
-        """Return the same context for a layer that these tokens skip."""
-        return self._view(skipping_BT=skipping_BT)
-
-    def skipping_of(self, group: str) -> torch.Tensor | None:
-        """Return which of a group's tokens compete for no expert, `[N]`; `None` where all compete."""
-        if self.skipping_BT is None:
-            return None
-        if self._skipping is None:
-            parts = self.split.split(self.skipping_BT.unsqueeze(-1))
-            self._skipping = {name: part.squeeze(-1) for name, part in parts.items()}
-        return self._skipping[group] if self._skipping[group].shape[0] else None
-
     def allowing_host_sync(self) -> "RoutingContext":
         """Return the same context, in which layers may ask the device for numbers."""
         return self if self.allow_host_sync else self._view(pairs=DispatchLayout.RAGGED)
@@ -385,7 +369,7 @@ class RoutingContext:
 
     def _copy(self, **changes: Any) -> "RoutingContext":
         names = ("routing", "split", "track", "depth_routing", "keep_empty_groups", "pairs", "takes_hints")
-        names += ("is_recorded", "masks_depth", "skipping_BT", *self._tensors)
+        names += ("is_recorded", *self._tensors)
         return RoutingContext(**{**{name: getattr(self, name) for name in names}, **changes})
 
     def _view(self, **changes: Any) -> "RoutingContext":
@@ -434,9 +418,6 @@ def routing_of_batch(
     inputs: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore[reportAssignmentType]
     past_length = seen_positions(cache)
     has_records = is_recorded or bool(given.get("output_attentions", config.output_attentions))
-    masks_depth = pairs is not DispatchLayout.RAGGED and _may_mask_depth(
-        config, inputs, attention_mask, cache, routing, is_training, has_records
-    )
     # a cache gives its length as a tensor only if it is static and holds something
     may_fix = _may_fix_shapes(config, inputs, routing, is_training)
     is_exported = torch.compiler.is_exporting()
@@ -484,7 +465,6 @@ def routing_of_batch(
         pairs=pairs,
         takes_hints=takes_hints,
         is_recorded=has_records,
-        masks_depth=masks_depth,
     )
     if config.depth_layers:
         _describe_rows(context, attention_mask, hidden)
@@ -590,38 +570,6 @@ def _may_fix_shapes(config: MomaConfig, inputs: torch.Tensor, routing: str, is_t
     """Return whether this is a step of one token, whose shapes must not depend on the token if the cache is static."""
     # the caches of depth layers take as many tokens as there are
     return inputs.shape[1] == 1 and not config.depth_layers and rule_of(routing).is_causal and not is_training
-
-
-# floating-point operations of a layer's forward that a device is done with while the host waits for a number
-_FEW_OPERATIONS = 2**30
-# with what chance a step may find no row that has chosen its token, which would spare all launches of the layer
-_SMALL_CHANCE = 1 / 16
-
-
-def _may_mask_depth(
-    config: MomaConfig,
-    inputs: torch.Tensor,
-    attention_mask: Any,
-    cache: Cache | None,
-    routing: str,
-    is_training: bool,
-    is_recorded: bool,
-) -> bool:
-    """Return whether depth layers run all tokens, where that costs less than a device sync for those they choose.
-
-    That is in training steps of small models and batches, and in steps of one token in each of many rows.
-    """
-    takes_masks = config._attn_implementation == "sdpa" and getattr(attention_mask, "ndim", 2) == 2
-    if not config.depth_layers or not takes_masks or is_recorded:
-        return False
-    rule, (num_rows, length) = rule_of(routing), inputs.shape[:2]
-    if cache is not None:
-        share = min(config.pool_depth_capacity(pool) for pool in config.depth_pools)
-        is_rarely_skipped = (1 - share) ** num_rows <= _SMALL_CHANCE
-        return is_rarely_skipped and length == 1 and rule.is_causal and not is_training
-    size, width = config.hidden_size, max(config.group_intermediate_size(group) for group in config.expert_groups)
-    num_operations = num_rows * length * size * (8 * size + 6 * width + 4 * length)
-    return is_training and torch.is_grad_enabled() and rule.respects_skip_mask and num_operations <= _FEW_OPERATIONS
 
 
 def _split_fixed(

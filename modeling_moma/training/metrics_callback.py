@@ -151,16 +151,11 @@ class MomaMetricsCallback(TrainerCallback):
             # bincount would wait for the device
             load_E.index_add_(0, selection.expert_P, is_pair_P)
             taken_N.index_add_(0, selection.token_P, is_pair_P)
-            uncovered_N, count, has_tokens = taken_N == 0, num_tokens, 1.0
-            is_skipping_N = context.skipping_of(module.group)
-            if is_skipping_N is not None:
-                uncovered_N, count = uncovered_N & ~is_skipping_N, (~is_skipping_N).sum()
-                has_tokens = (count > 0).float()
             sums = self._sums[module.training]
             for name, value, number in (
-                ("uncovered", uncovered_N.sum(), count),
-                ("covered_twice", (taken_N > 1).sum(), count),
-                ("peak_load", load_E.max() / load_E.mean().clamp(min=1e-9), has_tokens),
+                ("uncovered", (taken_N == 0).sum(), num_tokens),
+                ("covered_twice", (taken_N > 1).sum(), num_tokens),
+                ("peak_load", load_E.max() / load_E.mean().clamp(min=1e-9), 1.0),
             ):
                 sums[f"{group}_{name}", "sum"] += value
                 sums[f"{group}_{name}", "count"] += number

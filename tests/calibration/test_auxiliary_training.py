@@ -170,7 +170,7 @@ def test_loss_and_gradients_are_those_of_plain_loops(name, tmp_path):
         torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-6, msg=key)
 
 
-@pytest.mark.parametrize("name", ["4t4i", "depth_by_modality", "depth_by_row"])
+@pytest.mark.parametrize("name", ["4t4i", "depth_by_modality"])
 def test_without_a_modality_every_auxiliary_parameter_still_takes_part(name, tmp_path):
     model = build(name)
     trainer = make_trainer(model, tmp_path)

@@ -20,11 +20,7 @@ MODELS = {
     },
     "8x token choice": {**GROUPS["8x"], "training_routing": "token_choice"},
     "depth": {**FOUR, **DEPTH, "depth_capacity": 0.25},
-    "depth in rows": {**FOUR, **DEPTH, "depth_capacity": 0.25, "depth_pool": "row"},
     "depth by modality": {**FOUR, **DEPTH, "depth_capacity": {"text": 0.5, "image": 0.125}},
-    "depth by modality in rows": {
-        **FOUR, **DEPTH, "depth_capacity": {"text": 0.5, "image": 0.125}, "depth_pool": "row"
-    },
     "depth token choice": {**FOUR, **DEPTH, "depth_capacity": 0.5, "depth_training_routing": "token_choice"},
     "depth threshold": {**FOUR, **DEPTH, "depth_capacity": 0.5, "depth_training_routing": "threshold"},
     "auxiliary routers": {**FOUR, **fields_of("auxiliary"), "inference_routing": "auxiliary"},

@@ -24,7 +24,6 @@ MODELS = {
     "depth": {**GROUPS["4t4i"], **DEPTH, "depth_capacity": 0.4},
     "depth_by_modality": {**GROUPS["1t1i"], **DEPTH, "depth_capacity": {"text": 0.5, "image": 0.25}},
     "depth_by_modality_4t4i": {**GROUPS["4t4i"], **DEPTH, "depth_capacity": {"text": 0.5, "image": 0.25}},
-    "depth_by_row": {**GROUPS["8x"], **DEPTH, "depth_capacity": {"text": 0.5, "image": 0.25}, "depth_pool": "row"},
 }
 ALL_MODELS = pytest.mark.parametrize("name", list(MODELS))
 
@@ -80,7 +79,7 @@ def pools_of_call(config, router, hidden, context, scores):
         return
     length = hidden.shape[1]
     values = [[scores[row * length + place][0] for place in range(length)] for row in range(hidden.shape[0])]
-    for (_, pool), members in pools_of(config, context.modality_BT, context.padding_BT).items():
+    for pool, members in pools_of(config, context.modality_BT, context.padding_BT).items():
         take = taken_of(config, pool, len(members))
         flat, best = ([row * length + place for row, place in at] for at in (members, best_of(values, members, take)))
         yield pool, 0, flat, best, take

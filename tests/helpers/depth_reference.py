@@ -12,19 +12,16 @@ from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.token_groups_moma import token_modalities
 
 
-def pools_of(config: MomaConfig, modality_BT, padding_BT=None) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """Positions (row, place) that compete with one another, by row (0 for the whole batch) and pool of modality."""
+def pools_of(config: MomaConfig, modality_BT, padding_BT=None) -> dict[int, list[tuple[int, int]]]:
+    """Positions (row, place) that compete with one another, by pool of modality."""
     pools = {}
     num_rows, length = modality_BT.shape
     for row in range(num_rows):
         for place in range(length):
             if padding_BT is not None and padding_BT[row, place]:
                 continue
-            key = (
-                row if config.depth_pool == "row" else 0,
-                modality_BT[row, place].item() if isinstance(config.depth_capacity, dict) else 0,
-            )
-            pools.setdefault(key, []).append((row, place))
+            pool = modality_BT[row, place].item() if isinstance(config.depth_capacity, dict) else 0
+            pools.setdefault(pool, []).append((row, place))
     return pools
 
 
@@ -53,7 +50,7 @@ def reference_choice(config, router, hidden_BTD, scores_BT, modality_BT, routing
     values = scores_BT.tolist()
     chosen_BT = torch.zeros(scores_BT.shape, dtype=torch.bool)
     cuts, biases = router.threshold.tolist(), router.balance_bias.tolist()
-    for (_, pool), members in pools_of(config, modality_BT, padding_BT).items():
+    for pool, members in pools_of(config, modality_BT, padding_BT).items():
         if routing == "expert_choice":
             taken = best_of(values, members, taken_of(config, pool, len(members)))
         elif routing == "threshold":
@@ -69,12 +66,12 @@ def reference_choice(config, router, hidden_BTD, scores_BT, modality_BT, routing
 
 
 def reference_cuts(config, scores_BT, modality_BT, padding_BT=None) -> list[float | None]:
-    """Mean of the cuts of each modality's pools; `None` where no pool has a token."""
-    found = [[] for _ in config.depth_pools]
-    for (_, pool), members in pools_of(config, modality_BT, padding_BT).items():
+    """The cut of each pool; `None` where it has no token."""
+    cuts = [None for _ in config.depth_pools]
+    for pool, members in pools_of(config, modality_BT, padding_BT).items():
         scores = [scores_BT[row, place].item() for row, place in members]
-        found[pool].append(reference_cut(scores, taken_of(config, pool, len(members))))
-    return [sum(cuts) / len(cuts) if cuts else None for cuts in found]
+        cuts[pool] = reference_cut(scores, taken_of(config, pool, len(members)))
+    return cuts
 
 
 def rotated(x_ND, positions, theta):

@@ -12,12 +12,13 @@ from helpers.mixed import FirstStep, build_trainer, changed, copied_state, losse
 from helpers.slow import slow
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma import MomaMetricsCallback
+from modeling_moma import depth_moma
 from modeling_moma.routing_moma import MomaRouter, MomaRouterBase
 
 
 LOSS = {"modality_loss_weights": {"text": 5.0}, "z_loss_coef": 0.01}
 # momentum 1 keeps the cuts where they are: other micro-batches then change nothing
-FIXED = {"routing_warmup_steps": 0, "threshold_momentum": 1 - 1e-12, "depth_threshold_momentum": 1 - 1e-12}
+FIXED = {"routing_warmup_steps": 0, "threshold_momentum": 1 - 1e-12}
 DEPTH = {"num_hidden_layers": 3, "depth_layers": [1]}
 TOKENWISE = {
     "dense": {"num_experts": 1},
@@ -58,7 +59,8 @@ def assert_same_step(found, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("name, smoothing", [*((name, 0.0) for name in TOKENWISE), ("1t1i", 0.1)])
-def test_accumulated_micro_batches_equal_one_large_batch(name, smoothing, processor, tmp_path):
+def test_accumulated_micro_batches_equal_one_large_batch(name, smoothing, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(depth_moma, "_MOMENTUM", FIXED["threshold_momentum"])
     model = settled(tiny_model(processor, **TOKENWISE[name], **LOSS))
     sizes = {"label_smoothing_factor": smoothing}
     whole = first_step(copy.deepcopy(model), processor, tmp_path, per_device_train_batch_size=6, **sizes)

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 
-import math
 import random
 
 import pytest
@@ -8,13 +7,17 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from modeling_moma.configuration_moma import MomaConfig
-from modeling_moma.depth_cache_moma import MomaDepthCacheLayer, MomaStaticDepthCacheLayer, pack_chosen
-from modeling_moma.depth_moma import DepthSelection, MomaDepthRouter
+from modeling_moma.depth_moma import (
+    DepthSelection,
+    MomaDepthCacheLayer,
+    MomaDepthRouter,
+    MomaStaticDepthCacheLayer,
+)
 from modeling_moma.modeling_moma import MomaForCausalLM
-from modeling_moma.token_groups_moma import ModalitySplit
+from modeling_moma.token_groups_moma import ModalitySplit, RoutingContext
 
 
-HEADS, HEAD_DIM, CAPACITY = 2, 4, 0.25
+HEADS, HEAD_DIM = 2, 4
 MAX_LENGTH = 128
 VOCABULARY = 60
 KINDS = ("dynamic", "static")
@@ -26,24 +29,26 @@ def new_layer(kind, max_cache_len=MAX_LENGTH):
 
 def pack(chosen_BT):
     chosen_BT = torch.as_tensor(chosen_BT)
-    groups = {"all": chosen_BT.numel()}
-    return pack_chosen(
-        chosen_BT, ModalitySplit.from_groups(torch.zeros_like(chosen_BT, dtype=torch.long), groups), False
-    )
+    split = ModalitySplit.from_groups(torch.zeros_like(chosen_BT, dtype=torch.long), {"all": chosen_BT.numel()})
+    selection = DepthSelection(None, RoutingContext("threshold", split), None, chosen_BT.float())
+    selection.chosen_BT = chosen_BT
+    selection.pack(keep_empty_rows=False)
+    return selection
 
 
 def step(layer, chosen_BT, generator=None):
     """Feed one step of random keys and values; return what went in for every position, and what came out."""
     chosen_BT = torch.as_tensor(chosen_BT)
     keys, values = torch.randn(2, *chosen_BT.shape, HEADS, HEAD_DIM, generator=generator)
-    packing = pack(chosen_BT)
-    if packing is None:
+    selection = pack(chosen_BT)
+    if not selection.rows:
         nothing = keys.new_empty(chosen_BT.shape[0], 1, 0, 1)
-        layer.update(nothing, nothing, num_skipped=chosen_BT.shape[1])
+        layer.update(nothing, nothing, selection=selection)
         return keys, values, None, None
-    slot_RS = layer.stored_slots(packing)
-    packed = (packing.pack(x).transpose(1, 2) for x in (keys, values))
-    out = layer.update(*packed, packing=packing, capacity=CAPACITY)
+    selection.attach(None, layer)
+    packed = (selection.lay_out(selection.choose(x).transpose(1, 2)) for x in (keys, values))
+    out = layer.update(*packed, selection=selection)
+    slot_RS = torch.zeros(len(selection.rows), 0) if selection.slot_RS is None else selection.slot_RS
     return keys, values, slot_RS, out
 
 
@@ -161,7 +166,7 @@ def test_length_counts_tokens_seen_also_when_nothing_is_stored(kind):
     assert (layer.get_seq_length(), layer.lengths) == (6, [1, 0])
 
 
-@pytest.mark.parametrize(("count", "message"), [(1, "minus the number"), (-4, "only 3 tokens")])
+@pytest.mark.parametrize(("count", "message"), [(1, "= 1: crop takes minus"), (-4, "= -4: .* of the 3")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_crop_by_a_bad_number_raises(kind, count, message):
     layer = new_layer(kind)
@@ -169,35 +174,6 @@ def test_crop_by_a_bad_number_raises(kind, count, message):
     with pytest.raises(ValueError, match=message):
         layer.crop(count)
     assert (layer.get_seq_length(), layer.lengths) == (3, [3, 3])
-
-
-def test_static_layer_allocates_its_capacity_grows_and_drops_nothing():
-    layer = new_layer("static", max_cache_len=30)
-    step(layer, [[True], [False]])
-    assert layer.keys.shape == layer.values.shape == (2, HEADS, math.ceil(CAPACITY * 30), HEAD_DIM)
-    columns = [layer.keys.shape[2]]
-    for _ in range(29):
-        step(layer, [[True], [False]])
-        assert layer.lengths == [layer.get_seq_length(), 0]
-        assert layer.slots[0, : layer.lengths[0]].tolist() == list(range(layer.lengths[0]))
-        if layer.keys.shape[2] != columns[-1]:
-            columns.append(layer.keys.shape[2])
-    assert layer.keys.shape[2] == layer.get_max_length() == 30
-    assert all(later >= min(30, 1.25 * sooner) for sooner, later in zip(columns, columns[1:]))
-    with pytest.raises(ValueError, match="`max_cache_len` = 30"):
-        step(layer, [[True], [False]])
-
-
-@torch.no_grad()
-def test_static_reset_keeps_the_memory_and_forgets_the_tokens():
-    layer = new_layer("static")
-    step(layer, torch.ones(2, 40, dtype=torch.bool))
-    where, size = layer.keys.data_ptr(), layer.keys.shape
-    layer.reset()
-    assert (layer.get_seq_length(), layer.lengths) == (0, [0, 0])
-    _, _, slot_RS, _ = step(layer, torch.ones(2, 3, dtype=torch.bool))
-    assert slot_RS.shape == (2, 0)
-    assert (layer.keys.data_ptr(), layer.keys.shape) == (where, size)
 
 
 def make_model(**fields):
@@ -405,8 +381,8 @@ def test_depth_layers_hold_little_more_than_the_stored_tokens_of_their_fullest_r
         assert len(set(count_B.tolist())) > 3
         assert abs(count_B.sum().item() / ids.numel() - 0.25) < 0.01
         # of every token also where it stood
-        columns = count_B.max().item() + 8
-        assert held_bytes(cache.layers[index]) <= columns * len(count_B) * (bytes_per_token + 4)
+        columns = count_B.max().item()
+        assert held_bytes(cache.layers[index]) <= columns * len(count_B) * (bytes_per_token + 8)
     with_depth = sum(held_bytes(layer) for layer in cache.layers)
     without_depth, _ = fill(make_model(depth_layers=None), ids, 511)
     assert with_depth <= 0.7 * sum(held_bytes(layer) for layer in without_depth.layers)
@@ -416,7 +392,7 @@ def force(router, chosen_BT):
     """Replace the selection of a router; weights stay its own."""
 
     def replace_selection(module, arguments, output):
-        return output[0], DepthSelection(chosen_BT, output[1].weight_BT)
+        output[1].chosen_BT = chosen_BT
 
     return router.register_forward_hook(replace_selection)
 

@@ -35,7 +35,7 @@ MODELS["8x-biases"] = POOL
 MODELS["4t4i-auxiliary"] = {"num_experts": EXPERTS["4t4i"], **AUXILIARY}
 DEPTH = {"num_hidden_layers": 4, "depth_layers": [0, 2]}
 MOD_4T4I = {"num_experts": EXPERTS["4t4i"], **DEPTH}
-BY_MODALITY = {"depth_capacity": {"text": 0.5, "image": 0.25}, "depth_pool": "row"}
+BY_MODALITY = {"depth_capacity": {"text": 0.5, "image": 0.25}}
 DEPTH_MODELS = {
     "mod-dense": {"num_experts": EXPERTS["dense"], **DEPTH},
     "mod-1t1i": {"num_experts": EXPERTS["1t1i"], "norm_placement": "pre", **DEPTH},

@@ -22,7 +22,6 @@ DEPTH = {
         "num_hidden_layers": 4,
         "depth_layers": [0, 2],
         "depth_capacity": {"text": 0.5, "image": 0.25},
-        "depth_pool": "row",
     },
 }
 

@@ -7,7 +7,6 @@ from helpers.depth_reference import SelectionLog, assert_equals_plain_loop
 from helpers.reference import GROUPS, assert_near, fields_of, trainable
 from helpers.tiny import left_padding, mixed_ids, tiny_model
 from modeling_moma.configuration_moma import RULES
-from modeling_moma.depth_moma import DepthSelection
 from modeling_moma.errors_moma import InputError
 
 
@@ -19,7 +18,7 @@ VARIANTS = {
     "1t1i_pre": {**GROUPS["1t1i"], "norm_placement": "pre"},
     "4t4i": {**GROUPS["4t4i"], "norm_placement": "post"},
     "4t4i_pre": {**GROUPS["4t4i"], "norm_placement": "pre"},
-    "row_pool": {**GROUPS["4t4i"], "depth_pool": "row", "depth_capacity": {"text": 0.3, "image": 0.6}},
+    "by_modality": {**GROUPS["4t4i"], "depth_capacity": {"text": 0.3, "image": 0.6}},
     "every_layer_gqa": {"depth_layers": [0, 1, 2], "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6},
     "shared": GROUPS["shared"],
 }
@@ -85,8 +84,7 @@ def test_a_changed_selection_changes_what_runs():
     wanted_BT[0, [2, 5]] = True
 
     def replace(module, args, output):
-        logits_BT, selection = output
-        return logits_BT, DepthSelection(wanted_BT, torch.full_like(selection.weight_BT, 0.5))
+        output[1].chosen_BT = wanted_BT
 
     model.model.layers[0].depth_router.register_forward_hook(replace)
     model(mixed_ids())
@@ -95,7 +93,7 @@ def test_a_changed_selection_changes_what_runs():
 
 
 @pytest.mark.parametrize("routing", RULES)
-@pytest.mark.parametrize("name", ["dense", "4t4i", "row_pool"])
+@pytest.mark.parametrize("name", ["dense", "4t4i", "by_modality"])
 def test_the_depth_router_learns(name, routing):
     model = depth_model(name, **fields_of(routing))
     ids = mixed_ids(3, 12)
@@ -107,7 +105,7 @@ def test_the_depth_router_learns(name, routing):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("routing", ["threshold", "token_choice"])
-@pytest.mark.parametrize("name", ["dense", "1t1i_pre", "4t4i", "row_pool", "shared"])
+@pytest.mark.parametrize("name", ["dense", "1t1i_pre", "4t4i", "by_modality", "shared"])
 def test_without_a_chosen_token_all_weights_get_gradients(name, routing, checkpointing, attention):
     model = depth_model(name, training_routing=routing)
     model.set_attn_implementation(attention)
@@ -275,7 +273,7 @@ def check_attentions(attentions, selections, seen, first):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", ["dense_pre", "4t4i", "row_pool"])
+@pytest.mark.parametrize("name", ["dense_pre", "4t4i", "by_modality"])
 def test_attention_weights_are_laid_out_over_all_positions(name, training):
     model = depth_model(name).train(training)
     model.set_attn_implementation("eager")

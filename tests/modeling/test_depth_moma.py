@@ -51,11 +51,10 @@ def scores_of(router, hidden_BTD):
     return torch.sigmoid(hidden_BTD @ router.weight[0]).detach()
 
 
-@pytest.mark.parametrize("pool", ["batch", "row"])
 @pytest.mark.parametrize("capacity", CAPACITIES)
 @pytest.mark.parametrize("routing", RULES)
-def test_every_rule_equals_plain_sorting(routing, capacity, pool):
-    config, router = build_router(depth_capacity=CAPACITIES[capacity], depth_pool=pool, **fields_of(routing))
+def test_every_rule_equals_plain_sorting(routing, capacity):
+    config, router = build_router(depth_capacity=CAPACITIES[capacity], **fields_of(routing))
     num_pools = len(config.depth_pools)
     router.threshold.copy_(torch.tensor([0.45, 0.7])[:num_pools])
     router.balance_bias.copy_(torch.tensor([-0.2, 0.1])[:num_pools])
@@ -68,17 +67,16 @@ def test_every_rule_equals_plain_sorting(routing, capacity, pool):
         expected = reference_choice(config, router, hidden_BTD, scores_BT, modality_BT, routing, padding_BT)
         assert 0 < expected.sum() < (~padding_BT).sum()
         assert torch.equal(selection.chosen_BT, expected)
-        assert torch.equal(selection.weight_BT, torch.sigmoid(logits_BT))
-        assert_near(selection.weight_BT, scores_BT, 1e-6)
+        assert torch.equal(selection.scores_BT, torch.sigmoid(logits_BT))
+        assert_near(selection.scores_BT, scores_BT, 1e-6)
 
 
-@pytest.mark.parametrize("pool", ["batch", "row"])
 @pytest.mark.parametrize("capacity", [0.01, 0.25, 0.5, 1.0, {"text": 0.33, "image": 0.9}])
-def test_expert_choice_takes_exactly_the_capacity_of_each_pool(capacity, pool):
-    config, router = build_router(depth_capacity=capacity, depth_pool=pool)
+def test_expert_choice_takes_exactly_the_capacity_of_each_pool(capacity):
+    config, router = build_router(depth_capacity=capacity)
     hidden_BTD, modality_BT, padding_BT = batch(config)
     _, selection = router(hidden_BTD, context_of(config, modality_BT, padding_BT, "expert_choice"))
-    for (_, index), members in pools_of(config, modality_BT, padding_BT).items():
+    for index, members in pools_of(config, modality_BT, padding_BT).items():
         share = capacity[config.modalities[index]] if isinstance(capacity, dict) else capacity
         taken = sum(selection.chosen_BT[row, place].item() for row, place in members)
         assert taken == math.ceil(share * len(members))
@@ -128,15 +126,11 @@ def test_a_share_of_tokens_is_that_of_its_decimal_number(share):
         assert selection.chosen_BT.sum().item() == math.ceil(exact * length)
 
 
-@pytest.mark.parametrize("pool", ["batch", "row"])
 @pytest.mark.parametrize("capacity", CAPACITIES)
 @pytest.mark.parametrize("routing", RULES)
-def test_the_threshold_is_the_running_mean_of_the_cuts(routing, capacity, pool):
-    momentum = 0.6
+def test_the_threshold_is_the_running_mean_of_the_cuts(routing, capacity):
     config, router = build_router(
         depth_capacity=CAPACITIES[capacity],
-        depth_pool=pool,
-        depth_threshold_momentum=momentum,
         **fields_of(routing),
     )
     num_pools = len(config.depth_pools)
@@ -155,7 +149,7 @@ def test_the_threshold_is_the_running_mean_of_the_cuts(routing, capacity, pool):
                 assert step == 2 and index == 1
                 continue
             # the first step is copied, the next ones are a plain mean until the momentum is lower
-            decay = min(momentum, updates[index] / (updates[index] + 1))
+            decay = min(0.5, updates[index] / (updates[index] + 1))
             expected[index] = decay * expected[index] + (1 - decay) * value
             updates[index] += 1
         assert router.threshold.tolist() == pytest.approx(expected, abs=1e-6)
@@ -163,13 +157,13 @@ def test_the_threshold_is_the_running_mean_of_the_cuts(routing, capacity, pool):
 
 
 def test_a_model_moves_its_depth_thresholds_once_a_training_step():
-    model = tiny_model(**DEPTH, depth_threshold_momentum=0.6, depth_pool="row")
+    model = tiny_model(**DEPTH)
     log = SelectionLog(model)
     expected = dict.fromkeys(DEPTH["depth_layers"], 0.0)
     for step in range(4):
         ids = mixed_ids(seed=step)
         model(ids)
-        decay = min(0.6, step / (step + 1))
+        decay = min(0.5, step / (step + 1))
         for index in expected:
             (cut,) = reference_cuts(model.config, log.scores[index][-1], token_modalities(model.config, ids))
             expected[index] = decay * expected[index] + (1 - decay) * cut
@@ -196,14 +190,12 @@ class ExpertLog:
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
-@pytest.mark.parametrize("pool", ["batch", "row"])
-def test_threshold_selects_like_expert_choice_until_it_is_warm(pool, capacity):
+def test_threshold_selects_like_expert_choice_until_it_is_warm(capacity):
     warmup = 3
     fields = {
         **GROUPS["4t4i"],
         **DEPTH,
         "depth_capacity": CAPACITIES[capacity],
-        "depth_pool": pool,
         "threshold_momentum": 0.5,
     }
     model = tiny_model(**fields, training_routing="threshold", routing_warmup_steps=warmup)
@@ -297,13 +289,12 @@ def test_the_bias_chooses_but_does_not_weigh():
     weights = []
     for bias in (0.0, 0.3):
         router.balance_bias.fill_(bias)
-        weights.append(router(hidden_BTD, context_of(config, modality_BT, padding_BT, "token_choice"))[1].weight_BT)
+        weights.append(router(hidden_BTD, context_of(config, modality_BT, padding_BT, "token_choice"))[1].scores_BT)
     assert torch.equal(*weights)
 
 
-@pytest.mark.parametrize("pool", ["batch", "row"])
-def test_eval_changes_no_router(pool):
-    model = tiny_model(**GROUPS["4t4i"], **DEPTH, depth_pool=pool, **fields_of(*RULES)).eval()
+def test_eval_changes_no_router():
+    model = tiny_model(**GROUPS["4t4i"], **DEPTH, **fields_of(*RULES)).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for routing in RULES:
         model(mixed_ids(), routing=routing)
@@ -317,7 +308,7 @@ def test_checkpointing_counts_once_and_selects_the_same(routing, name):
     fields = {**GROUPS[name], **DEPTH, "training_routing": routing, "routing_warmup_steps": 2}
     states, grads, logs = [], [], []
     for checkpointing in (False, True):
-        model = tiny_model(**fields, router_bias_update_rate=0.2, depth_threshold_momentum=0.6)
+        model = tiny_model(**fields, router_bias_update_rate=0.2)
         if checkpointing:
             model.activation_checkpointing_enable()
         logs.append(SelectionLog(model))

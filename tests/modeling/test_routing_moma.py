@@ -226,7 +226,7 @@ OVERFLOWING = {
     "8x": GROUPS["8x"],
     "4t4i": GROUPS["4t4i"],
     "depth": DEPTH,
-    "depth_by_row": {**DEPTH, "depth_pool": "row", "depth_capacity": {"text": 0.3, "image": 0.6}},
+    "depth_by_modality": {**DEPTH, "depth_capacity": {"text": 0.3, "image": 0.6}},
 }
 
 

@@ -109,10 +109,8 @@ def test_fields_that_change_no_weight_are_read_in_every_forward(field, value):
     [
         ("expert_capacity_factor", 2.5),
         ("depth_capacity", 0.9),
-        ("depth_pool", "row"),
         ("routing_warmup_steps", 0),
         ("threshold_momentum", 0.1),
-        ("depth_threshold_momentum", 0.1),
     ],
 )
 def test_training_reads_fields_that_change_no_weight_as_a_loaded_model_does(field, value):

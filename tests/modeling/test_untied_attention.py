@@ -36,7 +36,7 @@ VARIANTS = {
     },
     "three_modalities": {**THREE, "qk_norm": "none"},
     "depth": {**GROUPS["4t4i"], **DEPTH, "norm_placement": "post"},
-    "depth_pre": {**GROUPS["4t4i"], **DEPTH, "norm_placement": "pre", "depth_pool": "row"},
+    "depth_pre": {**GROUPS["4t4i"], **DEPTH, "norm_placement": "pre"},
     "depth_three_modalities": {**THREE, **DEPTH, "depth_capacity": {"text": 0.5, "speech": 0.75, "image": 0.4}},
 }
 

@@ -10,7 +10,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from helpers.reference import GROUPS, fields_of
 from helpers.tiny import mixed_ids, tiny_model
-from modeling_moma import cpu_moma, experts_implementations_moma, modeling_moma, token_groups_moma
+from modeling_moma import cpu_moma, experts_implementations_moma, modeling_moma
 from modeling_moma.configuration_moma import rule_names
 from modeling_moma.data.packing import PackedCollator
 from modeling_moma.token_groups_moma import DispatchLayout
@@ -167,25 +167,19 @@ def test_training_without_waiting_is_the_same(monkeypatch, request, routing, for
 
 
 @pytest.mark.parametrize("depth_routing", ["expert_choice", "threshold", "token_choice"])
-@pytest.mark.parametrize("pool, capacity", [("batch", {"text": 0.5, "image": 0.7}), ("row", 0.5)])
-def test_a_depth_layer_waits_once_more_where_it_runs_its_tokens_alone(
-    device, monkeypatch, pool, capacity, depth_routing
-):
+@pytest.mark.parametrize("capacity", [{"text": 0.5, "image": 0.7}, 0.5], ids=["by modality", "one"])
+def test_a_depth_layer_waits_once_more(device, capacity, depth_routing):
     fields = {**GROUPS["4t4i"], "training_routing": "expert_choice"}
     plain = tiny_model(**fields)
-    model = tiny_model(**fields, depth_layers=[0, 1], depth_capacity=capacity, depth_pool=pool)
+    model = tiny_model(**fields, depth_layers=[0, 1], depth_capacity=capacity)
     ids, mask = mixed_ids(3), torch.ones_like(mixed_ids(3))
     mask[0, :3] = 0
     given = {"input_ids": ids, "labels": ids, "depth_routing": depth_routing, "use_cache": False}
-    for operations, more_waits in ((2**30, 0), (0, 2)):
-        monkeypatch.setattr(token_groups_moma, "_FEW_OPERATIONS", operations)
-        # the library looks at a mask of padding
-        for more in ({}, {"attention_mask": mask}):
-            inputs = {**given, **more}
-            waits = [
-                waits_of(lambda each=each, inputs=inputs: each(**inputs).loss.backward()) for each in (plain, model)
-            ]
-            assert sorted(waits[1]) == sorted(waits[0] + ["tolist"] * more_waits)
+    # the library looks at a mask of padding
+    for more in ({}, {"attention_mask": mask}):
+        inputs = {**given, **more}
+        waits = [waits_of(lambda each=each, inputs=inputs: each(**inputs).loss.backward()) for each in (plain, model)]
+        assert sorted(waits[1]) == sorted(waits[0] + ["tolist"] * 2)
     model.eval()
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -229,8 +223,7 @@ def test_documents_of_packed_rows_cost_no_further_wait(device, monkeypatch, atte
 
     hides_nothing = {"attention_mask": torch.ones_like(ids)}
     expected = waits(plain)
-    # under sdpa a small depth layer runs all tokens
-    assert expected.count("tolist") == 1 + 2 * len(fields) * (attention != "sdpa")
+    assert expected.count("tolist") == 1 + 2 * len(fields)
     for inputs in (batch, by_hand, {**by_hand, **hides_nothing}):
         assert waits(inputs) == expected
 

@@ -25,22 +25,18 @@ CONFIGS = {
 }
 
 
-# capacities that divide rows of 20 words and 20 codes, so that every row packs to the same length without holes
+# capacities that divide a row of 20 words and 20 codes
 DEPTH_TOKENS = 20
 DEPTHS = {
     "dense": {"num_experts": 1},
-    "dense_row": {"num_experts": 1, "depth_pool": "row", "depth_layers": [0, 1, 2]},
+    "dense_everywhere": {"num_experts": 1, "depth_layers": [0, 1, 2]},
     "1t1i": {"num_experts": {"text": 1, "image": 1}, "norm_placement": "pre"},
     "untied": {"num_experts": {"text": 1, "image": 1}, "untied_attention": True},
     "8x": {"num_experts": 8},
-    "8x_half": {"num_experts": 8, "depth_pool": "row", "expert_capacity_factor": 0.5, "depth_capacity": 0.8},
-    "by_modality": {
-        "num_experts": {"text": 4, "image": 4},
-        "depth_pool": "row",
-        "depth_capacity": {"text": 0.4, "image": 0.2},
-    },
-    "gqa": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "num_experts": 8, "depth_pool": "row"},
-    "shared": {"num_experts": 8, "shared_expert_intermediate_size": 24, "depth_pool": "row"},
+    "8x_half": {"num_experts": 8, "expert_capacity_factor": 0.5, "depth_capacity": 0.8},
+    "by_modality": {"num_experts": {"text": 4, "image": 4}, "depth_capacity": {"text": 0.4, "image": 0.2}},
+    "gqa": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "num_experts": 8},
+    "shared": {"num_experts": 8, "shared_expert_intermediate_size": 24},
 }
 
 
@@ -123,9 +119,8 @@ def test_flops_with_depth_equal_the_counter_of_torch(name, routing, attention):
     model = build(config, attention)
     generator = torch.Generator().manual_seed(0)
     row = torch.cat([torch.arange(DEPTH_TOKENS) % 14 + 26, torch.arange(DEPTH_TOKENS) % 16 + IMAGE_IDS[0]])
-    # for a pool of the whole batch a single row, which cannot pack raggedly
-    num_rows = 2 if config.depth_pool == "row" else 1
-    batch = torch.stack([row[torch.randperm(LENGTH, generator=generator)] for _ in range(num_rows)])
+    # a single row, which cannot pack raggedly
+    batch = row[torch.randperm(LENGTH, generator=generator)].unsqueeze(0)
     arguments = {"routing": routing, "depth_routing": "expert_choice"}
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward, torch.no_grad():
@@ -134,7 +129,7 @@ def test_flops_with_depth_equal_the_counter_of_torch(name, routing, attention):
             model.train()(batch, **arguments).logits.sum().backward()
     for counter, is_training in ((forward, False), (training, True)):
         count = sum(
-            num_rows * DEPTH_TOKENS * flops_per_token(config, modality, LENGTH, training=is_training, routing=routing)
+            DEPTH_TOKENS * flops_per_token(config, modality, LENGTH, training=is_training, routing=routing)
             for modality in config.modalities
         )
         assert counter.get_total_flops() == pytest.approx(count, rel=0.001)
