@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documents of packed rows: where they begin, and the lengths, mask or tiles by which attention keeps them apart.
+"""The documents of packed rows: where they begin, and the lengths or mask by which attention keeps them apart.
 
 Shape suffixes:
     B rows of the batch, T positions of a row, N = B * T positions, S = T - 1 steps between positions, E documents of
-    the batch and one, H heads, G key heads, Q queries, S keys of a mask, D hidden size, d size of a head, R positions
-    and heads, M places of all tiles, Z tiles of a group, P places of a tile.
+    the batch and one, H heads, Q queries, S keys of a mask, D hidden size.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -65,104 +64,6 @@ class MaskedDocuments(NamedTuple):
             token_N = (self.attention_mask[:, :length] != 0).flatten().nonzero().squeeze(1)
         count_E = document_N.index_select(0, token_N).unique_consecutive(return_counts=True)[1]
         return token_N, count_E
-
-
-# places of a tile are a multiple of this
-_TILE_STEP = 16
-# scores of a group: they should stay in the caches from the matmul to the softmax
-_GROUP_SCORES = 2**18
-# what a score in a tile, a place of it and a group cost, in scores of the library's attention with a mask
-_SCORE_COST, _PLACE_COST, _GROUP_COST = 1.4, 40, 2**14
-# weights of a head that are kept for the backward for each place, over the size of the head
-_MOST_KEPT = 8
-
-
-def groups_of_like_length(lengths: Sequence[int], num_heads: int) -> list[tuple[int, int]]:
-    """Return how many documents each group has, and the places of its tiles."""
-    groups, begin = [], 0
-    while begin < len(lengths):
-        longest = lengths[begin]
-        places = -(-longest // _TILE_STEP) * _TILE_STEP
-        # a group is full, or the next document would leave more than an eighth of its tile empty
-        last = begin + max(1, _GROUP_SCORES // (num_heads * places**2))
-        end = begin + 1
-        while end < min(last, len(lengths)) and longest - lengths[end] <= max(_TILE_STEP, longest // 8):
-            end += 1
-        groups.append((end - begin, places))
-        begin = end
-    return groups
-
-
-class DocumentTiles(NamedTuple):
-    """Where the tokens of packed documents lie for attention: one tile for each document and head, in groups.
-
-    The tiles of a group have places for its longest document. What lies behind a document's end, where none of its
-    queries sees it, repeats its last token: nothing of one document enters what is computed for another, be it
-    infinite.
-    """
-
-    groups: list[tuple[int, int]]
-    query_M: torch.Tensor
-    key_M: torch.Tensor
-    behind: torch.Tensor
-    place_R: torch.Tensor
-    padding: torch.Tensor | None
-
-    @classmethod
-    def of(cls, documents: MaskedDocuments, num_heads: int, num_key_heads: int, size: int) -> "DocumentTiles | None":
-        """Lay documents out, unless attention with a mask takes no longer, or what is to be kept is much.
-
-        So it is with long documents, with few in a row, and with those that fill a small part of their tiles.
-        """
-        token_N, count_E = documents.tokens()
-        num_rows, length = documents.document_BT.shape
-        begin_E = count_E.cumsum(0) - count_E
-        count_E, order_E = count_E.sort(descending=True, stable=True)
-        groups = groups_of_like_length(count_E.tolist(), num_heads)
-        num_places = sum(number * places for number, places in groups)
-        num_scores = sum(number * places**2 for number, places in groups)
-        cost = num_heads * (_SCORE_COST * num_scores + _PLACE_COST * num_places) + _GROUP_COST * len(groups)
-        if cost >= num_heads * num_rows * length**2 or num_scores > _MOST_KEPT * size * num_places or not groups:
-            return None
-        head_H1 = torch.arange(num_heads).unsqueeze(1)
-        key_head_H1 = head_H1 // (num_heads // num_key_heads)
-        numbers = [number for number, _ in groups]
-        query, key, behind = [], [], []
-        for (number, places), begin_n, count_n in zip(groups, begin_E[order_E].split(numbers), count_E.split(numbers)):
-            place_P, last_n1 = torch.arange(places), count_n.unsqueeze(1) - 1
-            token_n1P = token_N[begin_n.unsqueeze(1) + torch.minimum(place_P, last_n1)].unsqueeze(1)
-            query.append((token_n1P * num_heads + head_H1).flatten())
-            key.append((token_n1P * num_key_heads + key_head_H1).flatten())
-            behind.append((place_P > last_n1).unsqueeze(1).expand(number, num_heads, places).flatten())
-        query_M, behind_M = torch.cat(query), torch.cat(behind)
-        place = (~behind_M).nonzero().squeeze(1)
-        num_outputs = documents.document_BT.numel() * num_heads
-        place_R = place.new_zeros(num_outputs).index_copy_(0, query_M.index_select(0, place), place)
-        padding = None
-        if place.shape[0] < num_outputs:
-            is_padding_R = torch.ones(num_outputs, dtype=torch.bool).index_fill_(0, query_M, False)
-            padding = is_padding_R.nonzero().squeeze(1)
-        tiles = [(number * num_heads, places) for number, places in groups]
-        return cls(tiles, query_M, torch.cat(key), behind_M.nonzero().squeeze(1), place_R, padding)
-
-    def parts(self, *values: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Give of values at all places, `[M, d]`, those of each group, `[Z, P, d]`."""
-        begin = 0
-        for number, places in self.groups:
-            rows = slice(begin, begin + number * places)
-            yield tuple(x_Md[rows].view(number, places, -1) for x_Md in values)
-            begin = rows.stop
-
-    def scores(self, scores_flat: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Give of the scores in all tiles those of each group, `[Z, P, P]`."""
-        sizes = [number * places**2 for number, places in self.groups]
-        for (number, places), part in zip(self.groups, scores_flat.split(sizes)):
-            yield part.view(number, places, places)
-
-    def take_back(self, x_Md: torch.Tensor) -> torch.Tensor:
-        """Return the values of each position and head, `[R, d]`."""
-        x_Rd = x_Md.index_select(0, self.place_R)
-        return x_Rd if self.padding is None else x_Rd.index_fill_(0, self.padding, 0.0)
 
 
 def uses_flash_attention_mask(config: MomaConfig) -> bool:

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from helpers.tiny import mixed_ids, tiny_model
-from modeling_moma import cpu_moma, documents_moma
-from modeling_moma.cpu_moma import cpu_attention_forward
-from modeling_moma.documents_moma import DOCUMENTS_OF_MASK, DocumentTiles, MaskedDocuments, groups_of_like_length
+from modeling_moma import cpu_moma
+from modeling_moma.cpu_moma import DocumentTiles, cpu_attention_forward, groups_of_like_length
+from modeling_moma.documents_moma import DOCUMENTS_OF_MASK, MaskedDocuments
 
 
 class Layer(torch.nn.Module):
@@ -56,8 +56,8 @@ def heads_of(documents, num_heads, num_key_heads, size, dtype, seed=0):
 def always(monkeypatch):
     """Whatever it costs."""
     for name in ("_SCORE_COST", "_PLACE_COST", "_GROUP_COST"):
-        monkeypatch.setattr(documents_moma, name, 0)
-    monkeypatch.setattr(documents_moma, "_MOST_KEPT", 10**6)
+        monkeypatch.setattr(cpu_moma, name, 0)
+    monkeypatch.setattr(cpu_moma, "_MOST_KEPT", 10**6)
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ BOUNDS = {torch.float64: (1e-12, 1e-11), torch.float32: (1e-5, 1e-4), torch.bflo
     most=st.sampled_from([1, 2**9, 2**18]),
 )
 def test_it_is_attention_with_a_mask(always, asked, monkeypatch, documents, heads, size, dtype, scaling, step, most):
-    monkeypatch.setattr(documents_moma, "_TILE_STEP", step)
-    monkeypatch.setattr(documents_moma, "_GROUP_SCORES", most)
+    monkeypatch.setattr(cpu_moma, "_TILE_STEP", step)
+    monkeypatch.setattr(cpu_moma, "_GROUP_SCORES", most)
     asked.clear()
     layer = Layer(heads[0] // heads[1])
     inputs = heads_of(documents, *heads, size, dtype)
