@@ -17,8 +17,9 @@ Shape suffixes:
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .documents_moma import DOCUMENTS_OF_MASK, MaskedDocuments
+from .configuration_moma import MomaConfig
 
 
 # the best instructions that oneDNN, which multiplies in half precision, may use
@@ -318,6 +319,7 @@ def cpu_attention_forward(
     key_BGSd: torch.Tensor,
     value_BGSd: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    tiles: "DocumentTiles | None" = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the library's `"sdpa"`, or what is faster: documents by themselves, or one query of each row in fp32.
@@ -331,8 +333,9 @@ def cpu_attention_forward(
     """
     attention: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]
     dtype = query_BHTd.dtype
-    tiles = _tiles_for(module, query_BHTd, key_BGSd, value_BGSd, attention_mask, **kwargs)
-    if tiles is not None:
+    # tensor parallelism leaves fewer heads here
+    is_whole = tiles is not None and tiles.place_R.shape[0] == query_BHTd.shape[:3].numel()
+    if tiles is not None and is_whole and is_on_cpu(query_BHTd):
         scaling = kwargs.get("scaling")
         scaling = query_BHTd.shape[-1] ** -0.5 if scaling is None else scaling
         # autocast knows nothing of double precision
@@ -387,7 +390,8 @@ def groups_of_like_length(lengths: Sequence[int], num_heads: int) -> list[tuple[
     return groups
 
 
-class DocumentTiles(NamedTuple):
+@dataclass
+class DocumentTiles:
     """Where the tokens of packed documents lie for attention: one tile for each document and head, in groups.
 
     The tiles of a group have places for its longest document. What lies behind a document's end, where none of its
@@ -403,13 +407,20 @@ class DocumentTiles(NamedTuple):
     padding: torch.Tensor | None
 
     @classmethod
-    def of(cls, documents: MaskedDocuments, num_heads: int, num_key_heads: int, size: int) -> "DocumentTiles | None":
+    def of(
+        cls, document_BT: torch.Tensor, padding_BT: torch.Tensor | None, num_heads: int, num_key_heads: int, size: int
+    ) -> "DocumentTiles | None":
         """Lay documents out, unless attention with a mask takes no longer, or what is to be kept is much.
 
         So it is with long documents, with few in a row, and with those that fill a small part of their tiles.
         """
-        token_N, count_E = documents.tokens()
-        num_rows, length = documents.document_BT.shape
+        num_rows, length = document_BT.shape
+        # the number of a document is lower than that of positions
+        document_N = (document_BT + torch.arange(num_rows).unsqueeze(1) * length).flatten()
+        token_N = torch.arange(document_N.shape[0])
+        if padding_BT is not None:
+            token_N = (~padding_BT).flatten().nonzero().squeeze(1)
+        count_E = document_N.index_select(0, token_N).unique_consecutive(return_counts=True)[1]
         begin_E = count_E.cumsum(0) - count_E
         count_E, order_E = count_E.sort(descending=True, stable=True)
         groups = groups_of_like_length(count_E.tolist(), num_heads)
@@ -430,7 +441,7 @@ class DocumentTiles(NamedTuple):
             behind.append((place_P > last_n1).unsqueeze(1).expand(number, num_heads, places).flatten())
         query_M, behind_M = torch.cat(query), torch.cat(behind)
         place = (~behind_M).nonzero().squeeze(1)
-        num_outputs = documents.document_BT.numel() * num_heads
+        num_outputs = document_BT.numel() * num_heads
         place_R = place.new_zeros(num_outputs).index_copy_(0, query_M.index_select(0, place), place)
         padding = None
         if place.shape[0] < num_outputs:
@@ -459,37 +470,15 @@ class DocumentTiles(NamedTuple):
         return x_Rd if self.padding is None else x_Rd.index_fill_(0, self.padding, 0.0)
 
 
-# attribute of a mask: the tiles of its documents, by numbers and size of heads
-_TILES = "_moma_tiles"
-
-
-def _tiles_for(
-    module: nn.Module,
-    query_BHTd: torch.Tensor,
-    key_BGSd: torch.Tensor,
-    value_BGSd: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    **kwargs,
+def tiles_of(
+    config: MomaConfig, inputs_BTD: torch.Tensor, document_BT: torch.Tensor, padding_BT: torch.Tensor | None
 ) -> DocumentTiles | None:
-    """Return the tiles of the documents that a mask keeps apart, `None` where the library's attention is to be taken.
-
-    The arguments are those of [`cpu_attention_forward`]; only masks of `causal_mask_of` know documents.
-    """
-    documents: MaskedDocuments | None = getattr(attention_mask, DOCUMENTS_OF_MASK, None)
-    # not by gradients: checkpointing has them in the second of two forwards that have to agree
-    if documents is None or not module.training or dropout:
+    """Lay packed documents out for all layers of a training step, `None` where the library's attention is as good."""
+    is_wanted = config._attn_implementation == "sdpa" and not config.attention_dropout and is_on_cpu(inputs_BTD)
+    if not is_wanted or is_transformed() or matmul_dtype(inputs_BTD) == torch.float16:
         return None
-    (_, num_heads, length, size), (_, num_key_heads, num_keys, _) = query_BHTd.shape, key_BGSd.shape
-    is_alike = length == num_keys and size == value_BGSd.shape[-1] and query_BHTd.dtype != torch.float16
-    if not is_alike or not is_on_cpu(query_BHTd) or is_transformed():
-        return None
-    # laid out once for all layers, and for what checkpointing computes again
-    layouts = vars(attention_mask).setdefault(_TILES, {})
-    heads = num_heads, num_key_heads, size
-    if heads not in layouts:
-        layouts[heads] = DocumentTiles.of(documents, *heads)
-    return layouts[heads]
+    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    return DocumentTiles.of(document_BT, padding_BT, *heads)
 
 
 class _ByDocument(torch.autograd.Function):

@@ -418,8 +418,9 @@ class DepthLayer(nn.Module):
         # weights take part in every training step and wherever processes wait for one another; a recorded layer has
         # attentions and router logits in every step
         keep_empty_rows = self.training or is_distributed() or routing_context.is_recorded
-        # not passed on: position ids count all tokens, those that were not chosen too
+        # not passed on: position ids and tiles count all tokens, those that were not chosen too
         kwargs.pop("position_ids", None)
+        kwargs.pop("tiles", None)
         lengths: Any = {name: kwargs.pop(name, None) for name in FLASH_LENGTHS}
         stored = None if cache is None else depth_cache_layer(cache, self.layer_idx)
         is_step = stored is not None and hidden_states.shape[1] == 1 and routing_context.custom_mask_BHQS is None

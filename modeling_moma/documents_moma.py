@@ -42,30 +42,6 @@ class Documents(NamedTuple):
         return self.document_BT is not None or self.lengths is not None
 
 
-# attribute of a mask: the documents that it keeps apart, for attentions that can do with less than all of it
-DOCUMENTS_OF_MASK = "_moma_documents"
-
-
-class MaskedDocuments(NamedTuple):
-    """What a causal mask of packed rows was made of: the document of each position `[B, T]`, and 0 at padding."""
-
-    document_BT: torch.Tensor
-    attention_mask: torch.Tensor | None
-
-    def tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the flat positions of all tokens, document by document, `[N]`, and the tokens of each, `[E - 1]`."""
-        num_rows, length = self.document_BT.shape
-        row_B1 = torch.arange(num_rows, device=self.document_BT.device).unsqueeze(1)
-        # the number of a document is lower than that of positions
-        document_N = (self.document_BT + row_B1 * length).flatten()
-        if self.attention_mask is None:
-            token_N = torch.arange(document_N.shape[0], device=document_N.device)
-        else:
-            token_N = (self.attention_mask[:, :length] != 0).flatten().nonzero().squeeze(1)
-        count_E = document_N.index_select(0, token_N).unique_consecutive(return_counts=True)[1]
-        return token_N, count_E
-
-
 def uses_flash_attention_mask(config: MomaConfig) -> bool:
     """Return whether no mask can tell attention of documents, as with flash attention of any version and kernel."""
     return ALL_MASK_ATTENTION_FUNCTIONS.get(config._attn_implementation) is flash_attention_mask
@@ -340,9 +316,6 @@ def causal_mask_of(
         )
     if config._attn_implementation == "sdpa" and mask is not None and mask.dtype == torch.bool:
         mask = _additive(mask, inputs_BTD)
-    # nothing outside the tensor may hang on a mask in a compiled forward
-    if documents.document_BT is not None and isinstance(mask, torch.Tensor) and not torch.compiler.is_compiling():
-        vars(mask)[DOCUMENTS_OF_MASK] = MaskedDocuments(documents.document_BT, attention_mask)
     return mask
 
 

@@ -49,7 +49,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .compat_moma import complete_model_card, finish_saving, prepare_saving
 from .configuration_moma import MomaConfig, check_rules
-from .cpu_moma import CpuAttention, CpuRMSNorm, MomaCpuLinear, cpu_form_of, use_cpu_layers
+from .cpu_moma import CpuAttention, CpuRMSNorm, MomaCpuLinear, cpu_form_of, tiles_of, use_cpu_layers
 from .depth_moma import DepthLayer, DepthSelection, MomaDepthRouter
 from .documents_moma import causal_mask_of, check_replica, uses_flash_attention_mask
 from .errors_moma import InputError
@@ -810,6 +810,9 @@ class MomaModel(MomaPreTrainedModel):
             self.config, hidden_states, attention_mask, cache, context.documents, context.has_padding
         )
         kwargs.update(context.lengths or {})  # pyright: ignore[reportCallIssue, reportArgumentType]
+        # not by gradients: checkpointing has them in the second of two forwards that have to agree
+        if self.training and context.document_BT is not None:
+            kwargs["tiles"] = tiles_of(self.config, hidden_states, context.document_BT, context.padding_BT)  # pyright: ignore[reportGeneralTypeIssues]
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen_positions(cache)
             position_ids = position_ids.unsqueeze(0)

@@ -10,7 +10,6 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma import cpu_moma
 from modeling_moma.cpu_moma import DocumentTiles, cpu_attention_forward, groups_of_like_length
-from modeling_moma.documents_moma import DOCUMENTS_OF_MASK, MaskedDocuments
 
 
 class Layer(torch.nn.Module):
@@ -22,30 +21,30 @@ class Layer(torch.nn.Module):
 
 
 def rows_of(*rows):
-    """The documents of rows of such lengths, `[B, T]`; a negative length is padding."""
+    """The documents of rows of such lengths, and their padding, `[B, T]`; a negative length is padding."""
     documents = [[number for number, length in enumerate(row) for _ in range(abs(length))] for row in rows]
-    hides = [[length > 0 for length in row for _ in range(abs(length))] for row in rows]
-    hides = torch.tensor(hides)
-    return MaskedDocuments(torch.tensor(documents), None if hides.all() else hides.long())
+    padding = torch.tensor([[length < 0 for length in row for _ in range(abs(length))] for row in rows])
+    return torch.tensor(documents), padding if padding.any() else None
 
 
 def mask_of(documents, dtype):
-    """The mask that keeps them apart, which knows them, and one that does not; padding sees itself."""
-    document_BT, attention_mask = documents
+    """The mask that keeps them apart; padding sees itself."""
+    document_BT, padding_BT = documents
     length = document_BT.shape[1]
     is_seen = document_BT.unsqueeze(2) == document_BT.unsqueeze(1)
-    if attention_mask is not None:
-        is_seen &= (attention_mask != 0).unsqueeze(1)
+    if padding_BT is not None:
+        is_seen &= ~padding_BT.unsqueeze(1)
     is_seen = is_seen.tril() | torch.eye(length, dtype=torch.bool)
-    plain = torch.where(is_seen, 0.0, -torch.inf).to(dtype).unsqueeze(1)
-    mask = plain.clone()
-    vars(mask)[DOCUMENTS_OF_MASK] = documents
-    return mask, plain
+    return torch.where(is_seen, 0.0, -torch.inf).to(dtype).unsqueeze(1)
+
+
+def tiles_for(documents, num_heads, num_key_heads, size):
+    return DocumentTiles.of(*documents, num_heads, num_key_heads, size)
 
 
 def heads_of(documents, num_heads, num_key_heads, size, dtype, seed=0):
     torch.manual_seed(seed)
-    shape = documents.document_BT.shape
+    shape = documents[0].shape
     # as projections give them, and some other way
     query = torch.randn(*shape, num_heads, size).transpose(1, 2)
     key, value = torch.randn(2, shape[0], num_key_heads, shape[1], size)
@@ -107,17 +106,16 @@ def test_it_is_attention_with_a_mask(always, asked, monkeypatch, documents, head
     asked.clear()
     layer = Layer(heads[0] // heads[1])
     inputs = heads_of(documents, *heads, size, dtype)
-    mask, plain = mask_of(documents, dtype)
-    found, weights = cpu_attention_forward(layer, *inputs, mask, scaling=scaling)
+    mask, tiles = mask_of(documents, dtype), tiles_for(documents, *heads, size)
+    found, weights = cpu_attention_forward(layer, *inputs, mask, tiles, scaling=scaling)
     assert len(asked) == 1 and weights is None and found.dtype == dtype
     # in the type that a result in bf16 is a rounding of
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
     wide_inputs = [x.detach().to(wide).requires_grad_() for x in inputs]
     scale = size**-0.5 if scaling is None else scaling
-    expected = reference(layer, *wide_inputs, plain.to(wide), scale)
-    is_token_BT = torch.ones_like(documents.document_BT, dtype=torch.bool)
-    if documents.attention_mask is not None:
-        is_token_BT = documents.attention_mask != 0
+    expected = reference(layer, *wide_inputs, mask.to(wide), scale)
+    document_BT, padding_BT = documents
+    is_token_BT = torch.ones_like(document_BT, dtype=torch.bool) if padding_BT is None else ~padding_BT
     assert torch.equal(found[~is_token_BT], torch.zeros_like(found[~is_token_BT]))
     bound, gradient_bound = BOUNDS[dtype]
     assert (found - expected)[is_token_BT].abs().max() < bound
@@ -147,10 +145,10 @@ def test_a_document_that_overflows_stays_alone(always, asked, worst):
     with torch.no_grad():
         for x in others:
             x[0, :, 20:27] = worst
-    mask, _ = mask_of(documents, torch.float32)
-    outputs = [cpu_attention_forward(Layer(2), *each, mask)[0] for each in (inputs, others)]
+    tiles = tiles_for(documents, 2, 1, 8)
+    outputs = [cpu_attention_forward(Layer(2), *each, None, tiles)[0] for each in (inputs, others)]
     assert len(asked) == 2
-    is_other = documents.document_BT != 1
+    is_other = documents[0] != 1
     is_other[1] = True
     assert torch.equal(outputs[0][is_other], outputs[1][is_other])
     assert not outputs[1][~is_other].isfinite().any()
@@ -185,37 +183,19 @@ def test_groups_hold_all_documents_in_few_tiles():
         ([1] * 64, False),
     ],
 )
-def test_it_is_chosen_by_the_lengths_of_documents(asked, row, is_taken):
-    documents = rows_of(*[row] * 4)
-    inputs = heads_of(documents, 4, 4, 32, torch.float32)
-    mask, plain = mask_of(documents, torch.float32)
-    found = cpu_attention_forward(Layer(), *inputs, mask)[0]
-    assert len(asked) == is_taken
-    torch.testing.assert_close(found, cpu_attention_forward(Layer(), *inputs, plain)[0], rtol=0, atol=1e-5)
+def test_it_is_chosen_by_the_lengths_of_documents(row, is_taken):
+    assert (tiles_for(rows_of(*[row] * 4), 4, 4, 32) is not None) == is_taken
 
 
-def test_nothing_but_training_on_a_cpu_takes_it(always, asked):
+def test_other_heads_and_devices_take_the_mask(always, asked):
     documents = rows_of([30, 20, 14])
+    mask, tiles = mask_of(documents, torch.float32), tiles_for(documents, 8, 4, 32)
+    # a half of the heads, as under tensor parallelism
     inputs = heads_of(documents, 4, 2, 32, torch.float32)
-    mask, plain = mask_of(documents, torch.float32)
-    layer, evaluated = Layer(2), Layer(2).eval()
-    cpu_attention_forward(layer, *inputs, plain)
-    cpu_attention_forward(layer, *inputs, mask, dropout=0.1)
-    cpu_attention_forward(evaluated, *inputs, mask)
-    halves = [x.detach().half().requires_grad_() for x in inputs]
-    cpu_attention_forward(layer, *halves, mask_of(documents, torch.float16)[0])
-    query, key, value = inputs
-    # a cache holds more keys
-    wide = torch.cat([plain, plain], -1)
-    vars(wide)[DOCUMENTS_OF_MASK] = documents
-    cpu_attention_forward(layer, query, torch.cat([key, key], 2), torch.cat([value, value], 2), wide)
-    there = [x.detach().to("meta").requires_grad_() for x in inputs]
-    elsewhere = mask.to("meta")
-    vars(elsewhere)[DOCUMENTS_OF_MASK] = documents
-    cpu_attention_forward(layer, *there, elsewhere)
+    cpu_attention_forward(Layer(2), *inputs, mask, tiles)
+    there = [x.detach().to("meta").requires_grad_() for x in heads_of(documents, 8, 4, 32, torch.float32)]
+    cpu_attention_forward(Layer(2), *there, mask.to("meta"), tiles)
     assert not asked
-    cpu_attention_forward(layer, *inputs, mask)
-    assert asked
 
 
 def packed_batch(rows, length, seed=0):
@@ -271,6 +251,12 @@ def test_a_training_step_is_that_of_eager_attention(always, asked, monkeypatch, 
     else:
         assert abs(found - loss) < 1e-5
         assert (found_gradients - gradients).norm() < 1e-4 * gradients.norm()
+
+
+@pytest.mark.parametrize(("dropout", "dtype"), [(0.1, torch.float32), (0.0, torch.float16)])
+def test_training_with_dropout_or_in_fp16_takes_the_mask(always, asked, dropout, dtype):
+    tiny_model(attention_dropout=dropout).to(dtype).train()(**packed_batch(2, 32))
+    assert not asked
 
 
 def test_evaluation_is_to_the_last_bit_what_it_was(always, asked):
