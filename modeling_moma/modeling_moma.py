@@ -782,7 +782,7 @@ class MomaModel(MomaPreTrainedModel):
             config.
         """
         check_inputs(input_ids, inputs_embeds, position_ids)
-        check_replica(self, kwargs)
+        check_replica(self)
         # routing comes before the embedding, so that a bad token id raises the clearer error
         context = routing_of_batch(
             self.config,

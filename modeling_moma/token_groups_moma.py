@@ -23,7 +23,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import logging
 
 from .configuration_moma import RULES, MomaConfig, rule_of
-from .documents_moma import Documents, DocumentSearch, document_begins, uses_flash_attention_mask
+from .documents_moma import Documents, document_begins, document_questions, documents_of, uses_flash_attention_mask
 from .errors_moma import InputError
 
 
@@ -643,16 +643,18 @@ def _split_batch(
         _check_mask(attention_mask, batch_size, end, most)
         padding_BT = attention_mask[:, end - length : end] == 0
         masked_B = (attention_mask == 0).all(dim=-1) if cache is None else None
-    search = DocumentSearch(config, given, inputs, attention_mask, padding_BT, position_ids, cache, past_length)
+    begins_BT, questions = document_questions(
+        config, given, inputs, attention_mask, padding_BT, position_ids, cache, past_length
+    )
     if config.depth_layers and attention_mask is not None and padding_BT is not None and cache is not None:
-        search.questions["hidden"] = (attention_mask[:, : end - length] == 0).sum()
-    asked = [*search.questions.values()]
+        questions["hidden"] = (attention_mask[:, : end - length] == 0).sum()
+    asked = [*questions.values()]
     split, numbers = split_modalities(config, modality_BT, padding_BT, input_ids, masked_B, asked)
     num_padding = modality_BT.numel() - sum(split.counts.values())
-    answers, hidden = dict(zip(search.questions, numbers)), None
+    answers, hidden = dict(zip(questions, numbers)), None
     if attention_mask is not None and "hidden" in answers:
         hidden = attention_mask, answers["hidden"], answers["hidden"] + num_padding
-    return split, modality_BT, padding_BT, search.documents(answers, num_padding > 0), hidden
+    return split, modality_BT, padding_BT, documents_of(begins_BT, answers, cache is not None), hidden
 
 
 def _modalities(

@@ -12,7 +12,6 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate.utils import send_to_device
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -21,7 +20,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.speed.models import PACKINGS, Shape, mixed_tokens
 from modeling_moma import MomaForCausalLM
-from modeling_moma.documents_moma import packed_lengths
 
 
 # steps of decoding in one piece of work, and the prompt before them
@@ -77,10 +75,7 @@ class Runner:
         self.more: dict[str, Any] = {}
         if packing:
             position_ids = PACKINGS[packing](rows, length)
-            # as a training brings them: flash attention goes by lengths
             self.more = {"position_ids": position_ids.to(self.device)}
-            if "flash" in (model.config._attn_implementation or ""):
-                self.more |= send_to_device(dict(packed_lengths(position_ids)), self.device)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) if kind == "optimizer" else None
         self.cache: DynamicCache | None = None
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..documents_moma import packed_lengths
 from ..errors_moma import InputError
 from .stream import DocumentOrder, document_orders
 from .token_documents import Documents, cut_before, frame_spans
@@ -187,9 +186,6 @@ class PackedCollator:
     """Puts packed sequences into a batch as they are, and hands other examples on.
 
     Their attention mask hides padding alone: where `position_ids` begin again, a document begins, and attention ends.
-    Flash attention takes no mask of that, so the documents' lengths go along: `cu_seq_lens_q`, `cu_seq_lens_k` (where
-    documents begin in all rows together, and the end of the last row), `max_length_q` and `max_length_k`. Padding at
-    a row's end counts as a document.
     The number `source` of a document that is an example of its own becomes `source_ids`, as in packed sequences.
 
     Args:
@@ -202,8 +198,7 @@ class PackedCollator:
     def __call__(self, features: list[dict]) -> dict[str, Any]:
         """Return a batch of examples, tensors `[batch, length]`."""
         if "position_ids" in features[0]:
-            batch = {name: torch.stack([row[name] for row in features]) for name in features[0]}
-            return batch | packed_lengths(batch["position_ids"])
+            return {name: torch.stack([row[name] for row in features]) for name in features[0]}
         if "source" not in features[0]:
             return self.collate(features)
         sources = torch.tensor([row["source"] for row in features])

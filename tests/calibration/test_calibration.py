@@ -13,11 +13,11 @@ from helpers.calibration_reference import (
     state_of,
     text_only,
 )
+from helpers.packed_rows import lengths_of
 from helpers.reference import GROUPS
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma.calibration.observation import named_routers
 from modeling_moma.calibration.thresholds import calibrate_auxiliary_thresholds, calibrate_thresholds
-from modeling_moma.documents_moma import packed_lengths
 
 
 def changed_keys(before, model):
@@ -49,7 +49,7 @@ def test_batches_of_a_training_may_be_observed():
     models = [tiny_model(**GROUPS["4t4i"]) for _ in range(2)]
     ids, position_ids = mixed_ids(2, 12), torch.arange(6).repeat(2, 2)
     rows = {"input_ids": ids, "position_ids": position_ids, "attention_mask": torch.ones_like(ids)}
-    training = {**rows, "labels": ids, "source_ids": torch.zeros_like(ids), **packed_lengths(position_ids)}
+    training = {**rows, "labels": ids, "source_ids": torch.zeros_like(ids), **lengths_of(position_ids)}
     for model, batch in zip(models, (rows, training), strict=True):
         calibrate_thresholds(model, [batch])
     state = models[0].state_dict()

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from helpers.tiny import mixed_ids, tiny_model
+from modeling_moma.data.packing import PackedCollator
 
 
 DEPTH = {"num_hidden_layers": 4, "depth_layers": [0, 2], "depth_capacity": 0.5}
@@ -52,6 +53,20 @@ def packed_rows(layout, seed=0):
     return rows
 
 
+def lengths_of(position_ids):
+    """The lengths of flash attention that some collators give: where positions begin again, a document does."""
+    is_start = torch.nn.functional.pad(position_ids.diff() != 1, (1, 0), value=True).flatten()
+    starts = torch.cat([is_start.nonzero().squeeze(1), torch.tensor([is_start.numel()])]).int()
+    longest = int(starts.diff().max())
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+
+
+def batch_with_lengths(layout, seed=0):
+    """A batch of packed rows, and where their documents lie."""
+    batch = PackedCollator(None)(packed_rows(layout, seed))
+    return batch | lengths_of(batch["position_ids"])
+
+
 def second_documents(layout):
     """Where the rows' second documents lie, `[B, T]`."""
     is_second = torch.zeros(len(layout), LENGTH, dtype=torch.bool)
@@ -92,7 +107,9 @@ __all__ = [
     "LENGTH",
     "MODELS",
     "ROWS",
+    "batch_with_lengths",
     "largest_difference",
+    "lengths_of",
     "logits_and_gradients",
     "model_of",
     "packed_rows",

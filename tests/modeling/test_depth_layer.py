@@ -230,15 +230,12 @@ def test_the_callers_own_mask_may_pack_documents(name, form, attention, rows_of_
 
 
 @pytest.mark.parametrize("depth_layers", [None, [0]])
-@pytest.mark.parametrize(
-    ("attention", "dtype"), [("eager", torch.bool), ("eager", torch.long), ("sdpa", torch.long)], ids=str
-)
-def test_the_callers_own_mask_of_a_type_that_would_be_added_as_numbers_is_refused(attention, dtype, depth_layers):
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long], ids=str)
+def test_the_callers_own_mask_of_a_type_that_would_be_added_as_numbers_is_refused(dtype, depth_layers):
     model = tiny_model(depth_layers=depth_layers).eval()
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation("eager")
     own = torch.ones(2, 1, 12, 12).tril().to(dtype)
-    message = f"`attention_mask` has four dimensions and the dtype {dtype}, .*'{attention}'"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"`attention_mask` has .* the dtype {dtype} for 2 rows"):
         model(mixed_ids(), attention_mask=own)
 
 
@@ -246,10 +243,8 @@ def test_the_callers_own_mask_of_a_type_that_would_be_added_as_numbers_is_refuse
 @pytest.mark.parametrize("shape", [(12,), (2, 12, 12), (2, 1, 11, 12), (3, 1, 12, 12)], ids=str)
 def test_a_mask_of_another_form_is_refused(shape, depth_layers):
     model = tiny_model(depth_layers=depth_layers).eval()
-    with pytest.raises(InputError, match=rf"`attention_mask` is a Tensor of the shape \({shape[0]},.*2 rows of 12"):
+    with pytest.raises(InputError, match=rf"`attention_mask` has the shape \({shape[0]},.*2 rows of 12"):
         model(mixed_ids(), attention_mask=torch.ones(shape))
-    with pytest.raises(InputError, match="`attention_mask` is a list"):
-        model(mixed_ids(), attention_mask=[[1] * 12] * 2)
 
 
 def test_a_mask_that_cannot_be_packed_is_refused_by_type():

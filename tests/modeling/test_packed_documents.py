@@ -16,7 +16,9 @@ from helpers.flash import FLASH
 from helpers.packed_rows import (
     DEPTH,
     ROWS,
+    batch_with_lengths,
     largest_difference,
+    lengths_of,
     model_of,
     packed_rows,
     refused,
@@ -24,7 +26,6 @@ from helpers.packed_rows import (
 )
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma.data.packing import PackedCollator
-from modeling_moma.documents_moma import packed_lengths
 
 
 PADDING = "padding"
@@ -108,6 +109,29 @@ def gradients(model, loss):
     return [torch.zeros_like(one) if grad is None else grad for one, grad in zip(parameters, found)]
 
 
+@pytest.mark.parametrize("name", ["full", "depth"])
+@pytest.mark.parametrize("given", ["positions", "lengths", "both"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+def test_two_documents_and_padding_in_two_rows(kernels, attention, given, name):
+    model = double_model(name)
+    rows = [[9, 8, 3], [7, 7, 6]]
+    batch, places = batch_of([list(zip(("document", "document", PADDING), row)) for row in rows], 0)
+    expected_logits, expected = alone(model, batch, places)
+    lengths = lengths_of(batch["position_ids"])
+    if given == "lengths":
+        del batch["position_ids"]
+    if given != "positions":
+        batch |= lengths
+    model = copy.deepcopy(model)
+    model.set_attn_implementation(attention)
+    if attention == "eager":
+        # its softmax is one of fp32
+        model = model.float()
+    logits, found = together(model, batch, places)
+    assert largest_difference(logits, expected_logits) < 1e-5
+    assert largest_difference(found, expected) < 1e-4
+
+
 @settings(
     max_examples=2, phases=[Phase.generate], deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
@@ -127,7 +151,7 @@ def test_documents_are_what_they_are_alone(
     batch, places = batch_of(layout, positions_of_padding if hides else None)
     expected_logits, expected = alone(model, batch, places)
     if has_lengths:
-        batch |= packed_lengths(batch["position_ids"])
+        batch |= lengths_of(batch["position_ids"])
     if not hides:
         # padding is a document, too
         del batch["attention_mask"]
@@ -171,14 +195,17 @@ def test_the_second_document_does_not_move_in_other_precisions(kernels, attentio
     assert (outputs[attention, 0] - outputs[attention, 1])[~is_second].abs().max() > 0.1
 
 
+@pytest.mark.parametrize("has_positions", [True, False])
 @pytest.mark.parametrize("arguments", [{}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True}])
 @pytest.mark.parametrize("name", ["full", "depth"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_flattened_batches_of_transformers_stay_apart(kernels, attention, name, arguments):
+def test_flattened_batches_of_transformers_stay_apart(kernels, attention, name, arguments, has_positions):
     model = model_of(name)
     model.set_attn_implementation(attention)
     documents = [ids[:length].tolist() for ids, length in zip(mixed_ids(3, 20), (20, 3, 11))]
     batch = DataCollatorWithFlattening(**arguments)([{"input_ids": ids, "labels": ids} for ids in documents])
+    if arguments and not has_positions:
+        del batch["position_ids"]
     with torch.no_grad():
         output = model(**batch)
         separate = torch.cat([model(torch.tensor([ids])).logits[0] for ids in documents])
@@ -187,22 +214,12 @@ def test_flattened_batches_of_transformers_stay_apart(kernels, attention, name, 
     assert output.cache is None
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_numbers_of_documents_without_positions_are_refused(kernels, attention):
-    model = model_of("full")
-    model.set_attn_implementation(attention)
-    batch = DataCollatorWithFlattening(return_seq_idx=True)([{"input_ids": [30, 31, 9]}, {"input_ids": [26, 27]}])
-    assert "`seq_idx` came without `position_ids`" in refused(
-        model, input_ids=batch["input_ids"], seq_idx=batch["seq_idx"]
-    )
-
-
 @pytest.mark.parametrize("name", ["full", "depth"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_documents_are_refused_where_a_cache_takes_a_row_for_one(kernels, attention, name):
     model = model_of(name)
     model.set_attn_implementation(attention)
-    batch = PackedCollator(None)(packed_rows(ROWS["full rows"]))
+    batch = batch_with_lengths(ROWS["full rows"])
     by_hand = {key: batch[key] for key in ("input_ids", "position_ids")}
     caches = [lambda: DynamicCache(config=model.config), lambda: StaticCache(model.config, 128)]
     for make in caches:
@@ -213,9 +230,9 @@ def test_documents_are_refused_where_a_cache_takes_a_row_for_one(kernels, attent
             model(mixed_ids(5, 4), cache=held)
         # a document that begins with a chunk, or within it
         chunk = {"input_ids": mixed_ids(5, 6), "position_ids": torch.arange(6)[None]}
-        assert "begin again at 0 behind what the cache holds" in refused(model, **chunk, cache=held)
+        assert "behind what the cache holds" in refused(model, **chunk, cache=held)
         chunk["position_ids"] = torch.tensor([[4, 5, 0, 1, 2, 3]])
-        assert "begin again within a row" in refused(model, **chunk, cache=held)
+        assert "begin again, within a row" in refused(model, **chunk, cache=held)
 
 
 @pytest.mark.parametrize("name", ["full", "depth"])
@@ -289,10 +306,10 @@ def test_depth_layers_keep_masks_of_what_they_chose_alone():
 
 
 @pytest.mark.parametrize("attention", [*FLASH, "flex_attention"])
-def test_lengths_of_many_rows_by_hand_are_those_of_the_collator(kernels, attention):
+def test_found_lengths_of_many_rows_are_those_given(kernels, attention):
     model = model_of("full")
     model.set_attn_implementation(attention)
-    batch = PackedCollator(None)(packed_rows(ROWS["padded"]))
+    batch = batch_with_lengths(ROWS["padded"])
     by_hand = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
     kernels.lengths.clear()
     with torch.no_grad():

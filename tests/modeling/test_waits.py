@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import flash_attention_mask
 
+from helpers.packed_rows import lengths_of
 from helpers.reference import GROUPS, fields_of
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma import cpu_moma, experts_implementations_moma, modeling_moma
@@ -215,7 +216,6 @@ def test_documents_of_packed_rows_cost_no_further_wait(device, monkeypatch, atte
     ids = mixed_ids(num_rows)
     rows = [{"input_ids": row, "labels": row, "position_ids": torch.arange(12) % 5} for row in ids]
     batch = PackedCollator(None)(rows)
-    by_hand = {name: batch[name] for name in rows[0]}
     plain = {"input_ids": ids, "labels": ids}
 
     def waits(inputs):
@@ -224,7 +224,7 @@ def test_documents_of_packed_rows_cost_no_further_wait(device, monkeypatch, atte
     hides_nothing = {"attention_mask": torch.ones_like(ids)}
     expected = waits(plain)
     assert expected.count("tolist") == 1 + 2 * len(fields)
-    for inputs in (batch, by_hand, {**by_hand, **hides_nothing}):
+    for inputs in (batch, {**batch, **hides_nothing}, {**batch, **lengths_of(batch["position_ids"])}):
         assert waits(inputs) == expected
 
 
