@@ -17,7 +17,7 @@ The rules of routing are known here by their records, see [`RoutingRule`]: the m
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ from .parallel_plans_moma import expert_parallel_plan, tensor_parallel_plan
 
 
 DEPTH_LAYER_TYPE = "moma_depth"
+# fields of saved configurations that are no more, and the value that all models now have
+REMOVED_FIELDS = {"cover_all_tokens": False, "depth_pool": "batch", "depth_threshold_momentum": 0.5}
 
 
 @dataclass
@@ -57,7 +59,7 @@ class RoutingRule:
 
     def experts_per_token(self, config: "MomaConfig", group: str) -> float:
         """Return the experts of a group that one of its tokens meets on average."""
-        return config.num_experts_per_tok if self.counts_experts else config.group_experts_per_token(group)
+        return config.num_experts_per_tok if self.counts_experts else config.group_capacity_factor(group)
 
 
 # rules by name, filled by the routing module; while it is not imported, configurations take any name
@@ -152,13 +154,6 @@ class MomaConfig(PreTrainedConfig):
     expert_capacity_factor (`float` or `dict[str, float]`, *optional*, defaults to 1.0):
         `c` in `K = ceil(c * N / E)`, the number of tokens that one of `E` experts takes from the `N` tokens of its
         group; groups left out have 1.0, at which a token meets one expert on average (the paper's `c_e = 1 / E`).
-    cover_all_tokens (`bool`, *optional*, defaults to `False`):
-        Give a token that no expert takes to the one that scores it highest, in training and inference, under every
-        rule but `token_choice`. The highest score and not the one nearest to its threshold: so this choice hangs on
-        the token alone, while thresholds are the batch's in training and a running mean in inference. An expert's
-        other tokens, and its threshold, stay what they are. Costs and active parameters count `c + (1 - c / E)^E`
-        experts a token: the second part is the share of tokens that no expert takes where experts choose independently
-        of one another; a trained model's may be larger.
     num_experts_per_tok (`int`, *optional*, defaults to 1):
         Experts of one token under `token_choice` routing.
     modality_token_ranges (`dict[str, list[list[int]]]`, *optional*, defaults to `{"image": [[4, 8196]]}`):
@@ -227,13 +222,6 @@ class MomaConfig(PreTrainedConfig):
     depth_capacity (`float` or `dict[str, float]`, *optional*, defaults to 0.25):
         Share of the tokens that a depth layer processes. A dict gives every modality its own share, for which its
         tokens compete among themselves.
-    depth_pool (`str`, *optional*, defaults to `"batch"`):
-        Tokens that compete with one another: all of the `"batch"` (MoMa), or those of each `"row"`.
-    depth_threshold_momentum (`float`, *optional*, defaults to 0.5):
-        Momentum of the same running mean of depth routers, which `threshold` compares scores with. Depth routers see
-        the bare residual stream and their scores drift fast: where the threshold also selects in training, a mean that
-        lags behind lets too few tokens through. Every training forward counts: small micro-batches may want a higher
-        momentum.
     depth_training_routing (`str`, *optional*):
         Routing of the depth routers in `train()` mode, `training_routing` by default. `"threshold"` trains with the
         selection that inference will use.
@@ -286,7 +274,6 @@ class MomaConfig(PreTrainedConfig):
     expert_intermediate_size: dict[str, int] | None = None
     shared_expert_intermediate_size: int | dict[str, int] | None = None
     expert_capacity_factor: float | int | dict[str, float | int] = 1.0
-    cover_all_tokens: bool = False
     num_experts_per_tok: int = 1
     modality_token_ranges: dict[str, list[list[int]]] | None = None  # pyright: ignore[reportAssignmentType, reportRedeclaration]
     begin_image_token_id: int | None = 8197
@@ -310,8 +297,6 @@ class MomaConfig(PreTrainedConfig):
     gumbel_noise_steps: int | None = None
     depth_layers: list[int] | None = None
     depth_capacity: float | int | dict[str, float | int] = 0.25
-    depth_pool: str = "batch"
-    depth_threshold_momentum: float | int = 0.5
     depth_training_routing: str | None = None
     depth_inference_routing: str | None = None
     z_loss_coef: float | int = 1e-5
@@ -333,13 +318,12 @@ class MomaConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
-            require(
-                self.hidden_size % self.num_attention_heads == 0,
-                "hidden_size",
-                self.hidden_size,
-                f"must be a multiple of num_attention_heads ({self.num_attention_heads}) unless head_dim is given",
-            )
+            demand = f"must be a multiple of num_attention_heads ({self.num_attention_heads}) unless head_dim is given"
+            check(self, [(self.hidden_size % self.num_attention_heads == 0, "hidden_size", demand)])
             self.head_dim = self.hidden_size // self.num_attention_heads
+        for name, value in REMOVED_FIELDS.items():
+            given = kwargs.pop(name, value)
+            check(self, [(given == value, name, f"the field is no more; models have {value!r}", given)])
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
         super().__post_init__(**kwargs)
 
@@ -444,11 +428,6 @@ class MomaConfig(PreTrainedConfig):
         factor = self.expert_capacity_factor
         return factor.get(group, 1.0) if isinstance(factor, dict) else factor
 
-    def group_experts_per_token(self, group: str) -> float:
-        """Return the experts of a group that a token meets on average where experts choose, see `cover_all_tokens`."""
-        factor, num_experts = self.group_capacity_factor(group), self.group_num_experts(group)
-        return factor + (1 - factor / num_experts) ** num_experts if self.cover_all_tokens else factor
-
     def num_parameters(
         self, active: bool = False, modality: str | None = None, exclude_norms_and_routers: bool = False
     ) -> int:
@@ -456,9 +435,9 @@ class MomaConfig(PreTrainedConfig):
 
         Args:
             active (`bool`, *optional*, defaults to `False`):
-                Count only what a token meets on average: `c` experts of its group (`expert_capacity_factor`; more with
-                `cover_all_tokens`), or `num_experts_per_tok` where `inference_routing` is `"token_choice"`, and of a
-                depth layer the share `depth_capacity`.
+                Count only what a token meets on average: `c` experts of its group (`expert_capacity_factor`), or
+                `num_experts_per_tok` where `inference_routing` is `"token_choice"`, and of a depth layer the share
+                `depth_capacity`.
             modality (`str`, *optional*):
                 The token's modality for `active=True`. By default the largest count over the modalities.
             exclude_norms_and_routers (`bool`, *optional*, defaults to `False`):
@@ -476,8 +455,8 @@ class MomaConfig(PreTrainedConfig):
 
     def validate_fields(self):
         """Check sizes, ids of modalities, groups of experts, switches and depth layers."""
-        for check in (check_sizes, check_modalities, check_experts, check_routing, check_depth):
-            check(self)
+        for demands in (size_demands, modality_demands, expert_demands, routing_demands):
+            check(self, demands(self))
 
     def validate_rules(self):
         """Check the rules by which experts and depth layers choose; the model does it again when it is built."""
@@ -550,374 +529,236 @@ def _group(config: MomaConfig, group: str, active: bool, exclude_routers: bool) 
     if active:
         # while the routing module is not imported, no rule is known
         rule = RULES.get(config.inference_routing)
-        used = config.group_experts_per_token(group) if rule is None else rule.experts_per_token(config, group)
+        used = config.group_capacity_factor(group) if rule is None else rule.experts_per_token(config, group)
     return used * expert + shared + router
 
 
-def require(condition: bool, name: str, value: Any, demand: str):
-    """Raise a `ValueError` that names a field, its value and what it has to be, unless the condition holds."""
-    if not condition:
-        raise InputError(f"`{name}` = {value!r}: {demand}.")
+# what holds, the field, what it has to be, and its value where another one than the field's is shown
+Demand = tuple[bool, str, str] | tuple[bool, str, str, Any]
 
 
-def check_sizes(config: MomaConfig):
-    """Check sizes, heads and the fields of attention."""
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "image_seq_length",
-    ):
-        require(getattr(config, name) > 0, name, getattr(config, name), "must be a positive integer")
-    require(
-        config.num_attention_heads % config.num_key_value_heads == 0,
-        "num_key_value_heads",
-        config.num_key_value_heads,
-        f"must divide num_attention_heads ({config.num_attention_heads}): each serves a group of query heads",
-    )
-    require(
-        config.head_dim % 2 == 0,
-        "head_dim",
-        config.head_dim,
-        "must be even: rotary embeddings turn pairs of channels. Unset, it is hidden_size // num_attention_heads",
-    )
-    require(0 <= config.attention_dropout < 1, "attention_dropout", config.attention_dropout, "must be in [0, 1)")
+def check(config: MomaConfig, demands: Iterable[Demand]):
+    """Raise a `ValueError` at the first demand that does not hold; none after it is looked at."""
+    for holds, name, demand, *value in demands:
+        if not holds:
+            raise InputError(f"`{name}` = {value[0] if value else getattr(config, name)!r}: {demand}.")
+
+
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "image_seq_length"),
+)
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+CHOICES = {
+    "norm_placement": ("pre", "post"),
+    "qk_norm": ("layernorm", "layernorm_per_head", "rmsnorm", "none"),
+}
+
+
+def size_demands(config: MomaConfig) -> Iterator[Demand]:
+    """Yield demands on sizes, heads and the fields of attention."""
+    for name in SIZES:
+        yield getattr(config, name) > 0, name, "must be a positive integer"
+    heads, vocab_size = config.num_attention_heads, config.vocab_size
+    serves = f"must divide num_attention_heads ({heads}): each serves a group of query heads"
+    yield heads % config.num_key_value_heads == 0, "num_key_value_heads", serves
+    even = "must be even: rotary embeddings turn pairs of channels. Unset, it is hidden_size // num_attention_heads"
+    yield config.head_dim % 2 == 0, "head_dim", even
+    yield 0 <= config.attention_dropout < 1, "attention_dropout", "must be in [0, 1)"
     for name in ("rms_norm_eps", "initializer_range"):
-        require(0 < getattr(config, name) < math.inf, name, getattr(config, name), "must be positive and finite")
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        given = getattr(config, name)
-        ids = [] if given is None else given if isinstance(given, list) else [given]
-        fits = all(0 <= token_id < config.vocab_size for token_id in ids)
-        require(fits, name, given, f"must be None or below vocab_size ({config.vocab_size})")
-    require(config.hidden_act in ACT2FN, "hidden_act", config.hidden_act, "must be an activation of Transformers")
+        yield 0 < getattr(config, name) < math.inf, name, "must be positive and finite"
+    for name in SPECIAL_TOKENS:
+        fits = all(0 <= token_id < vocab_size for token_id in _ids(config, name))
+        yield fits, name, f"must be None or below vocab_size ({vocab_size})"
+    yield config.hidden_act in ACT2FN, "hidden_act", "must be an activation of Transformers"
     has_weights = any(True for _ in ACT2FN[config.hidden_act].parameters())
-    require(not has_weights, "hidden_act", config.hidden_act, "must be an activation without parameters")
-    rotary = config.rope_parameters or {}
+    yield not has_weights, "hidden_act", "must be an activation without parameters"
+    rotary, kinds = config.rope_parameters or {}, ["default", *ROPE_INIT_FUNCTIONS]
     is_whole = rotary.get("partial_rotary_factor", 1.0) == 1.0
-    require(is_whole, "rope_parameters", rotary, "must turn whole heads: partial_rotary_factor has to be 1")
-    theta, kind = rotary.get("rope_theta", 1.0), rotary.get("rope_type", "default")
+    yield is_whole, "rope_parameters", "must turn whole heads: partial_rotary_factor has to be 1"
+    theta = rotary.get("rope_theta", 1.0)
     is_number = isinstance(theta, int | float) and not isinstance(theta, bool) and 0 < theta < math.inf
-    require(is_number, "rope_parameters", rotary, "rope_theta must be a positive number")
-    kinds = ["default", *ROPE_INIT_FUNCTIONS]
-    require(kind in kinds, "rope_parameters", rotary, f"rope_type must be one of {kinds}")
+    yield is_number, "rope_parameters", "rope_theta must be a positive number"
+    yield rotary.get("rope_type", "default") in kinds, "rope_parameters", f"rope_type must be one of {kinds}"
 
 
-def check_modalities(config: MomaConfig):
-    """Check the ranges of ids and the tokens around an image."""
-    taken = []
+def modality_demands(config: MomaConfig) -> Iterator[Demand]:
+    """Yield demands on the ranges of ids and the tokens around an image."""
+    name, vocab_size, taken = "modality_token_ranges", config.vocab_size, []
     for modality, ranges in config.modality_token_ranges.items():
         problem = problem_of_name(modality)
-        require(problem is None, "modality_token_ranges", {modality: ranges}, f"no name of a modality: {problem}")
-        require(len(ranges) > 0, "modality_token_ranges", {modality: ranges}, "needs a range of ids at least")
+        yield problem is None, name, f"no name of a modality: {problem}", {modality: ranges}
+        yield len(ranges) > 0, name, "needs a range of ids at least", {modality: ranges}
         for bounds in ranges:
-            require(
-                len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= config.vocab_size,
-                "modality_token_ranges",
-                {modality: bounds},
-                f"needs [start, stop) with 0 <= start < stop <= vocab_size ({config.vocab_size})",
-            )
+            fits = len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= vocab_size
+            demand = f"needs [start, stop) with 0 <= start < stop <= vocab_size ({vocab_size})"
+            yield fits, name, demand, {modality: bounds}
             for other in taken:
-                require(
-                    bounds[1] <= other[0] or other[1] <= bounds[0],
-                    "modality_token_ranges",
-                    {modality: bounds},
-                    f"overlaps {other}: an id has one modality",
-                )
+                is_apart = bounds[1] <= other[0] or other[1] <= bounds[0]
+                yield is_apart, name, f"overlaps {other}: an id has one modality", {modality: bounds}
             taken.append(bounds)
     for name in ("begin_image_token_id", "end_image_token_id"):
-        token_id = getattr(config, name)
-        if token_id is None:
-            continue
-        require(0 <= token_id < config.vocab_size, name, token_id, f"must be below vocab_size ({config.vocab_size})")
-        require(
-            not any(start <= token_id < stop for start, stop in taken),
-            name,
-            token_id,
-            "lies inside modality_token_ranges: the tokens around an image are text",
-        )
-    if "image" in config.modality_token_ranges:
-        require(
-            config.begin_image_token_id is None or config.begin_image_token_id != config.end_image_token_id,
-            "begin_image_token_id",
-            config.begin_image_token_id,
-            "must differ from end_image_token_id",
-        )
-        require(
-            config.image_seq_length + 2 <= config.max_position_embeddings,
-            "image_seq_length",
-            config.image_seq_length,
-            f"plus two tokens around an image must fit max_position_embeddings ({config.max_position_embeddings})",
-        )
-    check_frames(config)
+        for token_id in _ids(config, name):
+            yield 0 <= token_id < vocab_size, name, f"must be below vocab_size ({vocab_size})"
+            inside = "lies inside modality_token_ranges: the tokens around an image are text"
+            yield not _is_code(config, token_id), name, inside
+    if IMAGE in config.modality_token_ranges:
+        begin, longest = config.begin_image_token_id, config.max_position_embeddings
+        differs = begin is None or begin != config.end_image_token_id
+        yield differs, "begin_image_token_id", "must differ from end_image_token_id"
+        fits = config.image_seq_length + 2 <= longest
+        demand = f"plus two tokens around an image must fit max_position_embeddings ({longest})"
+        yield fits, "image_seq_length", demand
+    yield from frame_demands(config)
 
 
-def check_frames(config: MomaConfig):
-    """Check the tokens around the codes of modalities other than images."""
+def frame_demands(config: MomaConfig) -> Iterator[Demand]:
+    """Yield demands on the tokens around the codes of modalities other than images."""
+    name, longest = "modality_frames", config.max_position_embeddings
     for modality, frame in (config.modality_frames or {}).items():
         own = {modality: frame}
-        require(
-            modality != IMAGE,
-            "modality_frames",
-            own,
-            "the frame of images stands in begin_image_token_id, end_image_token_id and image_seq_length",
-        )
-        require(
-            modality in config.modality_token_ranges,
-            "modality_frames",
-            own,
-            "names no modality of modality_token_ranges that can have one: "
-            f"{sorted(set(config.modality_token_ranges) - {IMAGE})}",
-        )
-        require(
-            set(frame) == set(FRAME_FIELDS), "modality_frames", own, f"needs exactly the keys {list(FRAME_FIELDS)}"
-        )
+        elsewhere = "the frame of images stands in begin_image_token_id, end_image_token_id and image_seq_length"
+        yield modality != IMAGE, name, elsewhere, own
+        known = sorted(set(config.modality_token_ranges) - {IMAGE})
+        demand = f"names no modality of modality_token_ranges that can have one: {known}"
+        yield modality in config.modality_token_ranges, name, demand, own
+        yield set(frame) == set(FRAME_FIELDS), name, f"needs exactly the keys {list(FRAME_FIELDS)}", own
         length = frame["length"]
-        require(
-            length is None or length >= 1,
-            "modality_frames",
-            own,
-            "'length' must be a positive number of codes, or None for any number",
-        )
-        require(
-            (length or 1) + 2 <= config.max_position_embeddings,
-            "modality_frames",
-            own,
-            "'length' plus two tokens around the codes must fit max_position_embeddings "
-            f"({config.max_position_embeddings})",
-        )
-    _check_frame_ids(config)
-
-
-def _check_frame_ids(config: MomaConfig):
+        demand = "'length' must be a positive number of codes, or None for any number"
+        yield length is None or length >= 1, name, demand, own
+        demand = f"'length' plus two tokens around the codes must fit max_position_embeddings ({longest})"
+        yield (length or 1) + 2 <= longest, name, demand, own
     taken = {}
-    image = config.frames.get(IMAGE)
-    if image is not None:
+    if (image := config.frames.get(IMAGE)) is not None:
         taken = {image.begin: "begin_image_token_id", image.end: "end_image_token_id"}
-    codes = [bounds for ranges in config.modality_token_ranges.values() for bounds in ranges]
     for modality, frame in (config.modality_frames or {}).items():
+        own = {modality: frame}
         for key in ("begin", "end"):
-            given = frame[key]
-            token_id, own = -1 if given is None else given, {modality: frame}
-            require(
-                0 <= token_id < config.vocab_size,
-                "modality_frames",
-                own,
-                f"{key!r} must be an id below vocab_size ({config.vocab_size})",
-            )
-            require(
-                not any(start <= token_id < stop for start, stop in codes),
-                "modality_frames",
-                own,
-                f"{key!r} lies inside modality_token_ranges: tokens around codes are text",
-            )
-            require(
-                token_id not in taken,
-                "modality_frames",
-                own,
-                f"{key!r} is also {taken.get(token_id)}: each token needs its own id",
-            )
+            token_id = -1 if (given := frame[key]) is None else given
+            demand = f"{key!r} must be an id below vocab_size ({config.vocab_size})"
+            yield 0 <= token_id < config.vocab_size, name, demand, own
+            demand = f"{key!r} lies inside modality_token_ranges: tokens around codes are text"
+            yield not _is_code(config, token_id), name, demand, own
+            demand = f"{key!r} is also {taken.get(token_id)}: each token needs its own id"
+            yield token_id not in taken, name, demand, own
             taken[token_id] = f"{key!r} of {modality!r}"
     begins = {frame.begin for frame in config.frames.values()}
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        given = getattr(config, name)
-        ids = set(given if isinstance(given, list) else [] if given is None else [given])
-        is_code = any(start <= token_id < stop for start, stop in codes for token_id in ids)
-        require(not is_code, name, given, "lies inside modality_token_ranges: special tokens are text")
-        require(not ids & begins, name, given, "begins a frame of codes, and needs an id of its own")
+    for name in SPECIAL_TOKENS:
+        ids = _ids(config, name)
+        is_text = not any(_is_code(config, token_id) for token_id in ids)
+        yield is_text, name, "lies inside modality_token_ranges: special tokens are text"
+        yield begins.isdisjoint(ids), name, "begins a frame of codes, and needs an id of its own"
 
 
-def check_experts(config: MomaConfig):
-    """Check the expert groups: counts, widths, capacities, shared experts."""
-    _require_modalities(config, "num_experts", complete=True)
+def expert_demands(config: MomaConfig) -> Iterator[Demand]:
+    """Yield demands on the expert groups: counts, widths, capacities, shared experts."""
+    yield from _of_modalities(config, "num_experts", complete=True)
+    num_experts, has_groups = config.num_experts, isinstance(config.num_experts, dict)
     for group in config.expert_groups:
-        count = config.group_num_experts(group)
-        require(count >= 1, "num_experts", config.num_experts, "must be at least 1 in every group")
-        capacity = config.group_capacity_factor(group)
+        count, capacity = config.group_num_experts(group), config.group_capacity_factor(group)
+        yield count >= 1, "num_experts", "must be at least 1 in every group"
         # a single expert takes every token, whatever others of its configuration take
-        require(
-            0 < capacity and (capacity <= count or count == 1),
-            "expert_capacity_factor",
-            config.expert_capacity_factor,
-            f"must be in (0, E]: with c = E = {count} every expert takes every token of group {group!r}",
-        )
-    require(
-        not config.balance_bias_by_modality or (isinstance(config.num_experts, int) and config.num_experts > 1),
-        "balance_bias_by_modality",
-        config.balance_bias_by_modality,
-        f"needs num_experts as an int above 1, got {config.num_experts!r}: groups by modality have routers, and "
-        "biases, of their own, and a single expert has none",
-    )
-    if config.expert_intermediate_size is not None:
-        require(
-            isinstance(config.num_experts, dict),
-            "expert_intermediate_size",
-            config.expert_intermediate_size,
-            "needs num_experts as a dict: a single group of experts has the width intermediate_size",
-        )
+        demand = f"must be in (0, E]: with c = E = {count} every expert takes every token of group {group!r}"
+        yield 0 < capacity and (capacity <= count or count == 1), "expert_capacity_factor", demand
+    demand = f"needs num_experts as an int above 1, got {num_experts!r}: groups by modality have routers, and "
+    demand += "biases, of their own, and a single expert has none"
+    is_pool = isinstance(num_experts, int) and num_experts > 1
+    yield not config.balance_bias_by_modality or is_pool, "balance_bias_by_modality", demand
+    demand = "needs num_experts as a dict: a single group of experts has the width intermediate_size"
+    yield config.expert_intermediate_size is None or has_groups, "expert_intermediate_size", demand
     for name in ("expert_intermediate_size", "shared_expert_intermediate_size", "expert_capacity_factor"):
-        _require_modalities(config, name)
+        yield from _of_modalities(config, name)
     for name in ("expert_intermediate_size", "shared_expert_intermediate_size"):
         value = getattr(config, name)
         widths = value.values() if isinstance(value, dict) else [] if value is None else [value]
-        require(all(width > 0 for width in widths), name, value, "must be positive; leave it out for none")
+        yield all(width > 0 for width in widths), name, "must be positive; leave it out for none"
     for name in ("shared_expert_intermediate_size", "expert_capacity_factor"):
-        require(
-            isinstance(config.num_experts, dict) or not isinstance(getattr(config, name), dict),
-            name,
-            getattr(config, name),
-            "by modality needs num_experts by modality: a single group of experts serves all",
-        )
-    require(
-        1 <= config.num_experts_per_tok,
-        "num_experts_per_tok",
-        config.num_experts_per_tok,
-        "must be at least 1",
-    )
+        demand = "by modality needs num_experts by modality: a single group of experts serves all"
+        yield has_groups or not isinstance(getattr(config, name), dict), name, demand
+    yield 1 <= config.num_experts_per_tok, "num_experts_per_tok", "must be at least 1"
 
 
-def check_routing(config: MomaConfig):
-    """Check the switches of norms, routing and losses, but for the names of rules."""
-    for name, choices in (
-        ("norm_placement", ("pre", "post")),
-        ("qk_norm", ("layernorm", "layernorm_per_head", "rmsnorm", "none")),
-    ):
-        require(getattr(config, name) in choices, name, getattr(config, name), f"must be one of {choices}")
-    require(
-        not (config.gate_after_norm and config.norm_placement == "pre"),
-        "gate_after_norm",
-        config.gate_after_norm,
-        "needs norm_placement='post': with 'pre' nothing cancels the gate",
-    )
-    require(
-        not config.untied_attention or isinstance(config.num_experts, dict),
-        "untied_attention",
-        config.untied_attention,
-        f"needs num_experts by modality, as {{'text': 4, 'image': 4}}, got {config.num_experts!r}: tokens are split "
-        "for attention as for the expert groups",
-    )
-    for name in ("threshold_momentum", "depth_threshold_momentum"):
-        require(0 <= getattr(config, name) < 1, name, getattr(config, name), "must be in [0, 1)")
-    require(
-        config.gumbel_noise_steps is None or config.gumbel_noise_steps > 0,
-        "gumbel_noise_steps",
-        config.gumbel_noise_steps,
-        "must be positive, or None for noise that stays",
-    )
+def routing_demands(config: MomaConfig) -> Iterator[Demand]:
+    """Yield demands on the switches of norms, routing, losses and depth layers, but for the names of rules."""
+    for name, choices in CHOICES.items():
+        yield getattr(config, name) in choices, name, f"must be one of {choices}"
+    is_useful = not config.gate_after_norm or config.norm_placement == "post"
+    yield is_useful, "gate_after_norm", "needs norm_placement='post': with 'pre' nothing cancels the gate"
+    demand = f"needs num_experts by modality, as {{'text': 4, 'image': 4}}, got {config.num_experts!r}: tokens are "
+    demand += "split for attention as for the expert groups"
+    yield not config.untied_attention or isinstance(config.num_experts, dict), "untied_attention", demand
+    yield 0 <= config.threshold_momentum < 1, "threshold_momentum", "must be in [0, 1)"
+    steps = config.gumbel_noise_steps
+    yield steps is None or steps > 0, "gumbel_noise_steps", "must be positive, or None for noise that stays"
     for name in ("routing_warmup_steps", "router_bias_update_rate", "z_loss_coef", "gumbel_noise"):
-        require(
-            0 <= getattr(config, name) < math.inf, name, getattr(config, name), "must be 0 or positive, and finite"
-        )
-    _require_modalities(config, "modality_loss_weights")
-    weights = config.modality_loss_weights or {}
-    require(
-        all(0 <= weight < math.inf for weight in weights.values()),
-        "modality_loss_weights",
-        config.modality_loss_weights,
-        "must be finite, not negative",
-    )
-
-
-def check_depth(config: MomaConfig):
-    """Check the depth layers."""
-    layers = config.depth_layers or []
-    require(
-        all(0 <= layer < config.num_hidden_layers for layer in layers) and sorted(set(layers)) == layers,
-        "depth_layers",
-        config.depth_layers,
-        f"must be ascending indices of the {config.num_hidden_layers} layers, counted from 0",
-    )
-    _require_modalities(config, "depth_capacity", complete=True)
+        yield 0 <= getattr(config, name) < math.inf, name, "must be 0 or positive, and finite"
+    yield from _of_modalities(config, "modality_loss_weights")
+    are_finite = all(0 <= weight < math.inf for weight in (config.modality_loss_weights or {}).values())
+    yield are_finite, "modality_loss_weights", "must be finite, not negative"
+    layers, number = config.depth_layers or [], config.num_hidden_layers
+    are_ascending = all(0 <= layer < number for layer in layers) and sorted(set(layers)) == layers
+    yield are_ascending, "depth_layers", f"must be ascending indices of the {number} layers, counted from 0"
+    yield from _of_modalities(config, "depth_capacity", complete=True)
     for pool in config.depth_pools:
-        capacity = config.pool_depth_capacity(pool)
-        require(0 < capacity <= 1, "depth_capacity", config.depth_capacity, "is a share of the tokens, in (0, 1]")
-    require(config.depth_pool in ("batch", "row"), "depth_pool", config.depth_pool, "must be 'batch' or 'row'")
+        yield 0 < config.pool_depth_capacity(pool) <= 1, "depth_capacity", "is a share of the tokens, in (0, 1]"
+
+
+def rule_demands(config: MomaConfig) -> Iterator[Demand]:
+    """Yield demands on the names of rules, and what rules ask of other fields."""
+    training, causal, noisy, counting, balanced = (
+        rule_names(**{key: True}) for key in ("may_train", "is_causal", "takes_noise", "counts_experts", "moves_bias")
+    )
+    yield config.training_routing in training, "training_routing", f"must be one of {training}"
+    demand = f"must be one of {causal}: expert_choice sees the future. To measure it, call "
+    demand += "forward(routing='expert_choice')"
+    yield config.inference_routing in causal, "inference_routing", demand
+    for name, choices in (("depth_training_routing", training), ("depth_inference_routing", causal)):
+        demand = f"must be one of {choices}, or None for {name.removeprefix('depth_')}"
+        yield getattr(config, name) in (None, *choices), name, demand
+    demand = f"needs a training_routing of {noisy}: others compare scores with thresholds that were found without "
+    demand += "noise"
+    yield config.gumbel_noise == 0 or config.training_routing in noisy, "gumbel_noise", demand
+    rules = {config.training_routing, config.inference_routing}
+    if not rules.isdisjoint(counting):
+        sizes = [config.group_num_experts(group) for group in config.expert_groups]
+        # a single expert takes every token once
+        fewest = min((size for size in sizes if size > 1), default=config.num_experts_per_tok)
+        demand = f"exceeds the smallest group of experts ({fewest})"
+        yield config.num_experts_per_tok <= fewest, "num_experts_per_tok", demand
+    demand = f"needs a training_routing or inference_routing of {balanced}: other rules read no bias"
+    is_read = not config.balance_bias_by_modality or not rules.isdisjoint(balanced)
+    yield is_read, "balance_bias_by_modality", demand
+    for name in ("inference_routing", "depth_inference_routing"):
+        value = getattr(config, name)
+        has_routers = value is None or not RULES[value].needs_auxiliary or config.auxiliary_routers
+        demand = "needs auxiliary_routers=True, and `moma train-auxiliary-routers` to train them"
+        yield has_routers, name, demand
 
 
 def check_rules(config: MomaConfig):
     """Check the names of rules, and what rules ask of other fields."""
-    if not RULES:
-        return
-    training, causal, noisy = (rule_names(**{key: True}) for key in ("may_train", "is_causal", "takes_noise"))
-    require(
-        config.training_routing in training,
-        "training_routing",
-        config.training_routing,
-        f"must be one of {training}",
-    )
-    require(
-        config.inference_routing in causal,
-        "inference_routing",
-        config.inference_routing,
-        f"must be one of {causal}: expert_choice sees the future. To measure it, call "
-        "forward(routing='expert_choice')",
-    )
-    for name, choices in (("depth_training_routing", training), ("depth_inference_routing", causal)):
-        value = getattr(config, name)
-        require(
-            value is None or value in choices,
-            name,
-            value,
-            f"must be one of {choices}, or None for {name.removeprefix('depth_')}",
-        )
-    require(
-        config.gumbel_noise == 0 or config.training_routing in noisy,
-        "gumbel_noise",
-        config.gumbel_noise,
-        f"needs a training_routing of {noisy}: others compare scores with thresholds that were found without noise",
-    )
-    if any(RULES[name].counts_experts for name in (config.training_routing, config.inference_routing)):
-        sizes = [config.group_num_experts(group) for group in config.expert_groups]
-        # a single expert takes every token once
-        fewest = min((size for size in sizes if size > 1), default=config.num_experts_per_tok)
-        require(
-            config.num_experts_per_tok <= fewest,
-            "num_experts_per_tok",
-            config.num_experts_per_tok,
-            f"exceeds the smallest group of experts ({fewest})",
-        )
-    _check_chosen_rules(config)
-    for name in ("inference_routing", "depth_inference_routing"):
-        value = getattr(config, name)
-        require(
-            value is None or not RULES[value].needs_auxiliary or config.auxiliary_routers,
-            name,
-            value,
-            "needs auxiliary_routers=True, and `moma train-auxiliary-routers` to train them",
-        )
+    if RULES:
+        check(config, rule_demands(config))
 
 
-def _check_chosen_rules(config: MomaConfig):
-    """Check that one of the two rules for experts makes use of what other fields give it."""
-    rules = {config.training_routing, config.inference_routing}
-    counting = rule_names(counts_experts=True)
-    require(
-        not config.cover_all_tokens or not rules <= set(counting),
-        "cover_all_tokens",
-        config.cover_all_tokens,
-        f"needs a training_routing or inference_routing other than {counting}, which leave no token out",
-    )
-    balanced = rule_names(moves_bias=True)
-    require(
-        not config.balance_bias_by_modality or not rules.isdisjoint(balanced),
-        "balance_bias_by_modality",
-        config.balance_bias_by_modality,
-        f"needs a training_routing or inference_routing of {balanced}: other rules read no bias",
-    )
+def _ids(config: MomaConfig, name: str) -> list[int]:
+    """Return the ids of a field that may have one, several or none."""
+    given = getattr(config, name)
+    return given if isinstance(given, list) else [] if given is None else [given]
 
 
-def _require_modalities(config: MomaConfig, name: str, complete: bool = False) -> None:
+def _is_code(config: MomaConfig, token_id: int) -> bool:
+    ranges = [bounds for ranges in config.modality_token_ranges.values() for bounds in ranges]
+    return any(start <= token_id < stop for start, stop in ranges)
+
+
+def _of_modalities(config: MomaConfig, name: str, complete: bool = False) -> Iterator[Demand]:
     value = getattr(config, name)
-    if not isinstance(value, dict):
-        return
-    unknown = sorted(set(value) - set(config.modalities))
-    require(not unknown, name, value, f"names {unknown}, which modality_token_ranges does not define")
-    missing = sorted(set(config.modalities) - set(value)) if complete else []
-    require(not missing, name, value, f"lacks {missing}: every modality needs its own")
+    if isinstance(value, dict):
+        unknown = sorted(set(value) - set(config.modalities))
+        yield not unknown, name, f"names {unknown}, which modality_token_ranges does not define"
+        missing = sorted(set(config.modalities) - set(value)) if complete else []
+        yield not missing, name, f"lacks {missing}: every modality needs its own"
 
 
 __all__ = [

@@ -47,8 +47,6 @@ class Selection:
             whether the pairs come expert by expert.
         ends_E (`torch.IntTensor`, *optional*):
             where each expert's pairs end where that is known to the device alone, `[E]`; later pairs are padding.
-        chosen (`Selection`, *optional*):
-            what experts chose, where tokens that none of them took were added, see [`Selection.with_fallback_expert`].
     """
 
     token_P: torch.Tensor
@@ -58,7 +56,6 @@ class Selection:
     has_padding: bool = False
     is_sorted: bool = False
     ends_E: torch.Tensor | None = None
-    chosen: "Selection | None" = None
 
     @classmethod
     def from_topk(cls, token_EK: torch.Tensor, weight_EK: torch.Tensor, has_padding: bool = False) -> "Selection":
@@ -93,18 +90,6 @@ class Selection:
         # a group without a token has an empty index
         size = max(num_tokens, 1)
         return cls(order_P % size, order_P // size, weight_P, has_padding=True, is_sorted=True, ends_E=ends_E)
-
-    def with_fallback_expert(
-        self, scores_NE: torch.Tensor, has_fixed_shapes: bool, allow_host_sync: bool = True
-    ) -> "Selection":
-        """Return a selection in which each token that no expert takes is added to the one that scores it highest."""
-        place_P = self.token_P * scores_NE.shape[1] + self.expert_P
-        taken_P = self.weight_P > 0 if self.has_padding else torch.ones_like(place_P, dtype=torch.bool)
-        nobody_NE = torch.zeros_like(scores_NE, dtype=torch.bool)
-        taken_NE = nobody_NE.flatten().scatter(0, place_P, taken_P).view_as(nobody_NE)
-        is_left_N1 = ~taken_NE.any(1, keepdim=True)
-        taken_NE = taken_NE | nobody_NE.scatter(1, scores_NE.argmax(1, keepdim=True), is_left_N1)
-        return replace(Selection.from_mask(taken_NE, scores_NE, has_fixed_shapes, allow_host_sync), chosen=self)
 
     def normalized(self, num_tokens: int) -> "Selection":
         """Return gates over the detached sum of their token's, for `config.normalize_gates`."""
@@ -142,15 +127,11 @@ class Selection:
     @property
     def token_EK(self) -> torch.Tensor:
         """The tokens of each expert where all choose `K`, `[E, K]`."""
-        if self.chosen is not None:
-            return self.chosen.token_EK
         return self.token_P.view(self.shape_EK)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     @property
     def weight_EK(self) -> torch.Tensor:
         """The gates of each expert where all choose `K` tokens, `[E, K]`."""
-        if self.chosen is not None:
-            return self.chosen.weight_EK
         return self.weight_P.view(self.shape_EK)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
@@ -375,11 +356,6 @@ class MomaRouter(MomaRouterBase):
         """Whether a token's gates are divided by their sum."""
         return self.config.normalize_gates
 
-    @property
-    def covers_all_tokens(self) -> bool:
-        """Whether a token that no expert takes goes to its best one."""
-        return self.config.cover_all_tokens
-
     def forward(self, x_ND: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, Selection]:
         """Score the tokens and select."""
         logits_NE = self.logits(x_ND)
@@ -394,8 +370,6 @@ class MomaRouter(MomaRouterBase):
             # inference compares scores without noise
             plain_NE = torch.sigmoid(logits_NE.detach()) if is_noisy else scores_NE.detach()
             context.record(self, self._statistics(plain_NE, selection, is_noisy, rule.moves_bias, context))
-        if self.covers_all_tokens and not rule.counts_experts:
-            selection = selection.with_fallback_expert(scores_NE, context.has_fixed_shapes, context.allow_host_sync)
         return logits_NE, selection
 
     def capacity(self, num_tokens: int) -> int:

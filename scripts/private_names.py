@@ -26,6 +26,7 @@ LIBRARIES = ("transformers", "accelerate", "datasets", "peft", "torch")
 OTHERS = {
     "_blocks": "a network of efficientnet-lite-pytorch",
     "_instances": "tqdm",
+    "_replace": "a named tuple",
     "_C": "the module of the name behind it",
 }
 INTERNAL = re.compile(r"(\w+\.)+_[a-z]|transformers\.(cli|models\.(?!auto\b))|datasets\.packaged_modules")

@@ -20,8 +20,7 @@ def flops_per_token(
     second time is not counted.
 
     Under `expert_choice` and `threshold` a token meets `c` experts of its group (`expert_capacity_factor`): exactly in
-    the mean for the former up to the rounding of `K`, as far as the thresholds are settled for the latter; with
-    `cover_all_tokens` more of them, as [`MomaConfig.group_experts_per_token`] estimates. Under
+    the mean for the former up to the rounding of `K`, as far as the thresholds are settled for the latter. Under
     `token_choice` it meets `num_experts_per_tok`. `auxiliary` counts as `threshold`, with the auxiliary routers.
 
     A depth layer costs the share `depth_capacity` of another layer, with that share of the keys, and its router. Where

@@ -27,7 +27,7 @@ class UpcyclingReceipt:
             of the `"seed"` and of the `"upcycled"` model.
         coverage (`dict[str, list[float]]`):
             shares of a group's tokens that 0, 1, and 2 or more experts took under `routing`, averaged over the layers;
-            by group. With `cover_all_tokens` there is none that 0 took.
+            by group.
         output_difference (`float`):
             norm of the logits' change over the norm of the source's logits.
         ffn_difference (`dict[str, list[float]]`):
@@ -139,7 +139,7 @@ def _record_group(name: str, layer: MomaFeedForward, seed_layer: MomaFeedForward
     def record(group: MomaExpertGroup, args: tuple, output: tuple[torch.Tensor, torch.Tensor]):
         x_ND, context = args
         _, selection = group.router(x_ND, context)
-        # pairs of weight 0 are padding; those of `cover_all_tokens` count
+        # pairs of weight 0 are padding
         token_P = selection.token_P[selection.weight_P > 0]
         taken_N = torch.bincount(token_P, minlength=x_ND.shape[0]).clamp(max=2)
         expected_ND = _with_common(seed_layer, x_ND, seed_group(x_ND, context)[0])

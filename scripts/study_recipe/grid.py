@@ -186,9 +186,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         **TOKEN_CHOICE,
         "balance_bias_by_modality": True,
     },
-    # narrower, since a token meets more experts than the capacity says
-    "4t4i-covered": {"num_experts": _groups(4, 4), "cover_all_tokens": True, "routed": 0.76},
-    "4t4i-covered-shared": {"num_experts": _groups(4, 4), "cover_all_tokens": True, "routed": 0.38, "shared": 0.5},
     "untied-1t1i": {"num_experts": _groups(1, 1), "untied_attention": True},
     "untied-4t4i-shared": {"num_experts": _groups(4, 4), "untied_attention": True, "routed": 0.5, "shared": 0.5},
     "1t1i-shared": {"num_experts": _groups(1, 1), "routed": 0.5, "shared": 0.5},
@@ -291,7 +288,6 @@ LARGER = ("1M", "2.5M")
 # one thing changed at a time, and the recipe that it is changed in
 LEVERS = {
     "untied-4t4i-shared": "4t4i-shared",
-    "4t4i-covered-shared": "4t4i-shared",
     "8t8i-c2-shared": "4t4i-shared",
     "4t4i-shared-depth": "4t4i-shared",
     "4t4i-shared-depth-text": "4t4i-shared",

@@ -87,9 +87,6 @@ def reference_selection(router, scores, routing, x_ND=None, modality_N=None) -> 
             bias = biases[modality_N[token]] if router.balance_bias.ndim == 2 else biases
             ranked = sorted(range(num_experts), key=lambda expert: -(values[token][expert] + bias[expert]))
             pairs += [(token, expert) for expert in ranked[: router.num_experts_per_tok]]
-    if router.covers_all_tokens:
-        for token in set(range(num_tokens)) - {token for token, _ in pairs}:
-            pairs.append((token, max(range(num_experts), key=lambda expert: values[token][expert])))
     return pairs
 
 

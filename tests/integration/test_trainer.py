@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 from helpers.mixed import FirstStep, build_trainer, changed, copied_state, losses, mixed_examples
 from helpers.slow import slow
 from helpers.tiny import tiny_model, tiny_processor
-from modeling_moma import MomaMetricsCallback
-from modeling_moma import depth_moma
+from modeling_moma import MomaMetricsCallback, depth_moma
 from modeling_moma.routing_moma import MomaRouter, MomaRouterBase
 
 

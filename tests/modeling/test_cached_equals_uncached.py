@@ -29,7 +29,6 @@ MODELS = {
 }
 AUXILIARY = {"auxiliary_routers": True, "inference_routing": "auxiliary"}
 MODELS["4t4i-untied"] = {"num_experts": EXPERTS["4t4i"], "untied_attention": True}
-MODELS["4t4i-covered"] = {"num_experts": EXPERTS["4t4i"], "cover_all_tokens": True}
 POOL = {"num_experts": 8, "inference_routing": "token_choice", "balance_bias_by_modality": True}
 MODELS["8x-biases"] = POOL
 MODELS["4t4i-auxiliary"] = {"num_experts": EXPERTS["4t4i"], **AUXILIARY}
@@ -47,7 +46,6 @@ DEPTH_MODELS = {
     "mod-4t4i-token_choice": {**MOD_4T4I, "depth_inference_routing": "token_choice"},
     "mod-4t4i-by-modality-auxiliary": {**MOD_4T4I, **BY_MODALITY, **AUXILIARY, "norm_placement": "pre"},
     "mod-4t4i-untied": {**MOD_4T4I, "untied_attention": True, "norm_placement": "pre"},
-    "mod-4t4i-covered": {**MOD_4T4I, "cover_all_tokens": True},
     "mod-8x-biases": {**POOL, **DEPTH, "depth_inference_routing": "threshold"},
     "mod-4t4i-eager": {**MOD_4T4I, "attn_implementation": "eager"},
 }

@@ -119,7 +119,7 @@ def loss_of(model, parameters, ids):
         {"num_experts": 1},
         {"z_loss_coef": 1e-2, "modality_loss_weights": {"text": 5.0}},
         {"training_routing": "token_choice"},
-        {"num_experts": {"text": 2, "image": 4}, "cover_all_tokens": True},
+        {"num_experts": {"text": 2, "image": 4}},
     ],
 )
 def test_gradients_of_gradients_and_those_of_torch_func_are_those_of_plain_layers(fields, is_training):

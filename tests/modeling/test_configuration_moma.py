@@ -91,11 +91,6 @@ BAD = [
     ("balance_bias_by_modality", {**POOL, "num_experts": {"text": 4, "image": 4}}),
     ("balance_bias_by_modality", {**POOL, "num_experts": 1}),
     ("balance_bias_by_modality", {**POOL, "training_routing": "expert_choice"}),
-    ("cover_all_tokens", {"cover_all_tokens": "yes"}),
-    (
-        "cover_all_tokens",
-        {"cover_all_tokens": True, "training_routing": "token_choice", "inference_routing": "token_choice"},
-    ),
     ("training_routing", {"training_routing": "hash"}),
     ("inference_routing", {"inference_routing": "expert_choice"}),
     ("training_routing", {"training_routing": "auxiliary", "auxiliary_routers": True}),
@@ -109,7 +104,6 @@ BAD = [
     ("gumbel_noise_steps", {"gumbel_noise_steps": 0}),
     ("gumbel_noise_steps", {"gumbel_noise_steps": 0.5}),
     ("threshold_momentum", {"threshold_momentum": 1.0}),
-    ("depth_threshold_momentum", {"depth_threshold_momentum": -0.1}),
     ("routing_warmup_steps", {"routing_warmup_steps": -1}),
     ("router_bias_update_rate", {"router_bias_update_rate": -0.1}),
     ("z_loss_coef", {"z_loss_coef": -1e-5}),
@@ -126,7 +120,6 @@ BAD_DEPTH = [
     ("depth_capacity", {"text": 0.5}),
     ("depth_capacity", {"text": 0.5, "image": 0.0}),
     ("depth_capacity", {"text": 0.5, "image": 0.5, "audio": 0.5}),
-    ("depth_pool", "sequence"),
     ("depth_training_routing", "hash"),
     ("depth_inference_routing", "expert_choice"),
     ("routing_warmup_steps", -1),
@@ -186,8 +179,17 @@ def test_a_bad_field_of_depth_is_named_with_its_value(name, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("depth_layers", 2), ("depth_layers", ["0"]), ("depth_capacity", "0.5"), ("depth_pool", None)]
+    ("name", "default", "other"),
+    [("cover_all_tokens", False, True), ("depth_pool", "batch", "row"), ("depth_threshold_momentum", 0.5, 0.98)],
 )
+def test_a_field_that_is_no_more_loads_at_its_old_default_alone(name, default, other):
+    loaded = MomaConfig(**{**tiny_config().to_dict(), name: default})
+    assert name not in loaded.to_dict()
+    with pytest.raises(ValueError, match=f"`{name}` = {other!r}: the field is no more"):
+        tiny_config(**{name: other})
+
+
+@pytest.mark.parametrize(("name", "value"), [("depth_layers", 2), ("depth_layers", ["0"]), ("depth_capacity", "0.5")])
 def test_a_field_of_depth_of_the_wrong_type_is_named(name, value):
     with pytest.raises(StrictDataclassFieldValidationError, match=name):
         tiny_config(**{"depth_layers": [0], name: value})
@@ -208,7 +210,7 @@ def test_auxiliary_routing_needs_auxiliary_routers(name):
         {"modality_loss_weights": {"text": 2}},
         {"expert_capacity_factor": {"text": 1, "image": 2}},
         {"depth_layers": [0], "depth_capacity": {"text": 1, "image": 0.5}},
-        {"z_loss_coef": 0, "threshold_momentum": 0, "depth_threshold_momentum": 0, "router_bias_update_rate": 0},
+        {"z_loss_coef": 0, "threshold_momentum": 0, "router_bias_update_rate": 0},
     ],
     ids=lambda fields: list(fields)[-1],
 )
@@ -271,7 +273,7 @@ def test_presets_of_depth_skip_in_every_other_layer(size, num_layers, experts):
     config = MomaConfig.from_preset(f"moma-mod-{size}-{experts}")
     assert config.num_hidden_layers == num_layers
     assert config.depth_layers == list(range(0, num_layers, 2))
-    assert (config.depth_capacity, config.depth_pool) == (0.25, "batch")
+    assert config.depth_capacity == 0.25
     assert MomaConfig.from_preset(f"moma-mod-{size}-{experts}", depth_layers=None).depth_layers is None
 
 
@@ -464,14 +466,12 @@ def test_every_field_survives_saving(tmp_path):
         "training_routing": "token_choice",
         "inference_routing": "token_choice",
         "threshold_momentum": 0.5,
-        "depth_threshold_momentum": 0.7,
         "routing_warmup_steps": 7,
         "router_bias_update_rate": 0.01,
         "z_loss_coef": 0.0,
         "modality_loss_weights": {"text": 2.0},
         "depth_layers": [0, 2],
         "depth_capacity": {"text": 0.5, "image": 0.25, "audio": 1.0},
-        "depth_pool": "row",
         "depth_training_routing": "threshold",
         "depth_inference_routing": "threshold",
         "auxiliary_routers": True,
@@ -481,7 +481,7 @@ def test_every_field_survives_saving(tmp_path):
     }
     # which other fields forbid
     pool = {"num_experts": 2, "training_routing": "token_choice"}
-    alone = {"cover_all_tokens": {}, "balance_bias_by_modality": pool}
+    alone = {"balance_bias_by_modality": pool}
     own = {field.name for field in fields(MomaConfig) if field.name in MomaConfig.__annotations__}
     assert own <= {*changed, *alone}, f"add {own - set(changed)} to this test"
     MomaConfig(**changed).save_pretrained(tmp_path)

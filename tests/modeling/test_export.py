@@ -20,7 +20,6 @@ LAYOUTS = {
     "dense": {"num_experts": 1},
     **{name: GROUPS[name] for name in ("1t1i", "8x", "4t4i")},
     "untied": {**GROUPS["4t4i"], "untied_attention": True},
-    "covered": {**GROUPS["4t4i"], "cover_all_tokens": True},
     # as `upcycle(keep_seed=True)` makes it
     "kept seed": {
         "num_experts": {"text": 1, "image": 4},

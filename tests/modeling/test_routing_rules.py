@@ -92,16 +92,13 @@ def test_depth_layers_follow_the_form_that_a_rule_brings(first_experts):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "field, value", [("num_experts_per_tok", 2), ("cover_all_tokens", True), ("normalize_gates", True)]
-)
+@pytest.mark.parametrize("field, value", [("num_experts_per_tok", 2), ("normalize_gates", True)])
 def test_fields_that_change_no_weight_are_read_in_every_forward(field, value):
-    routing = "threshold" if field == "cover_all_tokens" else "token_choice"
     model, ids = tiny_model(**GROUPS["4t4i"], num_experts_per_tok=1).eval(), mixed_ids(4, 16)
     setattr(model.config, field, value)
     wanted = MomaForCausalLM(MomaConfig.from_dict(model.config.to_dict())).eval()
     wanted.load_state_dict(model.state_dict())
-    assert torch.equal(model(ids, routing=routing).logits, wanted(ids, routing=routing).logits)
+    assert torch.equal(model(ids, routing="token_choice").logits, wanted(ids, routing="token_choice").logits)
 
 
 @pytest.mark.parametrize(

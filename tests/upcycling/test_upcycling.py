@@ -176,7 +176,7 @@ def test_fields_that_no_configuration_has_are_refused():
     with pytest.raises(ValueError, match=r"`fields` = .*a MomaConfig has no \['norm_placment'\]"):
         upcycle(seed, norm_placment="pre")
     # of every configuration of Transformers, and of depth layers that the seed does not have
-    assert upcycled_config(seed.config, use_cache=False, depth_pool="row").depth_pool == "row"
+    assert upcycled_config(seed.config, use_cache=False, depth_capacity=0.5).depth_capacity == 0.5
 
 
 def test_bad_arguments_are_refused():
