@@ -125,10 +125,17 @@ class MomaDepthRouter(MomaRouterBase):
 class DepthSelection:
     """Which tokens a depth layer processes: from the scores that a rule chooses by to where they lie in the layer.
 
+    Args:
+        router ([`MomaDepthRouter`]):
+            that gave the scores.
+        context ([`RoutingContext`]):
+            of the batch.
+        hidden_BTD (`torch.Tensor`):
+            the residual stream.
+        scores_BT (`torch.Tensor`):
+            what a rule chooses by; they also scale the layer's update, in fp32.
+
     Attributes:
-        router, context, hidden_BTD, scores_BT:
-            what a rule reads: the [`MomaDepthRouter`], the [`RoutingContext`], the residual stream `[B, T, D]`, and
-            scores, which also scale the layer's update, fp32, `[B, T]`.
         best_BT:
             the top K of each pool, `[B, T]`: known in training and to rules that are not causal.
         chosen_BT:
