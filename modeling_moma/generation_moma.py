@@ -9,24 +9,23 @@ Shape suffixes: B rows, T positions, V vocabulary.
 """
 
 import copy
-import math
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.generation import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.utils import GenerateOutput
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .compat_moma import GenerationCompat
 from .configuration_moma import MomaConfig
 from .cpu_moma import is_on_cpu
 from .errors_moma import InputError
@@ -65,8 +64,8 @@ class FrameLogitsProcessor(LogitsProcessor):
         """Return the scores of what may come next, given how many codes `[B]` of each modality's frame are written."""
         # copied in the first step alone
         self.banned_SV = self.banned_SV.to(scores.device)
-        state_B = sum((count_B >= 0).long() * index for index, count_B in enumerate(counts, start=1))
-        banned_BV = self.banned_SV.index_select(0, state_B)  # pyright: ignore[reportArgumentType]
+        is_open_BS = torch.stack(counts, dim=1) >= 0
+        banned_BV = self.banned_SV[is_open_BS.any(dim=1) * (is_open_BS.int().argmax(dim=1) + 1)]
         is_last_place = input_ids.shape[1] + 1 >= self.max_length
         frames = list(self.frames.values())
         for frame, count_B in zip(frames, counts):
@@ -188,8 +187,8 @@ def _all_codes(config: MomaConfig) -> torch.Tensor:
     return in_ranges(torch.arange(config.vocab_size), ranges)
 
 
-# new tokens that the stock loop generates by default
-STOCK_NEW_TOKENS = 20
+# new tokens of the stock loop where no length is given
+DEFAULT_NEW_TOKENS = 20
 # what a model's own configuration says against repeated words means no codes, many of which are alike
 OF_WORDS = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 # options that say how tokens are chosen: whoever gives one of them has a way of their own
@@ -197,14 +196,18 @@ CHOOSING = frozenset(
     {"do_sample", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
     | {"num_beams", "guidance_scale", "penalty_alpha", "constraints", "force_words_ids"}
 )
-# of drafted tokens, and of routing, which the unconditional branch of the stock guidance does not follow or get
-DRAFTING = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
-ROUTING = ("routing", "depth_routing")
-# options that say how much is generated; the stock loop heeds the second where the first is nowhere
-LENGTHS = ("max_new_tokens", "max_length")
+# drafted tokens and routing, which the unconditional branch of the stock guidance does not follow or get
+UNGUIDED = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit", "routing", "depth_routing")
 
 
-class MomaGenerationMixin(GenerationCompat):
+if TYPE_CHECKING:
+    # every model that has the mixin is a PreTrainedModel, which type checkers cannot know
+    class _StockGeneration(PreTrainedModel, GenerationMixin): ...
+else:
+    _StockGeneration = GenerationMixin
+
+
+class MomaGenerationMixin(_StockGeneration):
     """Adds `generation_mode` to the stock `generate`, and reads the codes out of what it generated."""
 
     config: MomaConfig
@@ -267,50 +270,99 @@ class MomaGenerationMixin(GenerationCompat):
                 a cache; guidance together with `routing`, or with a decoding strategy whose unconditional branch
                 would go wrong; `prefill_chunk_size` together with `inputs_embeds`.
         """
-        mode = self._option("generation_mode", generation_config, {"generation_mode": generation_mode})
-        mode = TEXT if mode is None else mode
-        self._check_mode(mode)
+        options = self._options(generation_config, kwargs)
+        frames = self.config.frames
+        mode = generation_mode or options.get("generation_mode") or TEXT
+        modes = (TEXT, INTERLEAVED, *frames) if frames else (TEXT,)
+        if mode not in modes:
+            raise InputError(f"`generation_mode` must be one of {modes}, of `config.frames`, got {mode!r}.")
+        if options.get("cache_implementation") == "paged":
+            raise InputError(
+                "`cache_implementation` is 'paged': continuous batching heeds no `generation_mode`, `attention_mask` "
+                "or `logits_processor`. Call `generate_batch` with lists of ids, without padding."
+            )
         if mode == IMAGE and generation_config is None and CHOOSING.isdisjoint(kwargs):
             own = own_image_sampling(self.generation_config)
             # a guidance that nobody asked for is no reason to refuse what does not go with it
-            is_unguided = any(kwargs.get(name) is not None for name in (*DRAFTING, *ROUTING))
-            kwargs |= {name: value for name, value in own.items() if name != "guidance_scale" or not is_unguided}
-        own_rule = self.config.training_routing if self.training else self.config.inference_routing
-        rule = RULES.get(kwargs.get("routing") or own_rule)
-        if rule is not None and not rule.is_causal:
-            advice = "Leave out `routing`." if kwargs.get("routing") else "Call `model.eval()` first."
-            logger.warning_once(
-                f"`generate` routes by {rule.name!r}, whose experts choose among the tokens of a step: each new token "
-                f"meets more of them than in training. {advice}"
-            )
+            if any(options.get(name) is not None for name in UNGUIDED):
+                own.pop("guidance_scale", None)
+            kwargs, options = kwargs | own, options | own
+        self._warn_of_routing(kwargs.get("routing"))
         processors = LogitsProcessorList(logits_processor or [])
         # an assistant model is called with the processors of the model that it drafts for, which may come from
         # another copy of this module
         if any(getattr(processor, "is_moma_grammar", False) for processor in processors):
-            return self._generate(inputs, generation_config, processors, kwargs)
-        self._check_options(generation_config, kwargs)
-        prompt = self._prompt_ids(inputs, kwargs)
-        _check_prompt(prompt, self._option("pad_token_id", generation_config, kwargs), self.config, kwargs)
-        num_before = _positions_before(prompt, kwargs)
-        embeds = kwargs.get("inputs_embeds")
-        if embeds is not None and prompt.shape == embeds.shape[:2] and kwargs.get("mm_token_type_ids") is None:
+            return self._generate(inputs, generation_config, processors, kwargs, options)
+
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        if prompt is None and embeds is None:
+            prompt = inputs = torch.full((1, 1), self.config.bos_token_id or 0, device=self.device)
+        elif prompt is None:
+            prompt = torch.empty(embeds.shape[0], 0, dtype=torch.long, device=embeds.device)
+        elif embeds is not None and kwargs.get("mm_token_type_ids") is None:
             kwargs["mm_token_type_ids"] = token_modalities(self.config, prompt)
-        if self.config.modality_token_ranges:
-            generation_config = self._follow_grammar(mode, prompt, num_before, generation_config, processors, kwargs)
-            suppressed = {"caption_suppress_tokens": caption_suppress_tokens}
-            ids = _checked_tokens(self._option("caption_suppress_tokens", generation_config, suppressed), self.config)
-            # behind a cache nothing tells whether a frame stands alone
-            may_caption = bool(self.config.frames) and not num_before and prompt.shape[1] > 0
-            if ids and mode in (TEXT, INTERLEAVED) and may_caption:
-                pad_token_id = self._option("pad_token_id", generation_config, kwargs)
-                processors.append(CaptionBeginLogitsProcessor(self.config, ids, prompt.shape[1], pad_token_id))
-        if num_before:
-            width = _width(prompt, kwargs)
-            context = self._context_left(num_before + width)
-            # the stock loop counts ids alone
-            if context is not None and context < self._new_tokens(width, generation_config, kwargs):
-                generation_config = _with_new_tokens(max(context, 1), generation_config, kwargs)
-        return self._generate(inputs, generation_config, processors, kwargs)
+        width = prompt.shape[1] if embeds is None else embeds.shape[1]
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not mask.any(dim=1).all():
+            row = int((~mask.any(dim=1)).nonzero()[0])
+            raise InputError(f"`attention_mask`: row {row} is all padding; a prompt needs one token at least.")
+        num_before = self._positions_before(prompt, width, kwargs)
+
+        frame = frames.get(mode)
+        num_new = self._new_tokens(mode, prompt, num_before, width, options)
+        changes: dict[str, Any] = {"max_new_tokens": num_new, "max_length": None}
+        num_drafts = options.get("prompt_lookup_num_tokens") or 0
+        if self._context(num_before + width) < num_new + num_drafts:
+            # the stock lookup drafts beyond the last place, and changes no greedy row
+            changes["prompt_lookup_num_tokens"] = None
+        if frame is not None:
+            given = {*kwargs, *(name for name in OF_WORDS if getattr(generation_config, name, None) is not None)}
+            changes |= {name: off for name, off in OF_WORDS.items() if name not in given}
+        if frames:
+            kwargs |= self._guidance(prompt, options)
+
+        max_length = prompt.shape[1] + num_new
+        if frame is not None:
+            stop = [*_token_ids(options.get("eos_token_id")), *_token_ids(options.get("pad_token_id"))][0]
+            processors.append(OneFrameLogitsProcessor(self.config, max_length, frame, prompt.shape[1], stop))
+            if (options.get("num_beams") or 1) > 1:
+                criteria = [*(kwargs.get("stopping_criteria") or []), FrameEndCriteria(frame, prompt.shape[1])]
+                kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
+        elif mode == INTERLEAVED:
+            processors.append(FrameLogitsProcessor(self.config, max_length))
+            processors.append(FittingFrameLogitsProcessor(self.config, max_length))
+        elif self.config.modality_token_ranges:
+            processors.append(TextOnlyLogitsProcessor(self.config))
+        if caption_suppress_tokens is None:
+            caption_suppress_tokens = options.get("caption_suppress_tokens")
+        # behind a cache nothing tells whether a frame stands alone
+        if caption_suppress_tokens and frames and frame is None and prompt.shape[1] and not num_before:
+            pad_token_id = options.get("pad_token_id")
+            processors.append(
+                CaptionBeginLogitsProcessor(self.config, caption_suppress_tokens, prompt.shape[1], pad_token_id)
+            )
+        if generation_config is None:
+            return self._generate(inputs, None, processors, kwargs | changes, options)
+        # the stock method warns of options beside a configuration
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.update(**changes)
+        kwargs = {name: value for name, value in kwargs.items() if name not in changes}
+        return self._generate(inputs, generation_config, processors, kwargs, options)
+
+    def _options(self, generation_config: GenerationConfig | None, kwargs: dict) -> dict[str, Any]:
+        """Return all arguments and options, as the stock method resolves them."""
+        resolved = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
+        resolved.update(**self.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+        return {**vars(resolved), **kwargs}
+
+    def _warn_of_routing(self, routing: str | None) -> None:
+        rule = RULES.get(routing or (self.config.training_routing if self.training else self.config.inference_routing))
+        if rule is not None and not rule.is_causal:
+            advice = "Leave out `routing`." if routing else "Call `model.eval()` first."
+            logger.warning_once(
+                f"`generate` routes by {rule.name!r}, whose experts choose among the tokens of a step: each new token "
+                f"meets more of them than in training. {advice}"
+            )
 
     def _generate(
         self,
@@ -318,15 +370,15 @@ class MomaGenerationMixin(GenerationCompat):
         generation_config: GenerationConfig | None,
         processors: LogitsProcessorList,
         kwargs: dict,
+        options: dict,
     ) -> GenerateOutput | torch.Tensor:
         """Run the stock method, and pad beams after their end."""
-        output: Any = super().generate(inputs, generation_config, processors, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        option = partial(self._option, generation_config=generation_config, kwargs=kwargs)
-        pad_token_id, ends = option("pad_token_id"), option("eos_token_id")
-        ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+        stock: Any = super()
+        output = stock.generate(inputs, generation_config, processors, **kwargs)
+        pad_token_id, ends = options.get("pad_token_id"), _token_ids(options.get("eos_token_id"))
         ends += [each.end_token_id for each in kwargs.get("stopping_criteria") or () if hasattr(each, "end_token_id")]
         # the stock search takes a padding token of id 0 for none
-        if (option("num_beams") or 1) > 1 and pad_token_id is not None and ends:
+        if (options.get("num_beams") or 1) > 1 and pad_token_id is not None and ends:
             sequences_BT = output if isinstance(output, torch.Tensor) else output.sequences
             ids = kwargs.get("input_ids") if inputs is None else inputs
             new_BT = sequences_BT[:, 0 if ids is None else ids.shape[1] :]
@@ -350,12 +402,11 @@ class MomaGenerationMixin(GenerationCompat):
             ValueError: the model writes no images, an image is incomplete, or a code stands outside an image.
         """
         frame = self._frame(IMAGE)
-        codes = frame.read_codes(image_tokens, "image_tokens")
+        codes: Any = frame.read_codes(image_tokens, "image_tokens")
         count_B = (image_tokens == frame.begin).sum(dim=1)
         # the stock pipeline hands these codes alone to the processor, which could not tell the rows apart
-        codes.last_of_rows = (count_B.cumsum(0) - 1)[count_B > 0]  # pyright: ignore[reportAttributeAccessIssue]
-        # all images have one length, so this is a tensor
-        return codes  # pyright: ignore[reportReturnType]
+        codes.last_of_rows = (count_B.cumsum(0) - 1)[count_B > 0]
+        return codes
 
     def decode_modality_tokens(self, ids: torch.Tensor, modality: str) -> torch.Tensor | list[torch.Tensor]:
         """Take the codes of a modality's frames out of token ids, as its codec wants them.
@@ -386,209 +437,92 @@ class MomaGenerationMixin(GenerationCompat):
             )
         return frames[modality]
 
-    def _check_mode(self, mode: str) -> None:
-        modes = (TEXT, INTERLEAVED, *self.config.frames)
-        if mode in (IMAGE, *self.config.modality_token_ranges):
-            self._frame(mode)
-        if mode not in modes:
-            raise InputError(f"`generation_mode` must be one of {modes}, got {mode!r}.")
-        if mode == INTERLEAVED and len(modes) == 2:
-            self._frame(IMAGE)
-
-    def _check_options(self, generation_config: GenerationConfig | None, kwargs: dict) -> None:
-        if self._option("cache_implementation", generation_config, kwargs) == "paged":
+    def _positions_before(self, prompt: torch.Tensor, width: int, kwargs: dict) -> int:
+        """Return how many positions a cache holds of earlier turns whose ids are not among those of the prompt."""
+        num_seen = int(seen_positions(kwargs.get("cache", kwargs.get("past_key_values"))))
+        mask = kwargs.get("attention_mask")
+        # by its width the stock loop tells new ids from those of all turns; embeddings are always taken for all
+        if kwargs.get("inputs_embeds") is None and isinstance(mask, torch.Tensor) and mask.shape[-1] > width:
+            first_B1 = mask[:, num_seen:].long().argmax(dim=1, keepdim=True)
+            for modality, frame in self.config.frames.items():
+                is_inside_B1 = frame.is_code(prompt.gather(1, first_B1))
+                if is_inside_B1.any():
+                    raise InputError(
+                        f"`input_ids`: row {int(is_inside_B1.nonzero()[0, 0])} goes on inside a frame of "
+                        f"{modality!r} that began among the cached positions: give the ids of all turns."
+                    )
+            return num_seen
+        if num_seen >= width:
             raise InputError(
-                "`cache_implementation` is 'paged': continuous batching heeds no `generation_mode`, `attention_mask` "
-                "or `logits_processor`. Call `generate_batch` with lists of ids, without padding."
+                f"`cache` holds {num_seen} positions and the prompt has {width}, so none is left to go on from: give "
+                "the ids of all turns, or new ones alone with an `attention_mask` over the cached positions and "
+                "theirs, or `crop` the cache."
             )
-        if kwargs.get("inputs_embeds") is not None and self._option("prefill_chunk_size", generation_config, kwargs):
-            raise InputError(
-                "`prefill_chunk_size` cannot be combined with `inputs_embeds`: the stock loop cuts ids alone. Leave "
-                "one of the two out."
-            )
+        return 0
 
-    def _prompt_ids(self, inputs: torch.Tensor | None, kwargs: dict) -> torch.Tensor:
-        """Return the ids that the loop starts from: none with `inputs_embeds`, the first token without a prompt."""
-        prompt = inputs if inputs is not None else kwargs.get("input_ids")
-        embeds = kwargs.get("inputs_embeds")
-        if prompt is None and embeds is not None:
-            return torch.empty(embeds.shape[0], 0, dtype=torch.long, device=embeds.device)
-        if prompt is None:
-            return torch.full((1, 1), self.config.bos_token_id or 0, device=self.device)
-        return prompt
+    def _context(self, num_positions: int) -> float:
+        """Return the positions that are left behind a prompt: scaled rotary embeddings are made to go beyond."""
+        is_scaled = self.config.rope_parameters["rope_type"] != "default"
+        return float("inf") if is_scaled else self.config.max_position_embeddings - num_positions
 
-    def _follow_grammar(
-        self,
-        mode: str,
-        prompt: torch.Tensor,
-        num_before: int,
-        generation_config: GenerationConfig | None,
-        processors: LogitsProcessorList,
-        kwargs: dict,
-    ) -> GenerationConfig | None:
-        """Add what a mode needs to the processors and arguments, and return the generation config with its length."""
-        _check_embedded_end(prompt, self.config, kwargs)
-        if num_before:
-            _check_begins(prompt, num_before, self.config.frames, kwargs)
-        frame = self.config.frames.get(mode)
-        width = _width(prompt, kwargs)
-        is_sized = any(
-            kwargs.get(name) is not None or getattr(generation_config, name, None) is not None for name in LENGTHS
-        )
-        if is_sized or frame is None:
-            num_new = self._new_tokens(width, generation_config, kwargs)
-        else:
-            num_new = self._frame_tokens(frame, prompt, num_before + width)
-            generation_config = _with_new_tokens(num_new, generation_config, kwargs)
-        if frame is not None:
-            given = {name for name in OF_WORDS if getattr(generation_config, name, None) is not None}
-            kwargs.update({name: off for name, off in OF_WORDS.items() if name not in {*kwargs, *given}})
-        # a mode of one frame alone ends its rows by a token of the grammar
-        stop = -1 if frame is None else self._stop_token(mode, generation_config, kwargs)
-        processors += self._grammar(mode, prompt, width, num_before, num_new, stop)
-        if frame is not None and (self._option("num_beams", generation_config, kwargs) or 1) > 1:
-            criteria = [*(kwargs.get("stopping_criteria") or []), FrameEndCriteria(frame, prompt.shape[1])]
-            kwargs["stopping_criteria"] = StoppingCriteriaList(criteria)
-        if self.config.frames:
-            kwargs.update(self._guidance(prompt, generation_config, kwargs))
-        return generation_config
-
-    def _context_left(self, prompt_width: int) -> int | None:
-        """Return the positions of the context after a prompt; `None` where it has no end."""
-        # scaled rotary embeddings are made to go beyond
-        if self.config.rope_parameters["rope_type"] != "default":
-            return None
-        return self.config.max_position_embeddings - prompt_width
-
-    def _frame_tokens(self, frame: ModalityFrame, prompt: torch.Tensor, prompt_width: int) -> int:
-        """Return new tokens for one frame in each row, as the default."""
-        needed = int(frame.missing_tokens(prompt).max())
-        if frame.length is not None:
-            return needed
-        # never below what a frame needs: a prompt too long for it raises by its length
-        return max(self.config.max_position_embeddings - prompt_width, needed)
-
-    def _grammar(
-        self, mode: str, prompt: torch.Tensor, width: int, num_before: int, num_new: int, stop: int
-    ) -> list[LogitsProcessor]:
-        """Return the processors of a mode, after a check that a token, and every frame, fits."""
-        frames = self.config.frames
-        for modality, frame in frames.items():
-            open_B = frame.open_codes(prompt) >= 0
-            if mode not in (modality, INTERLEAVED) and open_B.any():
+    def _new_tokens(self, mode: str, prompt: torch.Tensor, num_before: int, width: int, options: dict) -> int:
+        """Return how many tokens the stock loop is to write, after a check that every frame fits."""
+        needed = 1
+        for modality, frame in self.config.frames.items():
+            is_open_B, missing_B = frame.open_codes(prompt) >= 0, frame.missing_tokens(prompt)
+            if mode in (modality, INTERLEAVED):
+                needed = max(needed, int((missing_B if mode == modality else missing_B * is_open_B).max()))
+            elif is_open_B.any():
                 raise InputError(
-                    f"The prompt of row {int(open_B.nonzero()[0])} ends inside a frame of {modality!r}, which "
+                    f"The prompt of row {int(is_open_B.nonzero()[0])} ends inside a frame of {modality!r}, which "
                     f"generation_mode={mode!r} cannot continue: use generation_mode={modality!r} or 'interleaved', or "
                     "end the frame."
                 )
-        prompt_width = num_before + width
-        context = self._context_left(prompt_width)
-        if context is not None and context < 1:
-            raise InputError(
-                f"A prompt of {prompt_width} positions leaves no room for a new token in `max_position_embeddings` "
-                f"({self.config.max_position_embeddings}): shorten the prompt."
-            )
-        if mode == TEXT:
-            return [TextOnlyLogitsProcessor(self.config)]
-        if num_new < 1:
-            raise InputError(
-                f"The prompt has {width} tokens, and `max_length` leaves {num_new} for new ones: give "
-                "`max_new_tokens`, or a larger `max_length`."
-            )
-        needed = 0
-        for modality, frame in frames.items():
-            missing_B = frame.missing_tokens(prompt)
-            if mode == INTERLEAVED:
-                missing_B = torch.where(frame.open_codes(prompt) >= 0, missing_B, 0)
-            if mode in (modality, INTERLEAVED):
-                needed = max(needed, int(missing_B.max()))
+        frame, limit = self.config.frames.get(mode), self.config.max_position_embeddings
+        # a number of new tokens goes before a whole length, as in the stock loop
+        if options.get("max_new_tokens") is not None:
+            num_new = options["max_new_tokens"]
+        elif options.get("max_length") is not None:
+            num_new = options["max_length"] - width
+        elif frame is None:
+            num_new = DEFAULT_NEW_TOKENS
+        else:
+            num_new = needed if frame.length is not None else max(limit - num_before - width, needed)
         if needed > num_new:
-            advice = "" if mode == INTERLEAVED else f", or leave both out with generation_mode={mode!r}"
             raise InputError(
-                f"A whole frame needs {needed} new tokens, but there is room for {num_new}: raise "
-                f"`max_new_tokens` to at least {needed} (or `max_length` to {needed + width}){advice}."
+                f"generation_mode={mode!r} needs {needed} new tokens, but there is room for {num_new}: raise "
+                f"`max_new_tokens` to at least {needed} (or `max_length` to {needed + width}), or leave both out."
             )
-        if context is not None and needed > context:
+        context = self._context(num_before + width)
+        if needed > context:
             raise InputError(
-                f"A prompt of {prompt_width} positions and a frame that needs {needed} new tokens exceed "
-                f"`max_position_embeddings` ({self.config.max_position_embeddings}): shorten the prompt."
+                f"A prompt of {num_before + width} positions leaves no room for {needed} new tokens in "
+                f"`max_position_embeddings` ({limit}): shorten the prompt."
             )
-        max_length = prompt.shape[1] + (num_new if context is None else min(num_new, context))
-        if mode == INTERLEAVED:
-            return [
-                FrameLogitsProcessor(self.config, max_length),
-                FittingFrameLogitsProcessor(self.config, max_length),
-            ]
-        return [OneFrameLogitsProcessor(self.config, max_length, frames[mode], prompt.shape[1], stop)]
+        return int(min(num_new, context))
 
-    def _option(self, name: str, generation_config: GenerationConfig | None, kwargs: dict) -> Any:
-        sources = (
-            kwargs.get(name),
-            getattr(generation_config, name, None),
-            getattr(self.generation_config, name, None),
-        )
-        return next((value for value in sources if value is not None), None)
-
-    def _new_tokens(self, prompt_width: int, generation_config: GenerationConfig | None, kwargs: dict) -> int:
-        """Return how many new tokens the stock loop has room for: a number of them goes before a whole length."""
-        for name, taken in zip(LENGTHS, (0, prompt_width)):
-            # `None` as an argument unsets what a configuration says
-            value = kwargs[name] if name in kwargs else self._option(name, generation_config, {})
-            if value is not None:
-                return value - taken
-        return STOCK_NEW_TOKENS
-
-    def _stop_token(self, mode: str, generation_config: GenerationConfig | None, kwargs: dict) -> int:
-        for name in ("eos_token_id", "pad_token_id"):
-            value = self._option(name, generation_config, kwargs)
-            value = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
-            value = next(iter(value), None) if isinstance(value, (list, tuple)) else value
-            if value is not None:
-                return int(value)
-        raise InputError(f"generation_mode={mode!r} needs an `eos_token_id` or a `pad_token_id` to end rows with.")
-
-    def _guidance(
-        self, prompt: torch.Tensor, generation_config: GenerationConfig | None, kwargs: dict
-    ) -> dict[str, torch.Tensor | None]:
+    def _guidance(self, prompt: torch.Tensor, options: dict) -> dict[str, torch.Tensor | None]:
         """Return the negative prompt of the stock guidance for each row of the loop; by default it is empty."""
-        scale = self._option("guidance_scale", generation_config, kwargs)
-        ids, mask = kwargs.get("negative_prompt_ids"), kwargs.get("negative_prompt_attention_mask")
-        if ids is None and mask is not None:
-            raise InputError(
-                "`negative_prompt_attention_mask` is given without `negative_prompt_ids`, whose mask it is."
-            )
+        scale, ids = options.get("guidance_scale"), options.get("negative_prompt_ids")
         if scale in (None, 1):
             if ids is not None:
                 logger.warning_once(
                     f"`negative_prompt_ids` change nothing at `guidance_scale` = {scale}: 5 steers away from them."
                 )
             return {}
-        if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-            raise InputError(f"`guidance_scale` = {scale!r}: needs a finite number, 1 for no guidance.")
-        for name, off in {"num_beams": 1, **dict.fromkeys(DRAFTING)}.items():
-            if self._option(name, generation_config, kwargs) not in (None, off):
+        for name in ("num_beams", *UNGUIDED):
+            if options.get(name) not in (None, 1 if name == "num_beams" else None):
                 raise InputError(
                     f"`guidance_scale` cannot be combined with `{name}`: the unconditional branch of the stock loop "
-                    "follows neither reordered beams nor drafted tokens. Use greedy decoding or sampling."
+                    "follows neither reordered beams nor drafted tokens nor a rule of routing."
                 )
-        for name in ROUTING:
-            if kwargs.get(name) is not None:
-                raise InputError(
-                    f"`guidance_scale` cannot be combined with `{name}`, which the unconditional branch of the stock "
-                    "loop does not get: set the rule in the model's configuration, as `inference_routing`."
-                )
+        if ids is None and self.config.bos_token_id is None:
+            return {}
+        mask = None if ids is None else options.get("negative_prompt_attention_mask")
         if ids is None:
-            if self.config.bos_token_id is None:
-                return {}
-            ids, mask = _unconditional_prompt(self.config.frames, prompt, self.config.bos_token_id)
-        elif ids.shape[0] != prompt.shape[0]:
-            raise InputError(
-                f"`negative_prompt_ids` has {ids.shape[0]} rows, but there are {prompt.shape[0]} prompts: each needs "
-                "one."
-            )
-        else:
-            ids, mask = _with_open_frames(self.config.frames, prompt, ids, mask)
-        copies = self._option("num_return_sequences", generation_config, kwargs) or 1
+            ids = prompt.new_full((prompt.shape[0], 1), self.config.bos_token_id)
+        ids, mask = _with_open_frames(self.config.frames, prompt, ids, mask)
+        copies = options.get("num_return_sequences") or 1
         return {
             "negative_prompt_ids": ids.repeat_interleave(copies, dim=0),
             "negative_prompt_attention_mask": None if mask is None else mask.repeat_interleave(copies, dim=0),
@@ -597,122 +531,12 @@ class MomaGenerationMixin(GenerationCompat):
 
 def own_image_sampling(generation_config: GenerationConfig | None) -> dict[str, Any]:
     """Return how a model's images are drawn where the caller does not say it."""
-    chosen = getattr(generation_config, "image_sampling", None) or {}
-    if not isinstance(chosen, dict) or not CHOOSING.issuperset(chosen):
-        raise InputError(
-            f"`generation_config.image_sampling` = {chosen!r} must hold options by which tokens are chosen, of "
-            f"{sorted(CHOOSING)}."
-        )
-    return chosen
+    return dict(getattr(generation_config, "image_sampling", None) or {})
 
 
-def _checked_tokens(ids: Any, config: MomaConfig) -> Sequence[int]:
-    """Return token ids, none for `None`, or raise where they are none of the model's."""
-    ids = [] if ids is None else ids
-    is_list = isinstance(ids, (list, tuple))
-    if not is_list or not all(type(token) is int and 0 <= token < config.vocab_size for token in ids):
-        raise InputError(f"`caption_suppress_tokens` = {ids!r} must be a list of ids below {config.vocab_size}.")
-    return ids
-
-
-def _width(prompt: torch.Tensor, kwargs: dict) -> int:
-    return prompt.shape[1] or kwargs["inputs_embeds"].shape[1]
-
-
-def _with_new_tokens(
-    num_new: int, generation_config: GenerationConfig | None, kwargs: dict
-) -> GenerationConfig | None:
-    """Let the stock loop write so many tokens; what the caller gave is left as it is."""
-    if generation_config is None or any(kwargs.get(name) is not None for name in LENGTHS):
-        kwargs["max_new_tokens"] = num_new
-        return generation_config
-    generation_config = copy.deepcopy(generation_config)
-    generation_config.max_new_tokens = num_new
-    return generation_config
-
-
-def _positions_before(prompt: torch.Tensor, kwargs: dict) -> int:
-    """Return how many positions a cache holds of earlier turns whose ids are not among those of the prompt."""
-    num_seen = int(seen_positions(kwargs.get("cache", kwargs.get("past_key_values"))))
-    embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-    width = prompt.shape[1] if embeds is None else embeds.shape[1]
-    # by its width the stock loop tells new ids from those of all turns; embeddings are always taken for all
-    if embeds is None and isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] > width:
-        return num_seen
-    if num_seen >= width:
-        raise InputError(
-            f"`cache` holds {num_seen} positions and the prompt has {width}, so none is left to go on from: give the "
-            "ids of all turns, or new ones alone with an `attention_mask` over the cached positions and theirs, or "
-            "`crop` the cache."
-        )
-    return 0
-
-
-def _check_prompt(prompt: torch.Tensor, pad_token_id: int | None, config: MomaConfig, kwargs: dict) -> None:
-    if not isinstance(prompt, torch.Tensor):
-        kind = type(prompt).__name__
-        raise InputError(f"`input_ids` is a {kind}: give a tensor of shape (batch_size, sequence_length).")
-    if prompt.ndim != 2:
-        raise InputError(f"`input_ids` must have two dimensions, rows and positions, got shape {tuple(prompt.shape)}.")
-    if prompt.shape[0] == 0 or (prompt.shape[1] == 0 and kwargs.get("inputs_embeds") is None):
-        raise InputError(
-            f"`input_ids` is empty, its shape is {tuple(prompt.shape)}: a prompt needs one token at least, such as "
-            "the beginning token."
-        )
-    mask = kwargs.get("attention_mask")
-    if mask is None and prompt.shape[1] and pad_token_id not in (config.bos_token_id, config.eos_token_id):
-        # as the stock loop makes it
-        mask = prompt != pad_token_id
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-        return
-    # with a cache it covers what came before, and embeddings have a width of their own
-    may_be_wider = any(kwargs.get(name) is not None for name in ("cache", "past_key_values", "inputs_embeds"))
-    if len(mask) != len(prompt) or (not may_be_wider and mask.shape[1] != prompt.shape[1]):
-        raise InputError(
-            f"`attention_mask` has the shape {tuple(mask.shape)}, but the prompt's is {tuple(prompt.shape)}."
-        )
-    if not mask.any(dim=1).all():
-        row = int((~mask.any(dim=1)).nonzero()[0])
-        raise InputError(f"`attention_mask`: row {row} is all padding; a prompt needs one token at least.")
-
-
-def _check_begins(prompt: torch.Tensor, num_before: int, frames: dict[str, ModalityFrame], kwargs: dict) -> None:
-    """Raise at rows that go on with a code: the ids that the cache has seen, and the frame's begin, are not here."""
-    first_B1 = kwargs["attention_mask"][:, num_before:].long().argmax(dim=1, keepdim=True)
-    for modality, frame in frames.items():
-        is_inside_B = frame.is_code(prompt.gather(1, first_B1)).squeeze(1)
-        if is_inside_B.any():
-            raise InputError(
-                f"`input_ids`: row {int(is_inside_B.nonzero()[0])} goes on inside a frame of {modality!r} that began "
-                "among the cached positions: give the ids of all turns with the `cache`."
-            )
-
-
-def _check_embedded_end(prompt: torch.Tensor, config: MomaConfig, kwargs: dict) -> None:
-    """Raise at rows of embeddings that end with a code: without their ids nothing tells how the frame goes on."""
-    types = kwargs.get("mm_token_type_ids")
-    if prompt.shape[1] or types is None:
-        return
-    for index, modality in enumerate(config.modalities):
-        is_inside_B = types[:, -1] == index
-        if modality in config.frames and is_inside_B.any():
-            raise InputError(
-                f"`inputs_embeds`: by `mm_token_type_ids` row {int(is_inside_B.nonzero()[0])} ends inside a frame of "
-                f"{modality!r}, which cannot be continued without the codes: give `input_ids` beside the embeddings."
-            )
-
-
-def _unconditional_prompt(
-    frames: dict[str, ModalityFrame], prompt: torch.Tensor, bos_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the beginning token, and what each prompt already holds of an open frame; padded on the left."""
-    open_B = open_frame_codes(frames, prompt)
-    width = prompt.shape[1] + 1
-    start_B = torch.where(open_B >= 0, width - 2 - open_B, width - 1)
-    ids = nn.functional.pad(prompt, (1, 0)).scatter(1, start_B[:, None], bos_token_id)
-    mask = (torch.arange(width, device=prompt.device) >= start_B[:, None]).long()
-    first = int(start_B.min())
-    return ids[:, first:], mask[:, first:]
+def _token_ids(value: Any) -> list[int]:
+    """Return the ids of an option that is one, several or none of them."""
+    return [] if value is None else torch.as_tensor(value).flatten().tolist()
 
 
 def _with_open_frames(
