@@ -263,19 +263,17 @@ class MomaGenerationMixin(_StockGeneration):
             `config.max_position_embeddings`, whatever length is asked for.
 
         Raises:
-            ValueError: an unknown mode; a suppressed token that is none; an `image_sampling` of other options; an
-                empty, all-padding or too long prompt; a cache that holds all of it; a paged cache; a modality that the
-                configuration has no frame for; too few tokens for a frame; a prompt that ends inside a frame of a
-                modality that the mode does not write, or in embeddings without ids, or that begins inside one, behind
-                a cache; guidance together with `routing`, or with a decoding strategy whose unconditional branch
-                would go wrong; `prefill_chunk_size` together with `inputs_embeds`.
+            ValueError: a mode of no frame; a prompt that its `attention_mask` hides or does not fit; a too long one;
+                a cache that holds all of it; a paged cache; too few tokens for a frame; a prompt that ends inside a
+                frame of a modality that the mode does not write, or that begins inside one, behind a cache; guidance
+                together with `routing`, or with a decoding strategy whose unconditional branch would go wrong.
         """
         options = self._options(generation_config, kwargs)
         frames = self.config.frames
         mode = generation_mode or options.get("generation_mode") or TEXT
         modes = (TEXT, INTERLEAVED, *frames) if frames else (TEXT,)
         if mode not in modes:
-            raise InputError(f"`generation_mode` must be one of {modes}, of `config.frames`, got {mode!r}.")
+            raise InputError(f"`generation_mode` must be one of {modes}, got {mode!r}.")
         if options.get("cache_implementation") == "paged":
             raise InputError(
                 "`cache_implementation` is 'paged': continuous batching heeds no `generation_mode`, `attention_mask` "
@@ -296,10 +294,10 @@ class MomaGenerationMixin(_StockGeneration):
 
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-        if prompt is None and embeds is None:
-            prompt = inputs = torch.full((1, 1), self.config.bos_token_id or 0, device=self.device)
-        elif prompt is None:
+        if prompt is None and embeds is not None:
             prompt = torch.empty(embeds.shape[0], 0, dtype=torch.long, device=embeds.device)
+        elif prompt is None:
+            prompt = inputs = torch.full((1, 1), self.config.bos_token_id or 0, device=self.device)
         elif embeds is not None and kwargs.get("mm_token_type_ids") is None:
             kwargs["mm_token_type_ids"] = token_modalities(self.config, prompt)
         width = prompt.shape[1] if embeds is None else embeds.shape[1]
@@ -442,7 +440,11 @@ class MomaGenerationMixin(_StockGeneration):
         num_seen = int(seen_positions(kwargs.get("cache", kwargs.get("past_key_values"))))
         mask = kwargs.get("attention_mask")
         # by its width the stock loop tells new ids from those of all turns; embeddings are always taken for all
-        if kwargs.get("inputs_embeds") is None and isinstance(mask, torch.Tensor) and mask.shape[-1] > width:
+        if kwargs.get("inputs_embeds") is None and isinstance(mask, torch.Tensor) and mask.shape[-1] != width:
+            if mask.shape != (len(prompt), num_seen + width):
+                raise InputError(
+                    f"`attention_mask` has the shape {tuple(mask.shape)}, but the prompt's is {tuple(prompt.shape)}."
+                )
             first_B1 = mask[:, num_seen:].long().argmax(dim=1, keepdim=True)
             for modality, frame in self.config.frames.items():
                 is_inside_B1 = frame.is_code(prompt.gather(1, first_B1))
@@ -510,17 +512,18 @@ class MomaGenerationMixin(_StockGeneration):
                     f"`negative_prompt_ids` change nothing at `guidance_scale` = {scale}: 5 steers away from them."
                 )
             return {}
-        for name in ("num_beams", *UNGUIDED):
-            if options.get(name) not in (None, 1 if name == "num_beams" else None):
+        for name, off in {"num_beams": 1, **dict.fromkeys(UNGUIDED)}.items():
+            if options.get(name) not in (None, off):
                 raise InputError(
                     f"`guidance_scale` cannot be combined with `{name}`: the unconditional branch of the stock loop "
                     "follows neither reordered beams nor drafted tokens nor a rule of routing."
                 )
-        if ids is None and self.config.bos_token_id is None:
-            return {}
-        mask = None if ids is None else options.get("negative_prompt_attention_mask")
+        mask = options.get("negative_prompt_attention_mask")
         if ids is None:
-            ids = prompt.new_full((prompt.shape[0], 1), self.config.bos_token_id)
+            begin = self.config.bos_token_id
+            if begin is None:
+                return {}
+            ids, mask = prompt.new_full((prompt.shape[0], 1), begin), None
         ids, mask = _with_open_frames(self.config.frames, prompt, ids, mask)
         copies = options.get("num_return_sequences") or 1
         return {

@@ -155,7 +155,7 @@ def test_truncated_image_ends_with_a_message_and_no_traceback(model_folder, imag
         (["--image", "missing.png"], "missing.png"),
         (["--image", "http://127.0.0.1:1/x.png"], "Connection refused"),
         (["--image", "http://[::1/"], "images: 'http://[::1/' cannot be fetched"),
-        (["--prompt", "apple " * 3000, "--mode", "text"], "leaves no room for a new token"),
+        (["--prompt", "apple " * 3000, "--mode", "text"], "leaves no room for 1 new token"),
         (["--prompt", "a \udcff"], r"--prompt 'a \udcff': it is no text in UTF-8 (character 2)"),
         (["--prompt", "a", "--temperature", "1e-310"], "--temperature 1e-310: it is below 1e-06"),
         (["--prompt", "a", "--mode", "text", "--top-k", "5"], "--top-k 5: nothing is sampled here"),

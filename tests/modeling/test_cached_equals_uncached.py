@@ -143,12 +143,6 @@ def test_chunked_prefill_equals_uncached_greedy(model):
     assert torch.equal(chunked, generate(model, inputs, do_sample=False, use_cache=False))
 
 
-def test_chunked_prefill_of_embeddings_is_refused(model):
-    embeds = model.get_input_embeddings()(batch(ROWS[:1])["input_ids"])
-    with pytest.raises(ValueError, match="`prefill_chunk_size` cannot be combined with `inputs_embeds`"):
-        model.generate(inputs_embeds=embeds, max_new_tokens=2, prefill_chunk_size=4)
-
-
 def test_static_cache_equals_uncached_greedy(model):
     inputs = batch(ROWS)
     static = generate(model, inputs, do_sample=False, cache_implementation="static")

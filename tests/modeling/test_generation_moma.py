@@ -106,14 +106,6 @@ def test_suppressed_tokens_mean_nothing_to_a_model_without_frames():
     assert torch.equal(plain.generate(**call, caption_suppress_tokens=[EOS]), plain.generate(**call))
 
 
-def test_lists_in_place_of_tensors_are_named(model):
-    ids = TEXTS["input_ids"].tolist()
-    with pytest.raises(InputError, match="`input_ids` is a list: give a tensor"):
-        model.generate(ids, max_new_tokens=2)
-    with pytest.raises(InputError, match=r"`image_tokens` must be a tensor of two dimensions, got a list"):
-        model.decode_image_tokens(ids)
-
-
 @pytest.mark.parametrize("ends", [torch.tensor(EOS), torch.tensor([EOS, 31]), [EOS]], ids=str)
 def test_an_image_ends_with_the_first_of_its_end_tokens(model, ends):
     call = {**STATES, "generation_mode": "image", "do_sample": False}
@@ -122,8 +114,8 @@ def test_an_image_ends_with_the_first_of_its_end_tokens(model, ends):
 
 
 def test_an_empty_list_of_end_tokens_leaves_the_padding(model):
-    expected = model._stop_token("image", None, {"eos_token_id": [], "pad_token_id": PAD})
-    assert expected == PAD
+    call = {**STATES, "generation_mode": "image", "do_sample": False}
+    assert torch.equal(model.generate(**call, eos_token_id=[]), model.generate(**call, eos_token_id=PAD))
 
 
 @pytest.mark.parametrize("mode", ["text", "interleaved"])
@@ -158,12 +150,6 @@ def test_captions_of_a_padded_batch_begin_as_those_of_rows_alone(model):
     for row, token in enumerate(together):
         alone = {name: values[row : row + 1] for name, values in CAPTIONED.items()}
         assert model.generate(**alone, **call)[0, -1] == token
-
-
-@pytest.mark.parametrize("ids", ["tags", 2, [2, "tags"], [160], [-1]])
-def test_suppressed_tokens_that_are_none_are_refused(model, ids):
-    with pytest.raises(InputError, match="`caption_suppress_tokens` = .* must be a list of ids below 160"):
-        model.generate(**TEXTS, caption_suppress_tokens=ids)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
@@ -325,7 +311,7 @@ def test_too_few_new_tokens_raise_with_the_numbers(model):
 @pytest.mark.parametrize("mode", ["image", "interleaved"])
 def test_a_length_that_the_prompt_has_reached_is_named(model, mode):
     for max_length in (3, 5):
-        with pytest.raises(InputError, match=f"prompt has 5 tokens, and `max_length` leaves {max_length - 5} for new"):
+        with pytest.raises(InputError, match=f"new tokens, but there is room for {max_length - 5}"):
             model.generate(torch.full((1, 5), BOS), generation_mode=mode, max_length=max_length)
 
 
@@ -366,7 +352,9 @@ def test_a_configured_number_of_new_tokens_goes_before_a_length(is_given, mode):
 
 
 def test_image_beyond_the_context_raises_before_generating(model):
-    with pytest.raises(ValueError, match=r"A prompt of 90 positions .* needs 8 new tokens .*max_position_embeddings"):
+    with pytest.raises(
+        ValueError, match=r"A prompt of 90 positions leaves no room for 8 new tokens .*max_position_embeddings"
+    ):
         model.generate(torch.full((1, 90), 30), generation_mode="image")
 
 
@@ -411,7 +399,7 @@ def test_guidance_mixes_with_the_branch_of_the_beginning_token_and_the_image(mod
             assert int(mixed[START:STOP].argmax()) + START == int(row[place])
 
 
-def test_negative_prompt_steers_and_needs_a_row_for_each_prompt(model):
+def test_negative_prompt_steers(model):
     call = {**TEXTS, "generation_mode": "image", "do_sample": False, "guidance_scale": 4.0}
     default = model.generate(**call)
     negative = batch([BOS, 50, 51, 52], [BOS, 60])
@@ -422,8 +410,6 @@ def test_negative_prompt_steers_and_needs_a_row_for_each_prompt(model):
     steered = model.generate(**call, **arguments)
     assert_grammar(steered)
     assert not torch.equal(default, steered)
-    with pytest.raises(ValueError, match="`negative_prompt_ids` has 1 rows, but there are 2 prompts"):
-        model.generate(**call, negative_prompt_ids=torch.tensor([[BOS]]))
 
 
 def test_negative_prompts_that_nothing_heeds_are_told(model, caplog):
@@ -433,8 +419,6 @@ def test_negative_prompts_that_nothing_heeds_are_told(model, caplog):
     steered = model.generate(**call, negative_prompt_ids=negative["input_ids"])
     assert "`negative_prompt_ids` change nothing at `guidance_scale` = None" in caplog.text
     assert torch.equal(steered, model.generate(**call))
-    with pytest.raises(ValueError, match="`negative_prompt_attention_mask` is given without `negative_prompt_ids`"):
-        model.generate(**call, guidance_scale=4.0, negative_prompt_attention_mask=negative["attention_mask"])
 
 
 def test_penalties_of_words_in_the_models_own_configuration_touch_no_image(model):
@@ -538,21 +522,12 @@ def test_bad_calls_raise_by_name(model):
     ids = torch.tensor([[BOS, 20]])
     with pytest.raises(ValueError, match="`generation_mode` must be one of .* got 'video'"):
         model.generate(ids, generation_mode="video")
-    with pytest.raises(ValueError, match=r"`input_ids` is empty, its shape is \(2, 0\)"):
-        model.generate(torch.empty(2, 0, dtype=torch.long), generation_mode="image")
-    for shape in ((2, 2), (1, 1), (1, 3)):
-        with pytest.raises(
-            ValueError, match=rf"`attention_mask` has the shape \({shape[0]}, {shape[1]}\), but the prompt"
-        ):
+    for shape, name in (((2, 2), "position_ids"), ((1, 1), "attention_mask"), ((1, 3), "attention_mask")):
+        with pytest.raises(ValueError, match=rf"`{name}` has the shape \({shape[0]}, {shape[1]}\), but "):
             model.generate(ids, attention_mask=torch.ones(shape, dtype=torch.long), generation_mode="image")
-    for scale in (float("nan"), float("inf"), "3"):
-        with pytest.raises(ValueError, match=f"`guidance_scale` = '?{scale}'?: needs a finite number"):
-            model.generate(ids, guidance_scale=scale, generation_mode="image")
     with pytest.raises(ValueError, match="row 1 is all padding"):
         mask = torch.tensor([[1, 1], [0, 0]])
         model.generate(ids.repeat(2, 1), attention_mask=mask, generation_mode="image")
-    with pytest.raises(ValueError, match="row 1 is all padding"):
-        model.generate(torch.tensor([[BOS, 20], [PAD, PAD]]), generation_mode="image")
     with pytest.raises(ValueError, match="row 0 ends inside a frame of 'image'"):
         model.generate(torch.tensor([[BOS, BEGIN, 110]]), generation_mode="text")
     with pytest.raises(ValueError, match="`cache_implementation` is 'paged': continuous batching heeds no"):
@@ -565,17 +540,8 @@ def test_text_only_model_generates_text_and_refuses_images():
     model = MomaForCausalLM(make_config(**fields, begin_image_token_id=None, end_image_token_id=None)).eval()
     assert model.generate(torch.tensor([[BOS, 20]]), max_new_tokens=3).shape[1] <= 5
     for mode in ("image", "interleaved"):
-        with pytest.raises(ValueError, match="The configuration has no frame for 'image'"):
+        with pytest.raises(ValueError, match="`generation_mode` must be one of \\('text',\\), got '"):
             model.generate(torch.tensor([[BOS, 20]]), generation_mode=mode)
-
-
-@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
-def test_embeddings_that_end_within_an_image_need_their_ids(model, mode):
-    embeds, types = model.get_input_embeddings()(torch.tensor([[BOS, 20, 21]])), torch.tensor([[0, 1, 1]])
-    with pytest.raises(ValueError, match="row 0 ends inside a frame of 'image'.*give `input_ids`"):
-        model.generate(inputs_embeds=embeds, mm_token_type_ids=types, generation_mode=mode)
-    types[:, -1] = 0
-    model.generate(inputs_embeds=embeds, mm_token_type_ids=types, max_new_tokens=1)
 
 
 def test_embedded_prompts_get_whole_images(model):
@@ -702,7 +668,7 @@ def test_an_image_after_a_cached_turn_must_fit():
     model = MomaForCausalLM(make_config(max_position_embeddings=40)).eval()
     _, cache = cached_turn(model, 31)
     mask = torch.ones(1, 33, dtype=torch.long)
-    with pytest.raises(InputError, match="A prompt of 33 positions and a frame that needs"):
+    with pytest.raises(InputError, match="A prompt of 33 positions leaves no room for 8 new"):
         model.generate(torch.tensor([[20, 21]]), attention_mask=mask, cache=cache, generation_mode="image")
 
 
@@ -744,14 +710,6 @@ def test_a_way_to_draw_brings_its_guidance_only_where_that_goes(model, monkeypat
     assert torch.equal(draw(routing=None), draw(**own, guidance_scale=3.0))
     with pytest.raises(InputError, match="guidance_scale. cannot be combined with .routing"):
         draw(**own, guidance_scale=3.0, routing="threshold")
-
-
-@pytest.mark.parametrize("own", [{"max_new_tokens": 3}, ["do_sample"], 0.7])
-def test_a_way_to_draw_that_is_none_is_named(model, monkeypatch, own):
-    monkeypatch.setattr(model.generation_config, "image_sampling", own, raising=False)
-    with pytest.raises(InputError, match="generation_config.image_sampling. = .* must hold options by which"):
-        model.generate(**STATES, generation_mode="image")
-    model.generate(**STATES, generation_mode="image", do_sample=False)
 
 
 def test_own_options_of_generation_are_saved_with_the_model(model, tmp_path):
