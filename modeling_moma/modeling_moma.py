@@ -384,12 +384,13 @@ class MomaMLP(nn.Module):
 
     pad_empty_input = False
 
-    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str):
+    def __init__(self, config: MomaConfig, intermediate_size: int | None = None):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.act_fn = ACT2FN[hidden_act]
+        intermediate_size = config.intermediate_size if intermediate_size is None else intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Map `[..., D]` to `[..., D]`."""
@@ -416,12 +417,12 @@ class MomaExpertGroup(nn.Module):
         self.num_experts = config.group_num_experts(group)
         self.needs_gate = config.gate_after_norm
         if self.num_experts == 1:
-            self.mlp = MomaMLP(config.hidden_size, config.group_intermediate_size(group), config.hidden_act)
+            self.mlp = MomaMLP(config, config.group_intermediate_size(group))
         else:
             self.router = MomaRouter(config, group)
             self.experts = MomaExperts(config, group)
         shared_size = config.group_shared_intermediate_size(group)
-        self.shared_expert = MomaMLP(config.hidden_size, shared_size, config.hidden_act) if shared_size else None
+        self.shared_expert = MomaMLP(config, shared_size) if shared_size else None
 
     def forward(self, x_ND: torch.Tensor, context: RoutingContext) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the group, also on zero tokens: its weights take part in every step on every rank."""
@@ -468,7 +469,7 @@ class MomaFeedForward(nn.Module):
         super().__init__()
         self.groups = nn.ModuleDict({group: MomaExpertGroup(config, group) for group in config.expert_groups})
         shared_size = config.common_shared_intermediate_size
-        self.shared_expert = MomaMLP(config.hidden_size, shared_size, config.hidden_act) if shared_size else None
+        self.shared_expert = MomaMLP(config, shared_size) if shared_size else None
         self.needs_gate = config.gate_after_norm
 
     def forward(
@@ -692,17 +693,6 @@ class MomaPreTrainedModel(PreTrainedModel):
         super().save_pretrained(*args, **kwargs)
         if kwargs.get("is_main_process", args[1] if len(args) > 1 else True):
             finish_saving(args[0] if args else kwargs["save_directory"])
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """See `PreTrainedModel.resize_token_embeddings`; warns where an id that the model knows has no row left."""
-        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        try:
-            self.config.validate_fields()
-        except ValueError as error:
-            logger.warning(
-                f"`resize_token_embeddings`: {error} The model cannot be saved, nor write images, like this."
-            )
-        return embeddings
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """See `PreTrainedModel.get_correct_experts_implementation`; `"moma"` where none is asked for."""

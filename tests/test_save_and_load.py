@@ -215,12 +215,11 @@ def test_what_was_saved_last_is_loaded_whatever_the_number_of_files(model, tmp_p
     assert len({path.stat().st_mode for path in tmp_path.iterdir() if path.is_file()}) == 1
 
 
-def test_embeddings_below_the_ids_of_the_grammar_are_told_at_once(model, tmp_path, caplog):
+def test_embeddings_below_the_ids_of_the_grammar_cannot_be_saved(model, tmp_path):
     resized = copy.deepcopy(model)
     resized.resize_token_embeddings(model.config.vocab_size + 3)
-    assert resized.config.vocab_size == model.config.vocab_size + 3 and "cannot be saved" not in caplog.text
+    assert resized.config.vocab_size == model.config.vocab_size + 3
     resized.resize_token_embeddings(20)
-    assert "vocab_size (20)" in caplog.text and "cannot be saved" in caplog.text
     with pytest.raises((ValueError, StrictDataclassError), match="vocab_size"):
         resized.save_pretrained(tmp_path)
 
