@@ -493,7 +493,7 @@ class MomaGenerationMixin(_StockGeneration):
         if needed > num_new:
             raise InputError(
                 f"generation_mode={mode!r} needs {needed} new tokens, but there is room for {num_new}: raise "
-                f"`max_new_tokens` to at least {needed} (or `max_length` to {needed + width}), or leave both out."
+                f"`max_new_tokens` to at least {needed} (or `max_length` to {needed + width})."
             )
         context = self._context(num_before + width)
         if needed > context:
