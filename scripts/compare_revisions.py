@@ -25,8 +25,8 @@ from modeling_moma.labelling.labeler import open_labeler
 ROOT = Path(__file__).resolve().parents[1]
 RELEASED = ("moma-icons", "moma-emoji")
 RULES = ("expert_choice", "threshold", "token_choice")
-# JSON fields that name the writer's version
-VERSIONS = ("transformers_version",)
+# JSON fields that name the writer's version, or that a later one dropped
+UNCOMPARED = ("transformers_version", "cover_all_tokens", "depth_pool", "depth_threshold_momentum")
 
 
 def random_fields(seed: int) -> dict:
@@ -126,12 +126,21 @@ def write(output: Path, models: Path | None):
 def content(path: Path):
     if path.suffix != ".json":
         return path.read_bytes()
-    return {key: value for key, value in json.loads(path.read_text()).items() if key not in VERSIONS}
+    return {key: value for key, value in json.loads(path.read_text()).items() if key not in UNCOMPARED}
+
+
+def difference(one: torch.Tensor, other: torch.Tensor | None) -> str:
+    """Tell by how much an output differs; nothing where both are equal."""
+    if other is None or one.shape != other.shape:
+        return "missing, or of another shape"
+    if torch.equal(one, other):
+        return ""
+    return f"{(one.double() - other.double()).abs().max() / one.double().abs().max():.1e} of the largest"
 
 
 def compare(one: Path, other: Path) -> int:
     first, second = (load_file(folder / "outputs.safetensors") for folder in (one, other))
-    differing = [name for name in first if name not in second or not torch.equal(first[name], second[name])]
+    differing = [f"{name}: {told}" for name in first if (told := difference(first[name], second.get(name)))]
     files = [sorted(path.relative_to(folder) for path in folder.rglob("models/**/*.*")) for folder in (one, other)]
     # the code that goes along is the revision's own
     files = [[path for path in paths if path.suffix != ".py"] for paths in files]
