@@ -10,15 +10,15 @@ device, another type, gradients, a compiler), so that models may be moved, train
 Shape suffixes:
     B rows, H heads, G key heads, S stored tokens or keys, T new tokens, d head size; N rows, I inputs, O outputs of a
     linear layer; P (token, expert) pairs, expert by expert, K pairs of one expert, D hidden size, E experts of the
-    group, F inner width of one expert, W = 2 * F, flat for what lies expert by expert, each one's `[W, K]`;
-    R positions and heads of packed documents, M places of all their tiles, Z tiles of a group, P places of a tile.
+    group, F inner width of one expert, W = 2 * F; R positions and heads of packed documents, M places of all their
+    tiles, Z tiles of a group, P places of a tile.
 """
 
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,46 +28,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_moma import MomaConfig
+from .devices_moma import are_plain, gradients_again, is_on_cpu, is_transformed, matmul_dtype
 
 
 # the best instructions that oneDNN, which multiplies in half precision, may use
 _MAX_ISA = "ONEDNN_MAX_CPU_ISA"
 _HALVES = (torch.bfloat16, torch.float16)
-_CPU = ("cpu",)
-
-# each class of layers that has a form for CPUs, and that form
-CPU_LAYERS: dict[type[nn.Module], type[nn.Module]] = {}
-Class = type[nn.Module]
-
-
-def cpu_form_of(plain: Class) -> Callable[[Class], Class]:
-    """Enter a subclass with the same state as the form of a class that [`use_cpu_layers`] puts in its place."""
-
-    def enter(form: Class) -> Class:
-        CPU_LAYERS[plain] = form
-        return form
-
-    return enter
-
-
-def use_cpu_layers(model: nn.Module, enabled: bool = True):
-    """Exchange the classes of a model's layers for their forms for CPUs, in place, or give them their own back.
-
-    Layers of any other class, subclasses included, stay as they are. A second call changes nothing.
-    """
-    classes = CPU_LAYERS if enabled else {form: plain for plain, form in CPU_LAYERS.items()}
-    for module in model.modules():
-        form = classes.get(type(module))
-        if form is not None:
-            # the package `kernels` binds a layer's own forward to it where it puts in no other
-            if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
-                del module.forward
-            module.__class__ = form
-
-
-def is_on_cpu(tensor: torch.Tensor) -> bool:
-    """Return whether `tensor.tolist()` costs no device sync."""
-    return tensor.device.type in _CPU
 
 
 @cache
@@ -82,14 +48,6 @@ def multiplies_with(name: str) -> bool:
     max_isa = os.environ.get(_MAX_ISA, "AMX").upper()
     is_kept = name.startswith("amx") and max_isa != "DEFAULT" and "AMX" not in max_isa
     return has_instructions(name) and not is_kept
-
-
-def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
-    """Return the type in which a matmul with a weight is computed, autocast or not."""
-    device_type = weight.device.type
-    # autocast raises at the type of tensors without data
-    is_cast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if is_cast else weight.dtype
 
 
 def _is_inference() -> bool:
@@ -109,7 +67,6 @@ def wants_weights_left(num_rows: int) -> bool:
     return _FEW_ROWS <= num_rows < _MANY_ROWS and multiplies_with("avx512_bf16")
 
 
-@cpu_form_of(nn.Linear)
 class MomaCpuLinear(nn.Linear):
     """`nn.Linear` with the weights on the left, for the few rows of a step of decoding.
 
@@ -117,93 +74,51 @@ class MomaCpuLinear(nn.Linear):
     a layer's weights (`benchmarks/reports/2026-11-27-what-was-tried-cpu.md`).
     """
 
+    plain = nn.Linear
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `[..., I]` to `[..., O]`, perhaps a view of `[O, N]`."""
         # cheapest questions first: a step has dozens of these calls, and a compiler must not see a number of rows
         if input.dtype != torch.bfloat16 or self.training or not _is_inference() or not is_on_cpu(input):
             return super().forward(input)
-        *rows, size = input.shape
-        num_rows = math.prod(rows)
+        num_rows = math.prod(input.shape[:-1])
         if not 0 < num_rows < _MANY_ROWS or not wants_weights_left(num_rows):
             return super().forward(input)
-        weight_OI = self._plain_weight()
-        # autocast to another type knows nothing of `mv`
-        if weight_OI is None or matmul_dtype(weight_OI) != weight_OI.dtype:
-            return super().forward(input)
-        if num_rows == 1:
-            # matmuls with a vector read weights faster than those with a matrix of one column
-            y_NO = torch.mv(weight_OI, input.flatten())
-        else:
-            y_NO = torch.mm(weight_OI, input.reshape(num_rows, size).t()).t()
-        return y_NO.view(*rows, weight_OI.shape[0])
-
-    def _plain_weight(self) -> torch.Tensor | None:
-        """Return the weight `[O, I]` in bf16, neither quantised nor distributed, of a layer without a bias."""
         # sharded and parametrised layers have none of their own
-        weight: Any = getattr(self, "weight", None)
-        is_plain = type(weight) is nn.Parameter and weight.dtype == torch.bfloat16
-        return weight if is_plain and self.bias is None else None
+        weight_OI: Any = getattr(self, "weight", None)
+        is_plain = type(weight_OI) is nn.Parameter and weight_OI.dtype == torch.bfloat16 and self.bias is None
+        # autocast to another type knows nothing of `mv`
+        if not is_plain or matmul_dtype(weight_OI) != weight_OI.dtype:
+            return super().forward(input)
+        return _from_left(input.reshape(num_rows, -1), weight_OI).view(*input.shape[:-1], -1)
 
 
-# elements of which a norm takes longer to start than to compute
-_FEW_ELEMENTS = 2**16
+def _from_left(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """Return `[N, O]`, a view of `[O, N]`."""
+    # matmuls with a vector read weights faster than those with a matrix of one column; autocast knows nothing of them
+    if x_NI.shape[0] == 1 and x_NI.dtype == weight_OI.dtype:
+        return torch.mv(weight_OI, x_NI.flatten()).unsqueeze(0)
+    return torch.mm(weight_OI, x_NI.t()).t()
+
+
 # elements that a training step takes through all operations of a norm before the next: they stay in the caches
 _NORM_ELEMENTS = 2**16
+_TRAINED = (torch.float32, torch.bfloat16)
 
 
 class CpuRMSNorm(nn.Module):
-    """To be mixed into an RMSNorm with `weight` and `variance_epsilon`: faster in steps of decoding and in training.
-
-    The norm of a step is that of torch's LayerNorm, in half precision alone, where the two ways of norming round
-    alike but in the rarest cases. In training the norm is what it was, but goes through memory once, and so does its
-    gradient.
-    """
+    """An RMSNorm with `weight` and `variance_epsilon` that goes through memory once in training, and its gradient."""
 
     weight: nn.Parameter
     variance_epsilon: float
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `[..., D]` to `[..., D]`."""
-        if self.training and _may_chunk(hidden_states, self.weight):
-            return _ChunkedNorm.apply(hidden_states, self.weight, self.variance_epsilon, super().forward)
-        is_step = hidden_states.dtype in _HALVES and hidden_states.numel() <= _FEW_ELEMENTS
-        # autocast raises where it puts tensors of two half precisions together
-        if (
-            not is_step
-            or self.training
-            or not is_on_cpu(hidden_states)
-            or not _is_inference()
-            or matmul_dtype(hidden_states) != hidden_states.dtype
-        ):
+        values = hidden_states, self.weight
+        may_chunk = all(x.dtype in _TRAINED and is_on_cpu(x) for x in values) and are_plain(*values)
+        if not self.training or not may_chunk or is_transformed():
             return super().forward(hidden_states)
-        # torch has no kernel of RMSNorm for CPUs; `(x, -x)` has the mean 0, and as variance the mean square of `x`
-        size = hidden_states.shape[-1]
-        both = torch.cat((hidden_states, -hidden_states), dim=-1)
-        return self.weight * torch.layer_norm(both, (2 * size,), eps=self.variance_epsilon).narrow(-1, 0, size)
-
-
-_TRAINED = (torch.float32, torch.bfloat16)
-
-
-def _may_chunk(*values: torch.Tensor) -> bool:
-    """Return whether operations on plain tensors may be done a few rows at a time, with a backward of their own."""
-    return all(x.dtype in _TRAINED and is_on_cpu(x) for x in values) and are_plain(*values) and not is_transformed()
-
-
-def is_transformed() -> bool:
-    """Return whether operations are compiled, or stand within `torch.func`, which has no rule for our backwards."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def gradients_again(
-    function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], grad: torch.Tensor
-) -> list[torch.Tensor | None]:
-    """Return gradients that can be differentiated themselves, by the plain operations."""
-    wanted = [x for x in inputs if x.requires_grad]
-    with torch.enable_grad():
-        # of experts that got no rows none
-        found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True, allow_unused=True))
-    return [next(found) if x.requires_grad else None for x in inputs]
+        return _ChunkedNorm.apply(hidden_states, self.weight, self.variance_epsilon, super().forward)
 
 
 class _ChunkedNorm(torch.autograd.Function):
@@ -244,33 +159,6 @@ class _ChunkedNorm(torch.autograd.Function):
         return x_grad, weight_grad_D.to(dtype), None, None
 
 
-class _Rotated(torch.autograd.Function):
-    """Rotary embeddings: `x * cos + rotate_half(x) * sin`, without a copy of the halves."""
-
-    @staticmethod
-    def forward(ctx, x_BHTd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor):
-        ctx.save_for_backward(cos_BTd, sin_BTd)
-        return _rotated(x_BHTd, cos_BTd, sin_BTd)
-
-    @staticmethod
-    def backward(ctx, grad_BHTd: torch.Tensor):
-        cos_BTd, sin_BTd = ctx.saved_tensors
-        return _Rotated.apply(grad_BHTd, cos_BTd, -sin_BTd.roll(sin_BTd.shape[-1] // 2, -1)), None, None
-
-
-def _rotated(x_BHTd: torch.Tensor, cos_BTd: torch.Tensor, sin_BTd: torch.Tensor) -> torch.Tensor:
-    half = x_BHTd.shape[-1] // 2
-    y_BHTd = torch.empty_like(x_BHTd)
-    # a row stays in the caches
-    for row, (x_HTd, y_HTd) in enumerate(zip(x_BHTd, y_BHTd)):
-        cos_Td, sin_Td = (x_BTd[row if x_BTd.shape[0] > 1 else 0] for x_BTd in (cos_BTd, sin_BTd))
-        torch.mul(x_HTd, cos_Td, out=y_HTd)
-        # rounded between the two operations, as in evaluation
-        y_HTd[..., :half] -= x_HTd[..., half:] * sin_Td[..., :half]
-        y_HTd[..., half:] += x_HTd[..., :half] * sin_Td[..., half:]
-    return y_BHTd
-
-
 # instructions of a CPU with which torch's own kernel of attention is the faster one
 _ATTENTION_INSTRUCTIONS = {torch.bfloat16: "amx_bf16", torch.float16: "avx512_fp16"}
 # registered name, also for `model.set_attn_implementation("moma_cpu")`
@@ -280,7 +168,7 @@ _CHUNK_ELEMENTS = 2**19
 
 
 class CpuAttention(nn.Module):
-    """To be mixed into an attention layer: documents and steps by themselves, rotations, caches that grow in place."""
+    """An attention layer with documents and steps by themselves, and caches that grow in place."""
 
     config: Any
     layer_idx: int
@@ -290,15 +178,6 @@ class CpuAttention(nn.Module):
         name = super().attention_implementation()  # pyright: ignore[reportAttributeAccessIssue]
         is_wanted = name == "sdpa" and not torch.compiler.is_compiling() and (self.training or _lacks_instructions())
         return CPU_ATTENTION if is_wanted else name
-
-    def rotate(
-        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate as the plain class does, `[B, H, T, d]` by `[B, T, d]`; in training with fewer copies."""
-        are_alike = query.dtype == key.dtype == cos.dtype == sin.dtype
-        if self.training and are_alike and _may_chunk(query, key, cos, sin):
-            return _Rotated.apply(query, cos, sin), _Rotated.apply(key, cos, sin)  # pyright: ignore[reportReturnType]
-        return super().rotate(query, key, cos, sin)  # pyright: ignore[reportAttributeAccessIssue]
 
     def store(
         self, cache: Cache, key: torch.Tensor, value: torch.Tensor, kwargs: Any
@@ -631,191 +510,108 @@ def use_growing_layer(cache: Cache, layer_idx: int) -> None:
         cache.layers[layer_idx].__class__ = MomaGrowingCacheLayer  # pyright: ignore[reportAttributeAccessIssue]
 
 
-# rows below which a count in Python is faster than `bincount`
-_FEW_PAIRS = 128
+def run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor, has_backward: bool) -> torch.Tensor:
+    """Run SwiGLU experts one by one: each one's weights are read once, and what it computes stays in the caches.
 
-
-def run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
-    """Run SwiGLU experts one by one: each one's weights are read once, and what it computes stays in the caches."""
+    With a backward every expert runs, with zero rows if need be, and what autocast casts is cast for one expert at a
+    time.
+    """
     counts = _rows_of_experts(expert_P, experts.num_experts)
-    # local names: a module looks its attributes up by name
     gate_up_EWD, down_EDF, act_fn = experts.gate_up_proj, experts.down_proj, experts.act_fn
-    if has_backward(experts):
-        return run_with_gradients(rows_PD, gate_up_EWD, down_EDF, counts, act_fn)
     is_plain_half = matmul_dtype(down_EDF) == torch.bfloat16 and are_plain(gate_up_EWD, down_EDF)
+    if has_backward:
+        rows_PD = rows_PD.to(matmul_dtype(gate_up_EWD))
+        # one gradient of all experts, where slices would make one each
+        gate_up_EWD, down_EDF = gate_up_EWD.unbind(), down_EDF.unbind()
     parts = []
-    for (expert, count), rows_KD in zip(counts, rows_PD.split([count for _, count in counts])):
+    for expert, rows_KD in enumerate(rows_PD.split(counts)):
         if expert >= experts.num_experts:
             parts.append(torch.zeros_like(rows_KD))
-        elif is_plain_half and wants_weights_left(count):
-            parts.append(run_from_left(rows_KD, gate_up_EWD[expert], down_EDF[expert], act_fn))
-        else:
+        elif has_backward:
+            parts.append(_swiglu(_CastLinear.apply, rows_KD, gate_up_EWD[expert], down_EDF[expert], act_fn))
+        elif rows_KD.shape[0] and is_plain_half and wants_weights_left(rows_KD.shape[0]):
+            parts.append(_swiglu(_from_left, rows_KD, gate_up_EWD[expert], down_EDF[expert], act_fn))
+        elif rows_KD.shape[0]:
             parts.append(experts.run_expert(expert, rows_KD))
-    if not parts:
-        return torch.zeros_like(rows_PD)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat(parts) if parts else torch.zeros_like(rows_PD)
 
 
-def has_backward(experts: Any) -> bool:
-    """Return whether packed experts run as where gradients are wanted, also under checkpointing."""
-    # reentrant checkpointing has no gradients in the first of two forwards that have to agree
-    return torch.is_grad_enabled() or (experts.training and are_plain(experts.gate_up_proj, experts.down_proj))
+def _rows_of_experts(expert_P: torch.Tensor, num_experts: int) -> list[int]:
+    """Return how many rows each expert has, and as one more count those of experts elsewhere."""
+    # one device sync, of which `bincount` has three
+    experts_E = torch.arange(num_experts, device=expert_P.device)
+    ends = [0, *torch.searchsorted(expert_P, experts_E, right=True).tolist(), expert_P.numel()]
+    return [end - begin for begin, end in zip(ends, ends[1:])]
 
 
-def _rows_of_experts(expert_P: torch.Tensor, num_experts: int) -> list[tuple[int, int]]:
-    """Return the experts that occur, in order, and how often each does."""
-    if expert_P.numel() <= _FEW_PAIRS:
-        experts = expert_P.tolist()
-        return [(expert, experts.count(expert)) for expert in sorted(set(experts))]
-    if is_on_cpu(expert_P):
-        counts = torch.bincount(expert_P).tolist()
-    else:
-        # one device sync, of which `bincount` has three; experts elsewhere count as one
-        experts_E = torch.arange(num_experts, device=expert_P.device)
-        ends = [0, *torch.searchsorted(expert_P, experts_E, right=True).tolist(), expert_P.numel()]
-        counts = [end - begin for begin, end in zip(ends, ends[1:])]
-    return [(expert, count) for expert, count in enumerate(counts) if count]
-
-
-def run_with_gradients(
-    x_PD: torch.Tensor,
-    gate_up_EWD: torch.Tensor,
-    down_EDF: torch.Tensor,
-    counts: Sequence[tuple[int, int]],
-    act_fn: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """Run SwiGLU experts on rows that come expert by expert, with gradients.
-
-    What an expert makes of its rows stays in the caches. Under autocast its weights are cast when it runs, in the
-    forward and again in the backward: no copy of all weights is kept in between, and gradients reach the weights in
-    their own type.
-    """
-    slices, begin = [], 0
-    for expert, count in counts:
-        if expert < gate_up_EWD.shape[0]:
-            slices.append((expert, slice(begin, begin + count)))
-        begin += count
-    run = _plain_experts if is_transformed() else _Sequential.apply
-    return run(x_PD.to(matmul_dtype(gate_up_EWD)), gate_up_EWD, down_EDF, slices, act_fn)
-
-
-class _Sequential(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_PD: torch.Tensor, gate_up_EWD: torch.Tensor, down_EDF: torch.Tensor, slices, act_fn):
-        width = gate_up_EWD.shape[1]
-        gate_up_flat = x_PD.new_empty(x_PD.shape[0] * width)
-        y_PD = torch.empty_like(x_PD)
-        end = 0
-        for expert, rows in slices:
-            end = rows.stop
-            gate_up_WD, down_DF = gate_up_EWD[expert].to(x_PD.dtype), down_EDF[expert].to(x_PD.dtype)
-            gate_up_WK = _columns(gate_up_flat, rows, width)
-            y_PD[rows] = _multiply_from_left(x_PD[rows], gate_up_WD, down_DF, act_fn, gate_up_WK)
-        y_PD[end:].zero_()
-        ctx.slices, ctx.act_fn = slices, act_fn
-        ctx.save_for_backward(x_PD, gate_up_flat, gate_up_EWD, down_EDF)
-        return y_PD
-
-    @staticmethod
-    def backward(ctx, grad_PD: torch.Tensor):
-        x_PD, gate_up_flat, gate_up_EWD, down_EDF = ctx.saved_tensors
-        # with `create_graph`
-        if torch.is_grad_enabled():
-            plain = partial(_plain_experts, slices=ctx.slices, act_fn=ctx.act_fn)
-            return *gradients_again(plain, (x_PD, gate_up_EWD, down_EDF), grad_PD), None, None
-        needs_x, *needs_weights = ctx.needs_input_grad[:3]
-        grad_PD = grad_PD.to(x_PD.dtype)
-        x_grad_PD = torch.zeros_like(x_PD) if needs_x else None
-        gate_up_grad_EWD, down_grad_EDF = (
-            torch.empty_like(weight) if is_needed else None
-            for weight, is_needed in zip((gate_up_EWD, down_EDF), needs_weights)
-        )
-        idle = set(range(gate_up_EWD.shape[0]))
-        for expert, rows in ctx.slices:
-            idle.discard(expert)
-            grad_DK = grad_PD[rows].t().contiguous()
-            inner_grad_FK = torch.mm(down_EDF[expert].to(x_PD.dtype).t(), grad_DK)
-            gate_up_WK = _columns(gate_up_flat, rows, gate_up_EWD.shape[1])
-            inner_FK, gate_up_grad_WK = _gate_backward(gate_up_WK, inner_grad_FK, ctx.act_fn)
-            if down_grad_EDF is not None:
-                down_grad_EDF[expert].copy_(torch.mm(grad_DK, inner_FK.t()))
-            if gate_up_grad_EWD is not None:
-                gate_up_grad_EWD[expert].copy_(torch.mm(gate_up_grad_WK, x_PD[rows]))
-            if x_grad_PD is not None:
-                torch.mm(gate_up_grad_WK.t(), gate_up_EWD[expert].to(x_PD.dtype), out=x_grad_PD[rows])
-        for expert in idle:
-            for weight_grad in (gate_up_grad_EWD, down_grad_EDF):
-                if weight_grad is not None:
-                    weight_grad[expert].zero_()
-        return x_grad_PD, gate_up_grad_EWD, down_grad_EDF, None, None
-
-
-def _plain_experts(
-    x_PD: torch.Tensor, gate_up_EWD: torch.Tensor, down_EDF: torch.Tensor, slices: Sequence, act_fn: Callable
-) -> torch.Tensor:
-    """Run experts by operations that torch itself differentiates, as often as it is asked to."""
-    parts = [x_PD[:0]]
-    for expert, rows in slices:
-        gate_KF, up_KF = nn.functional.linear(x_PD[rows], gate_up_EWD[expert].to(x_PD.dtype)).chunk(2, dim=-1)
-        parts.append(nn.functional.linear(act_fn(gate_KF) * up_KF, down_EDF[expert].to(x_PD.dtype)))
-    y_KD = torch.cat(parts)
-    return nn.functional.pad(y_KD, (0, 0, 0, x_PD.shape[0] - y_KD.shape[0]))
-
-
-def run_from_left(
+def _swiglu(
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     x_KD: torch.Tensor,
     gate_up_WD: torch.Tensor,
     down_DF: torch.Tensor,
     act_fn: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """Run one SwiGLU expert without gradients, with its weights on the left of the matmuls.
+    gate_KF, up_KF = multiply(x_KD, gate_up_WD).chunk(2, dim=-1)
+    return multiply(act_fn(gate_KF) * up_KF, down_DF)
 
-    Matrix units want the right operand of a matmul in an order of their own: to bring a few tokens into it costs
-    less than an expert's weights (`benchmarks/reports/2026-11-27-what-was-tried-cpu.md`).
+
+class _CastLinear(torch.autograd.Function):
+    """A linear layer that casts its weight again in the backward: no copy of it is kept in between."""
+
+    # within `torch.func`
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x_KI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+        return torch.mm(weight_OI.to(x_KI.dtype), x_KI.t()).t()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad_KO: torch.Tensor):
+        x_KI, weight_OI = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        x_grad_KI = grad_KO @ weight_OI.to(grad_KO.dtype) if needs_x else None
+        return x_grad_KI, (grad_KO.t() @ x_KI).to(weight_OI.dtype) if needs_weight else None
+
+
+# by name, since the model's file imports this one
+_MIXINS = {"MomaRMSNorm": CpuRMSNorm, "MomaAttention": CpuAttention, "MomaUntiedAttention": CpuAttention}
+
+
+@cache
+def cpu_form_of(plain: type[nn.Module]) -> type[nn.Module] | None:
+    """Return the subclass with the same state that [`use_cpu_layers`] puts in a class's place, if there is one."""
+    if plain is nn.Linear:
+        return MomaCpuLinear
+    if plain.__name__ not in _MIXINS:
+        return None
+    fields = {"__module__": __name__, "__reduce__": _reduced, "plain": plain}
+    return type(f"Cpu{plain.__name__}", (_MIXINS[plain.__name__], plain), fields)
+
+
+def _reduced(layer: Any) -> tuple:
+    """Pickle by the plain class: the other one is made when it is needed."""
+    return _restored, (layer.plain,), layer.__dict__
+
+
+def _restored(plain: type[nn.Module]) -> nn.Module:
+    form: Any = cpu_form_of(plain)
+    return form.__new__(form)
+
+
+def use_cpu_layers(model: nn.Module, enabled: bool = True):
+    """Exchange the classes of a model's layers for their forms for CPUs, in place, or give them their own back.
+
+    Layers of any other class, subclasses included, stay as they are. A second call changes nothing.
     """
-    if x_KD.shape[0] == 1:
-        # matmuls with a vector read weights faster than those with a matrix of one column
-        # autocast knows nothing of `mv`, which begins sooner
-        multiply = torch.mv if x_KD.dtype == gate_up_WD.dtype == torch.bfloat16 else torch.matmul
-        gate_F, up_F = multiply(gate_up_WD, x_KD.flatten()).chunk(2)
-        return multiply(down_DF, act_fn(gate_F).mul_(up_F)).unsqueeze(0)
-    return _multiply_from_left(x_KD, gate_up_WD, down_DF, act_fn)
-
-
-def _multiply_from_left(
-    x_KD: torch.Tensor,
-    gate_up_WD: torch.Tensor,
-    down_DF: torch.Tensor,
-    act_fn: Callable[[torch.Tensor], torch.Tensor],
-    gate_up_WK: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return `[K, D]`, a view of `[D, K]`; gates and ups are written where the caller wants to keep them."""
-    gate_FK, up_FK = torch.mm(gate_up_WD, x_KD.t(), out=gate_up_WK).chunk(2)
-    return torch.mm(down_DF, act_fn(gate_FK) * up_FK).t()
-
-
-def _columns(values_flat: torch.Tensor, rows: slice, width: int) -> torch.Tensor:
-    """Return one expert's part, `[W, K]`, of what lies in memory expert by expert."""
-    return values_flat[rows.start * width : rows.stop * width].view(width, rows.stop - rows.start)
-
-
-def _gate_backward(
-    gate_up_WK: torch.Tensor, inner_grad_FK: torch.Tensor, act_fn: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what lay between the matmuls, `[F, K]`, and the gradients of gates and ups, `[W, K]`."""
-    up_FK = gate_up_WK.chunk(2)[1]
-    with torch.enable_grad():
-        # a part of a leaf: what counts FLOPs by module raises at leaves
-        gate_FK = gate_up_WK.detach().requires_grad_().chunk(2)[0]
-        active_FK = act_fn(gate_FK)
-    gate_up_grad_WK = torch.empty_like(gate_up_WK)
-    gate_grad_FK, up_grad_FK = gate_up_grad_WK.chunk(2)
-    gate_grad_FK.copy_(torch.autograd.grad(active_FK, gate_FK, inner_grad_FK * up_FK)[0])
-    active_FK = active_FK.detach()
-    torch.mul(inner_grad_FK, active_FK, out=up_grad_FK)
-    return active_FK * up_FK, gate_up_grad_WK
-
-
-def are_plain(*weights: torch.Tensor) -> bool:
-    """Return whether weights are plain tensors: neither quantised nor sharded over processes."""
-    return all(type(weight) in (torch.Tensor, nn.Parameter) for weight in weights)
+    for module in model.modules():
+        kind = type(module)
+        form = cpu_form_of(kind) if enabled else getattr(kind, "plain", None)
+        if form is not None:
+            # the package `kernels` binds a layer's own forward to it where it puts in no other
+            if getattr(vars(module).get("forward"), "__func__", None) is kind.forward:
+                del module.forward
+            module.__class__ = form

@@ -23,7 +23,7 @@ from transformers.integrations.moe import (
 )
 
 from .configuration_moma import MomaConfig
-from .cpu_moma import are_plain, has_backward, is_on_cpu, matmul_dtype, run_sequentially
+from .devices_moma import are_plain, is_on_cpu, matmul_dtype
 from .token_groups_moma import DispatchLayout, is_distributed
 
 
@@ -51,7 +51,7 @@ def moma_experts_forward(
             return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
         is_sorted = True
     if runs_sequentially and ends_E is None:
-        return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, run_sequentially)
+        return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, _run_sequentially)
     if ends_E is not None:
         if torch.is_grad_enabled():
             hidden_states = _without_rest(hidden_states, ends_E)
@@ -64,7 +64,7 @@ def moma_experts_forward(
     has_kernel = _has_kernel(matmul_dtype(self.down_proj), self.down_proj.shape[1:])
     # one device sync, where each product would have its own
     if not has_kernel and not torch.compiler.is_compiling() and _runs_sequentially(self):
-        return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, run_sequentially)
+        return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, _run_sequentially)
     # the library's way gathers and scatters by indexing and knows no autocast, but rows of experts elsewhere
     if on_cpu or is_sorted or not has_kernel:
         return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, _grouped)
@@ -85,6 +85,18 @@ def _has_kernel(dtype: torch.dtype, sizes: Iterable[int]) -> bool:
 def _runs_sequentially(experts: Any) -> bool:
     """Return whether each expert can run by itself: without gradients any, with them those of plain weights."""
     return not torch.is_grad_enabled() or are_plain(experts.gate_up_proj, experts.down_proj)
+
+
+def _run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor) -> torch.Tensor:
+    from .cpu_moma import run_sequentially
+
+    return run_sequentially(experts, rows_PD, expert_P, _has_backward(experts))
+
+
+def _has_backward(experts: Any) -> bool:
+    """Return whether packed experts run as where gradients are wanted, also under checkpointing."""
+    # reentrant checkpointing has no gradients in the first of two forwards that have to agree
+    return torch.is_grad_enabled() or (experts.training and are_plain(experts.gate_up_proj, experts.down_proj))
 
 
 def _run_equal_shares(experts: Any, x_PD: torch.Tensor, weight_P1: torch.Tensor, num_taken: int) -> torch.Tensor:
@@ -110,7 +122,7 @@ def _run_in_order(
         rows_PD = x_ND.index_select(0, order_P // expert_Nk.shape[1])
         weight_P1 = weight_Nk.reshape(-1, 1).index_select(0, order_P)
     y_PD = run(experts, rows_PD, expert_P)
-    if run is run_sequentially and not has_backward(experts):
+    if run is _run_sequentially and not _has_backward(experts):
         # without gradients nothing is kept for a backward
         y_PD.mul_(weight_P1)
     else:

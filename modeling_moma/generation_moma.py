@@ -27,7 +27,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_moma import MomaConfig
-from .cpu_moma import is_on_cpu
+from .devices_moma import is_on_cpu
 from .errors_moma import InputError
 from .frames_moma import IMAGE, INTERLEAVED, TEXT, ModalityFrame, in_ranges, open_frame_codes
 from .routing_moma import RULES

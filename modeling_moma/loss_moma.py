@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_utils import slice_logits_to_keep
 
 from .configuration_moma import MomaConfig
-from .cpu_moma import gradients_again, is_on_cpu, is_transformed
+from .devices_moma import gradients_again, is_on_cpu, is_transformed
 from .errors_moma import InputError
 from .token_groups_moma import token_modalities
 

@@ -49,7 +49,6 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .compat_moma import complete_model_card, finish_saving, prepare_saving
 from .configuration_moma import MomaConfig, check_rules
-from .cpu_moma import CpuAttention, CpuRMSNorm, MomaCpuLinear, cpu_form_of, tiles_of, use_cpu_layers
 from .depth_moma import DepthLayer, DepthSelection, MomaDepthRouter
 from .documents_moma import causal_mask_of, check_replica, uses_flash_attention_mask
 from .errors_moma import InputError
@@ -239,7 +238,7 @@ class MomaAttention(MomaProjections):
         """Map `[B, T, D]` to `[B, T, D]`, and return weights `[B, H, T, S]` where the implementation makes them."""
         query, key, value = self.project(hidden_states, routing_context)  # pyright: ignore[reportArgumentType]
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        query, key = self.rotate(query, key, *position_embeddings)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if packing is not None:
             query, key, value = packing.lay_out(query), packing.lay_out(key), packing.lay_out(value)
         if cache is not None:
@@ -280,12 +279,6 @@ class MomaAttention(MomaProjections):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Map `[B, T, D]` to queries, keys and values, `[B, T, heads, head_dim]`."""
         return self.to_heads(hidden_states)
-
-    def rotate(
-        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn queries and keys `[B, H, T, head_dim]` by their positions' angles, `[B, T, head_dim]`."""
-        return apply_rotary_pos_emb(query, key, cos, sin)
 
     def project_back(self, attn_output: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         """Map what attention makes, `[B, T, heads * head_dim]`, to `[B, T, D]`."""
@@ -574,21 +567,6 @@ class MomaDepthDecoderLayer(DepthLayer, MomaDecoderLayer):
         self.depth_router = MomaDepthRouter(config)
 
 
-@cpu_form_of(MomaRMSNorm)
-class MomaCpuRMSNorm(CpuRMSNorm, MomaRMSNorm):
-    """[`MomaRMSNorm`] as [`CpuRMSNorm`] computes it."""
-
-
-@cpu_form_of(MomaAttention)
-class MomaCpuAttention(CpuAttention, MomaAttention):
-    """[`MomaAttention`] with what [`CpuAttention`] changes."""
-
-
-@cpu_form_of(MomaUntiedAttention)
-class MomaCpuUntiedAttention(CpuAttention, MomaUntiedAttention):
-    """[`MomaUntiedAttention`] with what [`CpuAttention`] changes."""
-
-
 @auto_docstring(
     custom_intro="""
     Output of [`MomaForCausalLM`].
@@ -654,6 +632,8 @@ class MomaPreTrainedModel(PreTrainedModel):
 
     def post_init(self):
         """See `PreTrainedModel.post_init`; layers get their forms for CPUs, which are the plain ones elsewhere."""
+        from .cpu_moma import use_cpu_layers
+
         # a configuration that was loaded before the model's code did not know of any rule
         check_rules(self.config)
         self.output_modalities = tuple(sorted({"text", *self.config.frames}))
@@ -671,6 +651,8 @@ class MomaPreTrainedModel(PreTrainedModel):
             if isinstance(module, MomaAuxiliaryRouter):
                 module.requires_grad_(False)
         if getattr(model, "is_quantized", False):
+            from .cpu_moma import use_cpu_layers
+
             use_quantized_layers(model)
             use_cpu_layers(model)
         return loaded
@@ -802,6 +784,8 @@ class MomaModel(MomaPreTrainedModel):
         kwargs.update(context.lengths or {})  # pyright: ignore[reportCallIssue, reportArgumentType]
         # not by gradients: checkpointing has them in the second of two forwards that have to agree
         if self.training and context.document_BT is not None:
+            from .cpu_moma import tiles_of
+
             kwargs["tiles"] = tiles_of(self.config, hidden_states, context.document_BT, context.padding_BT)  # pyright: ignore[reportGeneralTypeIssues]
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen_positions(cache)
@@ -839,12 +823,6 @@ class MomaForCausalLM(MomaPreTrainedModel, MomaGenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module):
-        """See `PreTrainedModel.set_output_embeddings`; `resize_token_embeddings` makes a plain layer of any head."""
-        if isinstance(self.lm_head, MomaCpuLinear):
-            use_cpu_layers(new_embeddings)
-        super().set_output_embeddings(new_embeddings)
 
     @staticmethod
     def create_masks_for_generate(

@@ -6,11 +6,10 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma import cpu_moma, loss_moma
-from modeling_moma.cpu_moma import _Rotated, use_cpu_layers
+from modeling_moma.cpu_moma import use_cpu_layers
 from modeling_moma.loss_moma import causal_lm_loss
 from modeling_moma.modeling_moma import MomaRMSNorm
 
@@ -47,22 +46,6 @@ def test_a_norm_is_to_the_last_bit_the_plain_one(monkeypatch, elements, shape, d
     assert found.dtype == expected.dtype and torch.equal(found, expected)
     found, expected = gradients_of(found, (x, ours.weight)), gradients_of(expected, (x, plain.weight))
     assert_near(found, expected, 2e-2 if torch.bfloat16 in (dtype, weight_dtype) else 1e-6)
-
-
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("length", [0, 1, 9])
-def test_a_rotation_is_that_of_llama(length, num_rows, dtype):
-    torch.manual_seed(0)
-    x = torch.randn(3, length, 4, 8).to(dtype).transpose(1, 2).requires_grad_()
-    # no half is like the other
-    cos, sin = torch.randn(2, num_rows, length, 8).to(dtype)
-    found, expected = _Rotated.apply(x, cos, sin), apply_rotary_pos_emb(x, x, cos, sin)[0]
-    assert torch.equal(found, expected)
-    # heads of a position lie together, as projections gave them
-    assert found.transpose(1, 2).is_contiguous()
-    bound = 1e-6 if dtype == torch.float32 else 1e-2
-    assert_near(gradients_of(found, [x]), gradients_of(expected, [x]), bound)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

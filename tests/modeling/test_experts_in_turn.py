@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from helpers.tiny import tiny_model
 from modeling_moma import cpu_moma
-from modeling_moma.cpu_moma import are_plain, run_from_left, run_with_gradients
+from modeling_moma.cpu_moma import run_sequentially
+from modeling_moma.devices_moma import are_plain
 
 
 WIDTH, INNER = 6, 5
@@ -20,8 +23,12 @@ def parts(counts, dtype=torch.float64):
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def pairs(counts):
-    return [(expert, count) for expert, count in enumerate(counts) if count]
+def run(x_PD, gate_up_EWD, down_EDF, counts, has_backward=True):
+    experts = SimpleNamespace(
+        num_experts=NUM_EXPERTS, gate_up_proj=gate_up_EWD, down_proj=down_EDF, act_fn=nn.functional.silu
+    )
+    expert_P = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return run_sequentially(experts, x_PD, expert_P, has_backward)
 
 
 def plain_loop(x_PD, gate_up_EWD, down_EDF, counts):
@@ -40,7 +47,7 @@ def plain_loop(x_PD, gate_up_EWD, down_EDF, counts):
 @pytest.mark.parametrize("counts", COUNTS)
 def test_outputs_and_gradients_are_those_of_a_plain_loop(counts):
     mine, others = parts(counts), parts(counts)
-    output, expected = run_with_gradients(*mine, pairs(counts), nn.functional.silu), plain_loop(*others, counts)
+    output, expected = run(*mine, counts), plain_loop(*others, counts)
     torch.testing.assert_close(output, expected)
     change = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(1))
     output.backward(change)
@@ -49,11 +56,12 @@ def test_outputs_and_gradients_are_those_of_a_plain_loop(counts):
         torch.testing.assert_close(one.grad, other.grad)
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 4])
-def test_one_expert_with_its_weights_on_the_left_is_that_of_a_plain_loop(num_rows):
-    x_PD, gate_up_EWD, down_EDF = (each.detach() for each in parts([num_rows, 0, 0]))
-    output = run_from_left(x_PD, gate_up_EWD[0], down_EDF[0], nn.functional.silu)
-    torch.testing.assert_close(output, plain_loop(x_PD, gate_up_EWD, down_EDF, [num_rows]))
+@pytest.mark.parametrize("counts", [[0, 4, 0], [1, 2, 1]])
+def test_experts_with_their_weights_on_the_left_are_those_of_a_plain_loop(counts, monkeypatch):
+    monkeypatch.setattr(cpu_moma, "wants_weights_left", lambda num_rows: True)
+    inputs = [each.detach().bfloat16() for each in parts(counts)]
+    expected = plain_loop(*(each.float() for each in inputs), counts)
+    torch.testing.assert_close(run(*inputs, counts, has_backward=False).float(), expected, rtol=0.05, atol=0.1)
 
 
 @pytest.mark.parametrize("routing", ["threshold", "token_choice"])
@@ -61,7 +69,8 @@ def test_one_expert_with_its_weights_on_the_left_is_that_of_a_plain_loop(num_row
 def test_models_in_bf16_compute_as_eager_ones_with_matrix_units_and_without(has_units, routing, monkeypatch):
     monkeypatch.setattr(cpu_moma, "multiplies_with", lambda name: has_units)
     called = []
-    monkeypatch.setattr(cpu_moma, "run_from_left", lambda *args: (called.append(0), run_from_left(*args))[1])
+    from_left = cpu_moma._from_left
+    monkeypatch.setattr(cpu_moma, "_from_left", lambda *args: (called.append(0), from_left(*args))[1])
     ids = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
     model = tiny_model(vocab_size=64).to(torch.bfloat16).eval()
     with torch.no_grad():
@@ -78,7 +87,7 @@ def test_what_is_frozen_gets_no_gradient(frozen):
     for tensors in (mine, others):
         for index in frozen:
             tensors[index].requires_grad_(False)
-    output = run_with_gradients(*mine, pairs(COUNTS[0]), nn.functional.silu)
+    output = run(*mine, COUNTS[0])
     assert output.requires_grad == (len(frozen) < 3)
     if output.requires_grad:
         output.sum().backward()
@@ -91,7 +100,7 @@ def test_what_is_frozen_gets_no_gradient(frozen):
 def test_under_autocast_products_are_in_bf16_and_gradients_in_the_type_of_the_weights():
     mine, others = parts(COUNTS[0], torch.float32), parts(COUNTS[0], torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        output = run_with_gradients(*mine, pairs(COUNTS[0]), nn.functional.silu)
+        output = run(*mine, COUNTS[0])
     assert output.dtype == torch.bfloat16
     expected = plain_loop(*others, COUNTS[0])
     output.float().square().sum().backward()
@@ -107,7 +116,7 @@ def test_no_copy_of_all_weights_waits_for_the_backward():
     mine = parts(COUNTS[0], torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (held.append(x), x)[1], lambda x: x):
         with torch.autocast("cpu", torch.bfloat16):
-            run_with_gradients(*mine, pairs(COUNTS[0]), nn.functional.silu)
+            run(*mine, COUNTS[0])
     weights = {tensor.data_ptr() for tensor in mine[1:]}
     copies = [x for x in held if x.shape in (mine[1].shape, mine[2].shape) and x.data_ptr() not in weights]
     assert held and not copies
@@ -117,7 +126,7 @@ def test_no_copy_of_all_weights_waits_for_the_backward():
 def test_gradients_of_gradients_are_those_of_the_plain_loop(counts):
     seconds = []
     mine, others = parts(counts), parts(counts)
-    outputs = run_with_gradients(*mine, pairs(counts), nn.functional.silu), plain_loop(*others, counts)
+    outputs = run(*mine, counts), plain_loop(*others, counts)
     for leaves, output in zip((mine, others), outputs):
         changes = torch.autograd.grad(output.square().sum(), leaves, create_graph=True, allow_unused=True)
         sum(change.square().sum() for change in changes if change is not None).backward()

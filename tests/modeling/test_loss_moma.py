@@ -6,7 +6,7 @@ import torch
 
 from helpers.reference import trainable
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
-from modeling_moma import cpu_moma, loss_moma
+from modeling_moma import devices_moma, loss_moma
 from modeling_moma.errors_moma import InputError
 from modeling_moma.loss_moma import causal_lm_loss
 
@@ -19,7 +19,7 @@ def test_loss_without_logits_is_the_loss_with_them(monkeypatch, fields, tied, nu
     monkeypatch.setattr(loss_moma, "CHUNK", 5)
     model = tiny_model(tie_word_embeddings=tied, **fields).train()
     if num_device_rows is not None:
-        monkeypatch.setattr(cpu_moma, "_CPU", ())
+        monkeypatch.setattr(devices_moma, "_CPU", ())
         monkeypatch.setattr(loss_moma, "_CHUNK_BYTES", num_device_rows * 4 * model.config.vocab_size)
     ids, mask = mixed_ids(), torch.ones_like(mixed_ids())
     mask[0, :2] = 0

@@ -11,7 +11,7 @@ from transformers.masking_utils import flash_attention_mask
 from helpers.packed_rows import lengths_of
 from helpers.reference import GROUPS, fields_of
 from helpers.tiny import mixed_ids, tiny_model
-from modeling_moma import cpu_moma, experts_implementations_moma, modeling_moma
+from modeling_moma import devices_moma, experts_implementations_moma, modeling_moma
 from modeling_moma.configuration_moma import rule_names
 from modeling_moma.data.packing import PackedCollator
 from modeling_moma.token_groups_moma import DispatchLayout
@@ -58,7 +58,7 @@ class WaitingOperations(TorchDispatchMode):
 
 @pytest.fixture
 def device(monkeypatch):
-    monkeypatch.setattr(cpu_moma, "_CPU", ())
+    monkeypatch.setattr(devices_moma, "_CPU", ())
 
 
 def waits_of(forward):
@@ -146,7 +146,7 @@ def test_training_without_waiting_is_the_same(monkeypatch, request, routing, for
                 request.getfixturevalue("kernel")
             elif form == "counted":
                 monkeypatch.setattr(experts_implementations_moma, "_AFFORDABLE_BYTES", 0)
-            monkeypatch.setattr(cpu_moma, "_CPU", ())
+            monkeypatch.setattr(devices_moma, "_CPU", ())
         model = tiny_model(**fields, normalize_gates=True).train()
         if checkpointing:
             model.activation_checkpointing_enable()
@@ -236,7 +236,7 @@ def test_without_waiting_the_outputs_are_the_same(monkeypatch, routing, normaliz
     ids, mask = mixed_ids(), torch.ones_like(mixed_ids())
     mask[0, :3] = 0
     expected = model(ids, attention_mask=mask, routing=routing).logits
-    monkeypatch.setattr(cpu_moma, "_CPU", ())
+    monkeypatch.setattr(devices_moma, "_CPU", ())
     cache = DynamicCache(config=model.config)
     parts = [model(ids[:, :7], attention_mask=mask[:, :7], cache=cache, routing=routing).logits]
     for place in range(7, ids.shape[1]):

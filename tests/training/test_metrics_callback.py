@@ -9,7 +9,7 @@ from transformers.utils import logging
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma import (
     MomaMetricsCallback,
-    cpu_moma,
+    devices_moma,
     experts_implementations_moma,
     initialize_code_embeddings,
 )
@@ -285,7 +285,7 @@ def test_figures_are_the_same_where_a_selection_has_a_row_for_every_pair(monkeyp
     averages = []
     for is_device in (False, True):
         if is_device:
-            monkeypatch.setattr(cpu_moma, "_CPU", ())
+            monkeypatch.setattr(devices_moma, "_CPU", ())
             monkeypatch.setattr(experts_implementations_moma, "_has_kernel", lambda dtype, sizes: has_kernel)
             monkeypatch.setattr(torch, "bincount", None)
         model, callback = tiny_model(processor, auxiliary_routers=True), MomaMetricsCallback()
