@@ -6,6 +6,9 @@ A folder without code gets that of the installed packages, so that it loads with
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+from shutil import copytree
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -21,7 +24,6 @@ def _renamed(pair: str) -> str:
     return pair
 
 
-MESSAGE = "Upload model and processor"
 Renamed = Annotated[str, AfterValidator(_renamed)]
 
 
@@ -56,7 +58,7 @@ class Arguments:
     output: Annotated[str | None, Flag(one_of="target")] = None
     private: bool = False
     revision: str | None = None
-    message: str = MESSAGE
+    message: str = "Upload model and processor"
     dataset: Annotated[list[Renamed], Flag(metavar="PATH=USER/NAME", is_repeated=True)] = field(default_factory=list)
     dry_run: bool = False
 
@@ -65,60 +67,42 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
     return parse_fields(Arguments, __doc__, arguments, required=("target",))
 
 
-def check_target(args: Arguments) -> None:
-    """Raise `ValueError` at an empty name, a folder that cannot be written, or beside one a flag that is the Hub's."""
-    from ..utils.atomic_files import check_new_folder
-
-    for flag, value in (("--revision", args.revision), ("--message", args.message)):
-        if value == "":
-            raise InputError(f"{flag} '': the Hub takes none that is empty; is a variable of the shell empty?")
-    if args.output is None:
-        return
-    if not args.output:
-        raise InputError("--output '': it names no folder; is a variable of the shell empty?")
-    of_hub = {"--private": args.private, "--revision": args.revision, "--message": args.message != MESSAGE}
-    for flag, is_given in of_hub.items():
-        if is_given:
-            raise InputError(f"{flag}: of the Hub, to which --output sends nothing.")
-    check_new_folder(args.output)
-
-
-def datasets_of(pairs: list[str]) -> dict[str, str]:
-    """Return the ids of data sets by the paths of the card; `ValueError` for a path with two ids."""
-    found: dict[str, str] = {}
-    for pair in pairs:
-        local, identifier = pair.split("=", 1)
-        if found.setdefault(local, identifier) != identifier:
-            raise InputError(f"--dataset {pair}: {local!r} has the id {found[local]!r} already; leave one out.")
-    return found
-
-
 def run(args: Arguments) -> int:
+    from ..utils.atomic_files import check_new_folder, write_folder_aside
+
     with without_import_notices():
-        from ..hub.upload import UploadError, check_repo_id, prepare, push, write_repository
+        from tokenization import MomaProcessor
+
+        from ..configuration_moma import MomaConfig
+        from ..data.examples import check_layout
+        from ..hub.upload import UploadError, check_loads, check_repo_id, lay_out, push
 
     try:
-        check_repo_id(args.repo_id)
-        check_target(args)
-        upload = prepare(args.model, args.processor, datasets_of(args.dataset))
-        for name in upload.files:
-            print(f"{upload.size(name):>14,}  {name}")
-        for name, reason in upload.left_out.items():
-            print(f"      left out  {name} ({reason})")
-        total = sum(map(upload.size, upload.files))
-        place = f"{args.revision or 'main'} of {args.repo_id}" if args.output is None else args.output
-        print(f"{total:>14,}  bytes in {len(upload.files)} files, for {place}")
-        if args.dry_run:
-            return 0
-        if args.output is not None:
-            print(write_repository(upload, args.output))
-        elif args.repo_id:
-            print(push(upload, args.repo_id, args.private, args.revision, args.message).commit_url)
+        if args.output is None:
+            check_repo_id(args.repo_id)
+        else:
+            check_new_folder(args.output)
+        with TemporaryDirectory() as place:
+            folder = Path(place)
+            left_out = lay_out(folder, args.model, args.processor, dict(pair.split("=", 1) for pair in args.dataset))
+            check_loads(folder)
+            check_layout(MomaConfig.from_pretrained(place), MomaProcessor.from_pretrained(place).token_layout())
+            sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+            for path, size in sizes.items():
+                print(f"{size:>14,}  {path.relative_to(folder)}")
+            for name in left_out:
+                print(f"      left out  {name}")
+            target = f"{args.revision or 'main'} of {args.repo_id}" if args.output is None else args.output
+            print(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files, for {target}")
+            if args.dry_run:
+                return 0
+            if args.output is not None:
+                # links are copied as the files that they lead to
+                print(write_folder_aside(args.output, lambda aside: copytree(folder, aside, dirs_exist_ok=True)))
+            elif args.repo_id:
+                print(push(folder, args.repo_id, args.private, args.revision, args.message))
     except InputError as error:
-        problems = str(error)
-        # many are a list
-        separator = "\n" if "\n" in problems else " "
-        print(f"moma push: refused, nothing was sent:{separator}{problems}", file=sys.stderr)
+        print(f"moma push: refused, nothing was sent: {error}", file=sys.stderr)
         return 2
     except UploadError as error:
         print(f"moma push: {error}", file=sys.stderr)

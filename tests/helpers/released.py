@@ -5,11 +5,12 @@ import json
 import re
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from modeling_moma.hub.upload import prepare, write_repository
+from modeling_moma.hub.upload import lay_out
 
 
 RELEASED = Path(__file__).resolve().parents[2] / "model_cards" / "moma-emoji"
@@ -19,7 +20,9 @@ LEAST_SIZE = 1_000_000
 
 def released_repository(folder: Path) -> Path:
     """The released model as it lies on the Hub, with the code of the installed packages, written into a folder."""
-    return write_repository(prepare(RELEASED, datasets={"data/emoji": "someone/emoji"}), folder)
+    with TemporaryDirectory() as links:
+        lay_out(Path(links), RELEASED, datasets={"data/emoji": "someone/emoji"})
+        return shutil.copytree(links, folder)
 
 
 def write_shallow(source: Path, folder: Path, layers: int = 2):

@@ -5,11 +5,9 @@ import copy
 import json
 
 import pytest
-from huggingface_hub import ModelCard
 
 from icon_evaluation.card import EVALUATION_FILE, RELEASED, fill_card, write_card
 from modeling_moma.errors_moma import InputError
-from modeling_moma.hub.card import check_numbers, measured_numbers
 from modeling_moma.training.recipe import read_recipe
 
 
@@ -19,17 +17,10 @@ REPORT = json.loads((RELEASED.parent / EVALUATION_FILE).read_text())
 def test_the_released_card_is_what_its_report_makes_of_it():
     card = RELEASED.read_text()
     assert fill_card(card, REPORT) == card
-    assert not list(check_numbers(ModelCard(card).data, {EVALUATION_FILE: RELEASED.parent / EVALUATION_FILE}))
     recipes = RELEASED.parents[2] / "recipes"
     for name in ("moma-icons.yaml", "moma-icons-typical.yaml"):
         assert f"`recipes/{name}`" in card
         assert f"{read_recipe(recipes / name).trainer['max_steps']:,} steps of 16 rows" in card
-
-
-def test_values_of_other_models_are_none_of_the_models_own():
-    numbers, names = measured_numbers(REPORT), REPORT["names"]["test"]
-    assert names["with_memory"]["top1"] in numbers and REPORT["drawings"]["typical"]["drawn"]["top1"] in numbers
-    assert names["nearest_neighbour"]["top5"] not in numbers and REPORT["drawings"]["originals"]["top1"] not in numbers
 
 
 def test_another_report_is_written_into_a_folder_without_a_card(tmp_path):

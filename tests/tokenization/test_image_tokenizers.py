@@ -39,8 +39,8 @@ from modeling_moma.demo.partial_images import PAPER, PartialImages
 from modeling_moma.demo.routing_view import SIDE, RoutingView
 from modeling_moma.demo.studio import DemoSession
 from modeling_moma.export.image_tokenizer import export_image_tokenizer
-from modeling_moma.hub.folder import check_files
 from modeling_moma.hub.loading import open_image_tokenizer
+from modeling_moma.hub.upload import check_loads
 from tokenization import (
     MomaImageProcessor,
     MomaImageProcessorPil,
@@ -188,7 +188,7 @@ def test_saved_processor_is_loaded_with_the_package_and_without(name, images, tm
     (tmp_path / "saved" / "README.md").write_text(CARD)
     saved = json.loads((tmp_path / "saved" / "vq_model" / "config.json").read_text())
     assert saved["architectures"] == [type(library_model(name)).__name__]
-    assert list(check_files({str(file.relative_to(tmp_path / "saved")): file for file in saved_files(tmp_path)})) == []
+    check_loads(tmp_path / "saved")
     codes = processor.encode_images(images)
     loaded = AutoProcessor.from_pretrained(tmp_path / "saved")
     assert isinstance(loaded.vq_model, LibraryImageTokenizer)

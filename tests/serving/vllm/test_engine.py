@@ -18,8 +18,7 @@ vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: `
 
 from vllm.exceptions import VLLMValidationError  # noqa: E402
 
-from modeling_moma import MomaConfig  # noqa: E402
-from modeling_moma.hub.code import installed_code  # noqa: E402
+from modeling_moma.hub.upload import installed_code  # noqa: E402
 from modeling_moma.serving.vllm import engine_logprobs, guided_frame  # noqa: E402
 
 
@@ -164,7 +163,7 @@ def test_what_cannot_run_is_refused_by_name(saved, tmp_path):
         vllm.LLM(str(folder), dtype="float32", pipeline_parallel_size=2)
     # vLLM asks for the code of a folder that its own backend shall run by itself
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    for name, file in installed_code(MomaConfig.from_pretrained(folder).auto_map.values()).items():
+    for name, file in installed_code().items():
         shutil.copyfile(file, tmp_path / name)
     with pytest.raises(ValueError, match="`model_impl` is 'transformers'"):
         vllm.LLM(str(tmp_path), dtype="float32", model_impl="transformers", trust_remote_code=True)
