@@ -14,7 +14,7 @@ from helpers.hub_server import HubServer, run_client
 from helpers.mu_law_codec import MuLawCodec
 from helpers.tiny import CARD, noise_images, tiny_model, tiny_processor
 from modeling_moma import MomaConfig, MomaForCausalLM
-from modeling_moma.hub.upload import prepare
+from modeling_moma.hub.upload import check_loads, lay_out
 from tokenization import MomaProcessor, add_modality_tokens, register_codec
 from tokenization.codecs_moma import CODECS
 
@@ -319,18 +319,15 @@ def test_saved_and_loaded_processor_and_model_are_the_same(processor, model, tmp
         assert torch.equal(loaded_model(**inputs).logits, model(**inputs).logits)
 
 
-def test_pushed_folder_has_the_codec_and_one_meaning_of_ids(processor, model, tmp_path):
+def test_a_codec_of_ones_own_code_is_laid_out_but_loads_nowhere_else(processor, model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "README.md").write_text(CARD)
     processor.save_pretrained(tmp_path / "processor")
-    files = prepare(tmp_path / "model", tmp_path / "processor").files
-    assert any(name.startswith("audio_codec/") for name in files)
-    path = tmp_path / "model" / "config.json"
-    config = json.loads(path.read_text())
-    config["modality_frames"]["audio"]["begin"] += 1
-    path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="modality_frames.audio.begin .*the processor of another model"):
-        prepare(tmp_path / "model", tmp_path / "processor")
+    (tmp_path / "repository").mkdir()
+    lay_out(tmp_path / "repository", tmp_path / "model", tmp_path / "processor")
+    assert any((tmp_path / "repository" / "audio_codec").iterdir())
+    with pytest.raises(ValueError, match="would not load: .*codec 'mu_law' is none of"):
+        check_loads(tmp_path / "repository")
 
 
 def test_codecs_are_found_by_their_registered_name(processor, tmp_path, monkeypatch):

@@ -246,7 +246,7 @@ BROKEN_FILES = {
     "no image tokenizer": (lose("vq_model/model.safetensors"), "would not load: "),
     "no processor": (lose("processor_config.json"), "would not load: "),
     "lost code": (lose("token_groups_moma.py"), "token_groups_moma"),
-    "no AutoModel": (drop_auto("AutoModelForCausalLM"), "AutoModelForCausalLM"),
+    "no AutoConfig": (drop_auto("AutoConfig"), "would not load: "),
     "no Python": (write("routing_moma.py", "def broken(:\n"), "SyntaxError"),
     "the package's": (write("routing_moma.py", "import modeling_moma\n"), "modeling_moma"),
     "cut weights": (cut("model.safetensors", 5000), "SafetensorError"),

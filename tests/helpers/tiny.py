@@ -35,7 +35,7 @@ TRAINED = {
     "max_position_embeddings": 64,
 }
 IMAGE_IDS = (8, 24)
-# what `moma push` asks of a card at least
+# `moma push` asks for a license
 CARD = """---
 license: apache-2.0
 library_name: transformers
