@@ -337,7 +337,7 @@ def test_a_plain_push_of_the_configuration_carries_its_code(server, plain):
 
 def test_weights_of_an_older_layout_and_files_of_an_older_processor_do_not_stay(server, push, folders, tmp_path):
     name = "someone/moma-shards"
-    older = ("chat_template.json", "additional_chat_templates/short.jinja", "added_tokens.json", "vq_model/old.json")
+    older = ("additional_chat_templates/short.jinja", "added_tokens.json", "vq_model/old.json")
     folder = shutil.copytree(folders / "second", tmp_path / "older")
     for path in (*older, "notes.md"):
         (folder / path).parent.mkdir(exist_ok=True)

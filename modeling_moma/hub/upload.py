@@ -104,6 +104,8 @@ def lay_out(
         _add(files, installed_code())
     if CARD not in files:
         raise InputError(f"{CARD} is missing: write a model card; docs/how-to/push.md shows the shortest one.")
+    if {"model.safetensors", "model.safetensors.index.json"} <= files.keys():
+        raise InputError("model.safetensors and model.safetensors.index.json: one is of an older save; remove it.")
     card = read_card(files.pop(CARD), datasets or {})
     for name, file in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -294,6 +294,12 @@ def test_a_model_without_a_card_is_refused(folder, laid_out):
         laid_out(folder)
 
 
+def test_weights_of_two_saves_are_refused(folder, laid_out):
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="one is of an older save"):
+        laid_out(folder)
+
+
 def test_a_local_data_set_needs_its_id_on_the_hub(folder, laid_out):
     (folder.parent / "data" / "emoji").mkdir(parents=True)
     text = card("see [data](../../data/emoji/README.md)", datasets=["data/emoji"])
