@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -168,24 +167,15 @@ _CHUNK_ELEMENTS = 2**19
 
 
 class CpuAttention(nn.Module):
-    """An attention layer with documents and steps by themselves, and caches that grow in place."""
+    """An attention layer with documents and steps by themselves."""
 
     config: Any
-    layer_idx: int
 
     def attention_implementation(self) -> str:
         """Return the implementation of the plain class, with [`cpu_attention_forward`] in place of `"sdpa"`."""
         name = super().attention_implementation()  # pyright: ignore[reportAttributeAccessIssue]
         is_wanted = name == "sdpa" and not torch.compiler.is_compiling() and (self.training or _lacks_instructions())
         return CPU_ATTENTION if is_wanted else name
-
-    def store(
-        self, cache: Cache, key: torch.Tensor, value: torch.Tensor, kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store as the plain class does, in a layer of the cache that grows in place."""
-        if _is_inference():
-            use_growing_layer(cache, self.layer_idx)
-        return super().store(cache, key, value, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _lacks_instructions() -> bool:
@@ -424,90 +414,6 @@ class _ByDocument(torch.autograd.Function):
 def _rows(x_BHTd: torch.Tensor) -> torch.Tensor:
     """Return one row for each position and head, `[R, d]`."""
     return x_BHTd.transpose(1, 2).reshape(-1, x_BHTd.shape[-1])
-
-
-# columns to spare, and the share of the stored tokens that there are at least
-_FEWEST_SPARE = 32
-_SPARE_SHARE = 0.25
-# attribute of keys: the memory behind keys and values, and those values
-_MEMORY = "_moma_memory"
-
-
-class MomaGrowingCacheLayer(DynamicLayer):
-    """A `DynamicLayer` that writes new tokens behind the stored ones, where that one copies all of them each time.
-
-    `keys` and `values` are views of memory with spare columns, which belong to the last views alone. Of the copies of
-    a layer, however they were made, the first to go on writes there, and each other one takes memory of its own when
-    it goes on. Whatever sets keys or values anew (`crop`, `reorder_cache`, ...) gives the spare columns up: what other
-    tensors still see is never written over. Changing `keys` in place changes them for all views and copies.
-    Where gradients are wanted, or a compiler looks on, it is a `DynamicLayer`.
-    """
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new tokens."""
-        keys, values = self.keys, self.values
-        is_plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.is_initialized
-        # the plain layer raises at what does not fit
-        if (
-            is_plain
-            or keys is None
-            or values is None
-            or not (_fits_behind(key_states, keys) and _fits_behind(value_states, values))
-        ):
-            return super().update(key_states, value_states, *args, **kwargs)
-        num_stored, num_new = keys.shape[2], key_states.shape[2]
-        key_memory, value_memory = _memory_for(num_stored + num_new, keys, values)
-        key_memory.narrow(2, num_stored, num_new).copy_(key_states)
-        value_memory.narrow(2, num_stored, num_new).copy_(value_states)
-        self.keys = key_memory.narrow(2, 0, num_stored + num_new)
-        self.values = value_memory.narrow(2, 0, num_stored + num_new)
-        # kept on the keys: the exporters of Transformers take every tensor in the layer's `__dict__` for cache
-        vars(self.keys)[_MEMORY] = key_memory, value_memory, self.values
-        return self.keys, self.values
-
-
-def _memory_for(
-    num_columns: int, keys_BHSd: torch.Tensor, values_BHSd: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return memory for so many columns or more, the stored tokens at its front, which no other copy writes to."""
-    # popped in one atomic call: copies may run in other threads
-    memory = vars(keys_BHSd).pop(_MEMORY, None)
-    if memory is not None:
-        key_memory, value_memory, value_view = memory
-        # tensors of inference mode take no writing outside it
-        is_writable = torch.is_inference_mode_enabled() or not key_memory.is_inference()
-        if value_view is values_BHSd and is_writable and key_memory.shape[2] >= num_columns:
-            return key_memory, value_memory
-    num_columns += max(_FEWEST_SPARE, int(_SPARE_SHARE * num_columns))
-    return _with_spare_columns(keys_BHSd, num_columns), _with_spare_columns(values_BHSd, num_columns)
-
-
-def _fits_behind(new_BHTd: torch.Tensor, kept_BHSd: torch.Tensor) -> bool:
-    # nothing was stored yet
-    if kept_BHSd.ndim != 4:
-        return False
-    (num_rows, num_heads, _, size), (kept_rows, kept_heads, _, kept_size) = new_BHTd.shape, kept_BHSd.shape
-    is_alike = num_rows == kept_rows and num_heads == kept_heads and size == kept_size
-    return is_alike and new_BHTd.dtype == kept_BHSd.dtype and new_BHTd.device == kept_BHSd.device
-
-
-def _with_spare_columns(kept_BHSd: torch.Tensor, num_columns: int) -> torch.Tensor:
-    memory = kept_BHSd.new_empty(*kept_BHSd.shape[:2], num_columns, kept_BHSd.shape[3])
-    memory.narrow(2, 0, kept_BHSd.shape[2]).copy_(kept_BHSd)
-    return memory
-
-
-def use_growing_layer(cache: Cache, layer_idx: int) -> None:
-    """Make a growing layer of a dynamic cache's plain one, with what it holds."""
-    if type(cache) is not DynamicCache or cache.offloading:
-        return
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = MomaGrowingCacheLayer
-    # the class is changed in place, since other caches may hold the same layer
-    if layer_idx < len(cache.layers) and type(cache.layers[layer_idx]) is DynamicLayer:
-        cache.layers[layer_idx].__class__ = MomaGrowingCacheLayer  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor, has_backward: bool) -> torch.Tensor:

@@ -242,7 +242,8 @@ class MomaAttention(MomaProjections):
         if packing is not None:
             query, key, value = packing.lay_out(query), packing.lay_out(key), packing.lay_out(value)
         if cache is not None:
-            key, value = self.store(cache, key, value, kwargs)
+            # a paged cache changes the arguments of attention in place
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         # vLLM reads the source of this method for the one call of the interface and for its scale
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.attention_implementation(), eager_attention_forward
@@ -266,13 +267,6 @@ class MomaAttention(MomaProjections):
     def attention_implementation(self) -> str:
         """Return the name of the attention that the model is set to."""
         return self.config._attn_implementation  # pyright: ignore[reportReturnType]
-
-    def store(
-        self, cache: Cache | DepthSelection, key: torch.Tensor, value: torch.Tensor, kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add keys and values to a cache, `[B, H, T, head_dim]`, and return all that this layer has there."""
-        # a paged cache changes the arguments of attention in place
-        return cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
     def project(
         self, hidden_states: torch.Tensor, context: RoutingContext

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from helpers.tiny import mixed_ids, tiny_model
-from modeling_moma.cpu_moma import MomaGrowingCacheLayer
 from modeling_moma.depth_moma import MomaDepthRouter
 
 
@@ -132,53 +130,6 @@ def test_forks_and_steps_in_any_order_equal_those_without_a_cache(seed, model):
     for branch in branches:
         assert branch.step(model, mixed_ids(branch.ids.shape[0], 1, seed=99)) < 1e-4
     assert all(torch.equal(view, before) for view, before in kept)
-
-
-@torch.no_grad()
-def test_full_layers_of_a_cache_that_was_never_forked_copy_nothing_in_a_step():
-    model = make_model()
-    cache = DynamicCache(config=model.config)
-    model(mixed_ids(length=40), cache=cache)
-    model(mixed_ids(length=1), cache=cache)
-    # kept, so that no memory is used twice
-    seen = []
-    for seed in range(12):
-        model(mixed_ids(length=1, seed=seed), cache=cache)
-        seen.append([layer.keys for layer in cache.layers])
-    for keys in zip(*seen):
-        assert len({tensor.untyped_storage().data_ptr() for tensor in keys}) == 1
-
-
-@torch.no_grad()
-def test_of_a_cache_and_its_fork_the_first_to_go_on_keeps_its_memory():
-    model = make_model()
-    cache = DynamicCache(config=model.config)
-    for length in (5, 1):
-        model(mixed_ids(length=length), cache=cache)
-    fork = FORKS["copy"](cache)
-    memory = cache.layers[0].keys.untyped_storage().data_ptr()
-    for _ in range(2):
-        for each in (cache, fork):
-            model(mixed_ids(length=1), cache=each)
-    assert cache.layers[0].keys.untyped_storage().data_ptr() == memory
-    assert fork.layers[0].keys.untyped_storage().data_ptr() != memory
-
-
-@pytest.mark.parametrize("wants_gradients", [True, False])
-def test_layers_that_two_caches_hold_are_those_of_both(wants_gradients):
-    """As a stock cache's, also where its plain layers begin to grow."""
-    model = make_model()
-    first = Branch(DynamicCache(config=model.config), mixed_ids(length=0))
-    with torch.set_grad_enabled(wants_gradients):
-        first.step(model, mixed_ids(length=5))
-    kinds = {type(layer) for layer in first.cache.layers}
-    assert kinds == {DynamicLayer if wants_gradients else MomaGrowingCacheLayer}
-    second = Branch(with_layers(first.cache, first.cache.layers), first.ids)
-    with torch.no_grad():
-        first.step(model, mixed_ids(length=1, seed=1))
-        second.ids = first.ids
-        assert second.cache.get_seq_length() == 6
-        assert second.step(model, mixed_ids(length=1, seed=2)) < 1e-4
 
 
 def test_gradients_of_what_a_fork_has_read_survive_steps_without_gradients(model):
