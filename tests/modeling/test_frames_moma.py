@@ -237,7 +237,7 @@ def test_bad_calls_raise_with_the_numbers(model):
     with pytest.raises(ValueError, match=r"must be one of \('text', 'interleaved', 'audio', 'image'\), got 'video'"):
         model.generate(ids, generation_mode="video")
     with pytest.raises(ValueError, match=r"no frame for 'speech', only for \['audio', 'image'\]"):
-        model.generate(ids, generation_mode="speech")
+        model.decode_modality_tokens(ids, "speech")
 
 
 def test_codes_of_sounds_are_read_in_order(model):
