@@ -29,13 +29,13 @@ def group_of(routing, dtype=torch.float32, **fields):
 def chosen(monkeypatch):
     """How many rows went through the experts that they chose."""
     counts = []
-    original = experts_implementations_moma.run_sequentially
+    original = experts_implementations_moma._run_sequentially
 
     def counted(experts, rows_PD, expert_P):
         counts.append(len(rows_PD))
         return original(experts, rows_PD, expert_P)
 
-    monkeypatch.setattr(experts_implementations_moma, "run_sequentially", counted)
+    monkeypatch.setattr(experts_implementations_moma, "_run_sequentially", counted)
     return counts
 
 

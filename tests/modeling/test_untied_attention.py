@@ -166,9 +166,9 @@ def test_forms_for_cpus_compute_the_same(dtype):
     model, ids = untied_model().to(dtype).eval(), mixed_ids()
     found = model(ids).logits
     built = {name: type(module).__name__ for name, module in model.named_modules()}
-    assert built["model.layers.0.self_attn"] == "MomaCpuUntiedAttention"
+    assert built["model.layers.0.self_attn"] == "CpuMomaUntiedAttention"
     assert built["model.layers.0.self_attn.modalities.text.q_proj"] == "MomaCpuLinear"
-    assert built["model.layers.0.ffn_norm.image"] == "MomaCpuRMSNorm"
+    assert built["model.layers.0.ffn_norm.image"] == "CpuMomaRMSNorm"
     use_cpu_layers(model, False)
     torch.testing.assert_close(model(ids).logits, found, rtol=0.05, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
 

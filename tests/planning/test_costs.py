@@ -132,7 +132,7 @@ def test_flops_with_depth_equal_the_counter_of_torch(name, routing, attention):
             DEPTH_TOKENS * flops_per_token(config, modality, LENGTH, training=is_training, routing=routing)
             for modality in config.modalities
         )
-        assert counter.get_total_flops() == pytest.approx(count, rel=0.001)
+        assert counter.get_total_flops() == pytest.approx(count, rel=0.02)
 
 
 def test_flops_with_depth_are_what_a_hand_computes():

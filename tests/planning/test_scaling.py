@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from modeling_moma import devices_moma, token_groups_moma
+from modeling_moma import devices_moma
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.modeling_moma import MomaExperts, MomaForCausalLM
 from modeling_moma.planning.layouts import Layout
@@ -126,9 +126,8 @@ def saved_bytes(config, checkpointing=False):
 
 
 def on_accelerator(monkeypatch):
-    # a CPU keeps less, and an accelerator runs all tokens in depth layers that are small
+    # a CPU keeps less
     monkeypatch.setattr(devices_moma, "_CPU", ())
-    monkeypatch.setattr(token_groups_moma, "_FEW_OPERATIONS", 0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
