@@ -257,7 +257,8 @@ def test_a_search_finds_words_in_names_of_files(model, tmp_path, capfd):
         image.save(folder / name)
     assert moma_command("search", folder, "house", "--model", model) == 0
     files = [line.split()[-1] for line in capfd.readouterr().out.splitlines()]
-    assert files == ["big-house.png", "a.png", "b.png"]
+    # the same image in another row of a batch may differ in its last bit, so the other two have no order
+    assert files[0] == "big-house.png" and sorted(files) == ["a.png", "b.png", "big-house.png"]
     alone = search_folder(str(folder), ["house"], open_labeler(model), file_name_share=0)
     assert [entry.score for entry in alone] == pytest.approx([alone[0].score] * 3)
 
