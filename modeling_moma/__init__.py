@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .upcycling.report import UpcyclingReceipt, upcycling_receipt
     from .upcycling.upcycle import parse_experts, upcycle, upcycled_config
 
-# module of each public name, imported when the name is asked for: some need Transformers' Trainer, which brings PEFT
-# and bitsandbytes along where they are installed
+# module of each public name, imported when the name is first used: some import Transformers' Trainer, which imports
+# PEFT and bitsandbytes where they are installed
 _MODULES = {
     "AuxiliaryRouterTrainer": "calibration.auxiliary_training",
     "MomaCausalLMOutput": "modeling_moma",

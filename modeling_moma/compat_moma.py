@@ -30,7 +30,7 @@ AUTO_MAP = {
 _NAMES: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 _NAMES.update({"moma": "MomaForCausalLM", "moma_fsdp": "FSDPMomaForCausalLM"})
 
-# options of generation that Transformers does not know
+# generation options of this model that GenerationConfig does not know
 OWN_OPTIONS = ("generation_mode", "caption_suppress_tokens", "image_sampling")
 
 
@@ -43,7 +43,7 @@ def prepare_saving(model: PreTrainedModel) -> None:
     cls, own = type(model), type(model).__bases__[-1]
     if cls.__name__.startswith("FSDP"):
         cls.__module__, cls.__name__ = own.__module__, own.__name__
-    # 5.24: of options that were made of the model's configuration it reads those alone that it knows
+    # 5.24: a generation configuration derived from the model's configuration loses options that Transformers lacks
     settings = getattr(model, "generation_config", None)
     if settings is not None and any(getattr(settings, name, None) is not None for name in OWN_OPTIONS):
         settings._from_model_config = False
@@ -68,10 +68,11 @@ def finish_saving(folder: str | Path) -> None:
     with suppress(OSError):
         for path in Path(folder).glob("*.safetensors"):
             shutil.copymode(Path(folder) / CONFIG_NAME, path)
-    # Transformers would load what is left of another number of files first
+    # a single file and an index may both be left after saving with another number of shards; loaders would take the
+    # single file, so the older of the two is removed
     whole, index = Path(folder) / SAFE_WEIGHTS_NAME, Path(folder) / SAFE_WEIGHTS_INDEX_NAME
     if whole.is_file() and index.is_file():
-        # shards of an earlier save are gone by now
+        # save_pretrained has removed shards of earlier saves, so an index whose shards are missing is the older one
         shards = set(json.loads(index.read_text())["weight_map"].values())
         older = whole if all((Path(folder) / name).is_file() for name in shards) else index
         older.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ from .configuration_moma import MomaConfig
 from .devices_moma import are_plain, gradients_again, is_on_cpu, is_transformed, matmul_dtype
 
 
-# the best instructions that oneDNN, which multiplies in half precision, may use
+# environment variable that limits the instructions of oneDNN, which does matmuls in half precision
 _MAX_ISA = "ONEDNN_MAX_CPU_ISA"
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -53,9 +53,9 @@ def _is_inference() -> bool:
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-# rows from which on it costs more to bring their outputs back into order
+# from so many rows on, transposing the output costs more than the faster matmul saves
 _MANY_ROWS = 65
-# rows below which a CPU without matrix units multiplies faster with weights on the right
+# below so many rows, a CPU without matrix units is faster with the weight on the right
 _FEW_ROWS = 16
 
 
@@ -77,16 +77,16 @@ class MomaCpuLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `[..., I]` to `[..., O]`, perhaps a view of `[O, N]`."""
-        # cheapest questions first: a step has dozens of these calls, and a compiler must not see a number of rows
+        # cheapest tests first, as a step has dozens of calls; the number of rows last, as compilers specialise on it
         if input.dtype != torch.bfloat16 or self.training or not _is_inference() or not is_on_cpu(input):
             return super().forward(input)
         num_rows = math.prod(input.shape[:-1])
         if not 0 < num_rows < _MANY_ROWS or not wants_weights_left(num_rows):
             return super().forward(input)
-        # sharded and parametrised layers have none of their own
+        # sharded and parametrised layers have no plain `weight`
         weight_OI: Any = getattr(self, "weight", None)
         is_plain = type(weight_OI) is nn.Parameter and weight_OI.dtype == torch.bfloat16 and self.bias is None
-        # autocast to another type knows nothing of `mv`
+        # autocast to another dtype does not cast the inputs of `mv`
         if not is_plain or matmul_dtype(weight_OI) != weight_OI.dtype:
             return super().forward(input)
         return _from_left(input.reshape(num_rows, -1), weight_OI).view(*input.shape[:-1], -1)
@@ -94,13 +94,13 @@ class MomaCpuLinear(nn.Linear):
 
 def _from_left(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """Return `[N, O]`, a view of `[O, N]`."""
-    # matmuls with a vector read weights faster than those with a matrix of one column; autocast knows nothing of them
+    # `mv` reads weights faster than `mm` with one column, and autocast does not cast its inputs
     if x_NI.shape[0] == 1 and x_NI.dtype == weight_OI.dtype:
         return torch.mv(weight_OI, x_NI.flatten()).unsqueeze(0)
     return torch.mm(weight_OI, x_NI.t()).t()
 
 
-# elements that a training step takes through all operations of a norm before the next: they stay in the caches
+# elements of a chunk of a norm in training: small enough to stay in the CPU's caches through all operations
 _NORM_ELEMENTS = 2**16
 _TRAINED = (torch.float32, torch.bfloat16)
 
@@ -158,11 +158,11 @@ class _ChunkedNorm(torch.autograd.Function):
         return x_grad, weight_grad_D.to(dtype), None, None
 
 
-# instructions of a CPU with which torch's own kernel of attention is the faster one
+# on CPUs with these instructions torch's own attention kernel is faster
 _ATTENTION_INSTRUCTIONS = {torch.bfloat16: "amx_bf16", torch.float16: "avx512_fp16"}
-# registered name, also for `model.set_attn_implementation("moma_cpu")`
+# name under which the attention is registered, for `model.set_attn_implementation("moma_cpu")`
 CPU_ATTENTION = "moma_cpu"
-# elements of keys that are widened at a time: their copy should stay in the caches
+# elements of keys that are cast to fp32 at a time, so that the copy stays in the CPU's caches
 _CHUNK_ELEMENTS = 2**19
 
 
@@ -202,12 +202,12 @@ def cpu_attention_forward(
     """
     attention: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]
     dtype = query_BHTd.dtype
-    # tensor parallelism leaves fewer heads here
+    # tiles were made for all heads; tensor parallelism leaves fewer on a process
     is_whole = tiles is not None and tiles.place_R.shape[0] == query_BHTd.shape[:3].numel()
     if tiles is not None and is_whole and is_on_cpu(query_BHTd):
         scaling = kwargs.get("scaling")
         scaling = query_BHTd.shape[-1] ** -0.5 if scaling is None else scaling
-        # autocast knows nothing of double precision
+        # autocast does not cast float64
         dtype = dtype if dtype == torch.float64 else matmul_dtype(query_BHTd)
         with torch.autocast("cpu", enabled=False):
             return _ByDocument.apply(query_BHTd, key_BGSd, value_BGSd, tiles, scaling, dtype), None
@@ -229,17 +229,17 @@ def cpu_attention_forward(
 
 
 ALL_ATTENTION_FUNCTIONS.register(CPU_ATTENTION, cpu_attention_forward)
-# without an entry here, a model that is set to this name gets no mask at all
+# an attention without an entry among mask functions gets no mask at all
 ALL_MASK_ATTENTION_FUNCTIONS.register(CPU_ATTENTION, sdpa_mask)
 
 
-# places of a tile are a multiple of this
+# a tile has a multiple of so many positions
 _TILE_STEP = 16
-# scores of a group: they should stay in the caches from the matmul to the softmax
+# attention scores of a group of tiles: few enough to stay in the CPU's caches from the matmul to the softmax
 _GROUP_SCORES = 2**18
-# what a score in a tile, a place of it and a group cost, in scores of the library's attention with a mask
+# cost of a score in a tile, of a position in a tile, and of a group, in units of one score of masked attention
 _SCORE_COST, _PLACE_COST, _GROUP_COST = 1.4, 40, 2**14
-# weights of a head that are kept for the backward for each place, over the size of the head
+# attention weights per position kept for the backward, at most so many times the head size
 _MOST_KEPT = 8
 
 
@@ -249,7 +249,7 @@ def groups_of_like_length(lengths: Sequence[int], num_heads: int) -> list[tuple[
     while begin < len(lengths):
         longest = lengths[begin]
         places = -(-longest // _TILE_STEP) * _TILE_STEP
-        # a group is full, or the next document would leave more than an eighth of its tile empty
+        # a group ends when it is full, or when the next document would leave more than an eighth of its tile empty
         last = begin + max(1, _GROUP_SCORES // (num_heads * places**2))
         end = begin + 1
         while end < min(last, len(lengths)) and longest - lengths[end] <= max(_TILE_STEP, longest // 8):
@@ -372,7 +372,7 @@ class _ByDocument(torch.autograd.Function):
         parts = tiles.parts(query_Md, key_Md, value_Md, output_Md)
         for weights_ZPP, (query_ZPd, key_ZPd, value_ZPd, output_ZPd) in zip(tiles.scores(weights_flat), parts):
             scores_ZPP = torch.bmm(query_ZPd, key_ZPd.mT)
-            # hides what comes later
+            # causal: scores of later positions become -inf
             scores_ZPP += torch.full_like(scores_ZPP[0], -torch.inf).triu_(1)
             torch.softmax(scores_ZPP, -1, out=weights_ZPP)
             torch.bmm(weights_ZPP, value_ZPd, out=output_ZPd)
@@ -396,7 +396,7 @@ class _ByDocument(torch.autograd.Function):
             tiles.scores(weights_flat), parts
         ):
             weights_grad_ZPP = torch.bmm(grad_ZPd, value_ZPd.mT)
-            # through the softmax
+            # backward of the softmax
             scores_grad_ZPP = weights_grad_ZPP.mul_(weights_ZPP)
             scores_grad_ZPP -= weights_ZPP * scores_grad_ZPP.sum(-1, keepdim=True)
             torch.bmm(scores_grad_ZPP, key_ZPd, out=grads_ZPd[0])
@@ -427,7 +427,7 @@ def run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor
     is_plain_half = matmul_dtype(down_EDF) == torch.bfloat16 and are_plain(gate_up_EWD, down_EDF)
     if has_backward:
         rows_PD = rows_PD.to(matmul_dtype(gate_up_EWD))
-        # one gradient of all experts, where slices would make one each
+        # `unbind` gives one gradient for all experts, where slicing would give a full-size one for each
         gate_up_EWD, down_EDF = gate_up_EWD.unbind(), down_EDF.unbind()
     parts = []
     for expert, rows_KD in enumerate(rows_PD.split(counts)):
@@ -444,7 +444,7 @@ def run_sequentially(experts: Any, rows_PD: torch.Tensor, expert_P: torch.Tensor
 
 def _rows_of_experts(expert_P: torch.Tensor, num_experts: int) -> list[int]:
     """Return how many rows each expert has, and as one more count those of experts elsewhere."""
-    # one device sync, of which `bincount` has three
+    # one device sync; `bincount` has three
     experts_E = torch.arange(num_experts, device=expert_P.device)
     ends = [0, *torch.searchsorted(expert_P, experts_E, right=True).tolist(), expert_P.numel()]
     return [end - begin for begin, end in zip(ends, ends[1:])]
@@ -464,7 +464,7 @@ def _swiglu(
 class _CastLinear(torch.autograd.Function):
     """A linear layer that casts its weight again in the backward: no copy of it is kept in between."""
 
-    # within `torch.func`
+    # makes the function usable within `torch.func`
     generate_vmap_rule = True
 
     @staticmethod
@@ -483,7 +483,7 @@ class _CastLinear(torch.autograd.Function):
         return x_grad_KI, (grad_KO.t() @ x_KI).to(weight_OI.dtype) if needs_weight else None
 
 
-# by name, since the model's file imports this one
+# classes by name, since the model's file imports this one
 _MIXINS = {"MomaRMSNorm": CpuRMSNorm, "MomaAttention": CpuAttention, "MomaUntiedAttention": CpuAttention}
 
 
@@ -517,7 +517,7 @@ def use_cpu_layers(model: nn.Module, enabled: bool = True):
         kind = type(module)
         form = cpu_form_of(kind) if enabled else getattr(kind, "plain", None)
         if form is not None:
-            # the package `kernels` binds a layer's own forward to it where it puts in no other
+            # `kernels` may have bound the old class's forward to the instance, which would hide the new one
             if getattr(vars(module).get("forward"), "__func__", None) is kind.forward:
                 del module.forward
             module.__class__ = form

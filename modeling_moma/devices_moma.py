@@ -18,7 +18,7 @@ def is_on_cpu(tensor: torch.Tensor) -> bool:
 def matmul_dtype(weight: torch.Tensor) -> torch.dtype:
     """Return the type in which a matmul with a weight is computed, autocast or not."""
     device_type = weight.device.type
-    # autocast raises at the type of tensors without data
+    # `is_autocast_enabled` raises for the meta device
     is_cast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if is_cast else weight.dtype
 
@@ -39,6 +39,6 @@ def gradients_again(
     """Return gradients that can be differentiated themselves, by the plain operations."""
     wanted = [x for x in inputs if x.requires_grad]
     with torch.enable_grad():
-        # of experts that got no rows none
+        # experts that got no rows have no gradient
         found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True, allow_unused=True))
     return [next(found) if x.requires_grad else None for x in inputs]

@@ -26,7 +26,7 @@ from .configuration_moma import MomaConfig
 from .errors_moma import EACH_DEVICE, InputError
 
 
-# names of the lengths, those of queries' first
+# names of flash attention's arguments: lengths of queries first, then of keys, then the two longest
 FLASH_LENGTHS = tuple(FlashAttentionKwargs.__annotations__)
 
 
@@ -49,7 +49,7 @@ def uses_flash_attention_mask(config: MomaConfig) -> bool:
 
 def check_replica(model: PreTrainedModel) -> None:
     """Raise where a copy that `DataParallel` has made is trained."""
-    # compiled forwards are no copies, and torch leaves copies without parameters
+    # DataParallel's copies are known by having no parameters; compiled forwards are no copies
     if model.training and not torch.compiler.is_compiling() and next(model.parameters(), None) is None:
         raise InputError(f"`DataParallel` trains copies of routers, which lose what they learn: {EACH_DEVICE}")
 
@@ -73,8 +73,8 @@ def document_questions(
     own_mask = attention_mask if padding_BT is None else None
     if isinstance(own_mask, torch.Tensor):
         _check_own_mask(config, own_mask, num_rows, length)
-    # continuous batching gives a paged cache, and lengths that belong to it; an attention registered elsewhere tells
-    # documents apart in a way of its own, and the caller's own mask does
+    # nothing to do for a caller's own mask, for continuous batching, whose paged cache comes with its lengths, and for
+    # attention registered elsewhere, which tells documents apart in its own way
     is_paged = cache is not None and not hasattr(cache, "get_seq_length")
     if own_mask is not None or is_paged or config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
         return None, {}
@@ -89,7 +89,7 @@ def document_questions(
         positions.append(_places(is_start_BT))
     elif position_ids is None and given.get("seq_idx") is not None:
         positions.append(_places(_with_rows(given["seq_idx"].diff() != 0)).expand(num_rows, -1))
-    # a tensor, which comes from a static cache and may be 0 after `reset()`, is not read here
+    # a static cache gives its length as a tensor, which may be 0 after `reset()`; reading it would be a device sync
     may_be_later = attention_mask is None and (isinstance(past_length, torch.Tensor) or past_length > 0)
     if not positions or (length == 1 and not may_be_later):
         return None, questions
@@ -125,7 +125,7 @@ def documents_of(begins_BT: torch.Tensor | None, answers: Mapping[str, int], has
         )
     if "number" not in answers:
         return Documents(begins_BT.cumsum(1))
-    # the number of documents is known, so no device sync is needed
+    # sorted rather than `nonzero`, which would need a device sync for a number that is known
     first_E = begins_BT.flatten().byte().argsort(descending=True, stable=True)[: answers["number"]]
     starts_E = torch.nn.functional.pad(first_E, (0, 1), value=begins_BT.numel()).int()
     lengths: Any = dict(zip(FLASH_LENGTHS, (starts_E, starts_E, answers["longest"], answers["longest"])))
@@ -136,7 +136,7 @@ def _check_own_mask(config: MomaConfig, mask: torch.Tensor, num_rows: int, lengt
     """Raise at a mask that is neither one of padding nor what the layers could add to their scores."""
     attention, shape = config._attn_implementation, tuple(mask.shape)
     fits = len(shape) == 4 and shape[0] in (1, num_rows) and shape[2] == length
-    # eager attention would add Booleans as numbers
+    # a boolean mask is wrong for eager attention, which adds it to the scores
     if not fits or uses_flash_attention_mask(config) or (attention == "eager" and not mask.is_floating_point()):
         raise InputError(
             f"`attention_mask` has the shape {shape} and the dtype {mask.dtype} for {num_rows} rows of {length} "
@@ -188,7 +188,7 @@ def causal_mask_of(
     num_rows, length = inputs_BTD.shape[:2]
     is_static = isinstance(cache, StaticCache)
     if not has_padding and not is_static and getattr(attention_mask, "shape", None) == (num_rows, length):
-        # what it hides has been counted: nothing
+        # the mask hides no token, as was counted
         attention_mask = None
     if documents.document_BT is None:
         mask = create_causal_mask(
@@ -196,7 +196,7 @@ def causal_mask_of(
             inputs_embeds=inputs_BTD,
             attention_mask=attention_mask,
             cache=cache,
-            # the columns of a static cache that no token fills yet have to be hidden, in steps of one token too
+            # columns of a static cache that no token has filled have to be hidden, even in steps of one token
             allow_is_causal_skip=not is_static or length > 1,
         )
     else:
@@ -212,7 +212,7 @@ def causal_mask_of(
             device=inputs_BTD.device,
         )
     if config._attn_implementation == "sdpa" and mask is not None and mask.dtype == torch.bool:
-        # every layer would make and keep what is added to the scores of a mask of Booleans
+        # made once here, as every layer would otherwise convert the boolean mask and keep its copy for the backward
         device, dtype = mask.device, inputs_BTD.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)

@@ -46,7 +46,7 @@ def moma_experts_forward(
     on_cpu = is_on_cpu(hidden_states) and not torch.compiler.is_compiling()
     runs_sequentially = on_cpu and _runs_sequentially(self)
     if num_taken is not None:
-        # running one expert after the other spares a copy of all weights that is kept for the backward
+        # under autocast, running one expert after the other spares a cast copy of all weights kept for the backward
         if not runs_sequentially or matmul_dtype(self.down_proj) == self.down_proj.dtype:
             return _run_equal_shares(self, hidden_states, top_k_weights, num_taken)
         is_sorted = True
@@ -57,15 +57,15 @@ def moma_experts_forward(
             hidden_states = _without_rest(hidden_states, ends_E)
         run = partial(_grouped, ends_E=ends_E)
         return _run_in_order(self, hidden_states, top_k_index, top_k_weights, True, run)
-    # a compiler that captures dynamic shapes in training must not meet the last question
+    # the size is compared last, so that a compiler with dynamic shapes in training does not specialise on it
     may_step = not is_on_cpu(hidden_states) and not torch.is_grad_enabled()
     if may_step and top_k_index.numel() <= self.num_experts:
         return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     has_kernel = _has_kernel(matmul_dtype(self.down_proj), self.down_proj.shape[1:])
-    # one device sync, where each product would have its own
+    # one device sync for all experts, where each matmul would have its own
     if not has_kernel and not torch.compiler.is_compiling() and _runs_sequentially(self):
         return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, _run_sequentially)
-    # the library's way gathers and scatters by indexing and knows no autocast, but rows of experts elsewhere
+    # the library's implementation gathers and scatters by indexing and ignores autocast; it knows expert parallelism
     if on_cpu or is_sorted or not has_kernel:
         return _run_in_order(self, hidden_states, top_k_index, top_k_weights, is_sorted, _grouped)
     return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
@@ -100,7 +100,7 @@ def _has_backward(experts: Any) -> bool:
 
 
 def _run_equal_shares(experts: Any, x_PD: torch.Tensor, weight_P1: torch.Tensor, num_taken: int) -> torch.Tensor:
-    # weights on the left: the matmuls then read them row by row, and stay transposed in between
+    # weights on the left, so that matmuls read them row by row; activations stay transposed between the two
     x_EDK = x_PD.unflatten(0, (experts.num_experts, num_taken)).transpose(1, 2)
     gate_EFK, up_EFK = torch.bmm(experts.gate_up_proj, x_EDK).chunk(2, dim=1)
     y_EDK = torch.bmm(experts.down_proj, experts.act_fn(gate_EFK) * up_EFK)
@@ -123,7 +123,7 @@ def _run_in_order(
         weight_P1 = weight_Nk.reshape(-1, 1).index_select(0, order_P)
     y_PD = run(experts, rows_PD, expert_P)
     if run is _run_sequentially and not _has_backward(experts):
-        # without gradients nothing is kept for a backward
+        # in place, as no backward needs the input
         y_PD.mul_(weight_P1)
     else:
         y_PD = y_PD * weight_P1.to(y_PD.dtype)
@@ -149,11 +149,11 @@ def _grouped_mm(x_PD: torch.Tensor, weight_EFD: torch.Tensor, ends_E: torch.Tens
     x_PD, weight_EDF = x_PD.to(dtype), weight_EFD.to(dtype).transpose(1, 2)
     if not is_on_cpu(x_PD) and all(is_whole(size, dtype) for size in weight_EFD.shape[1:]):
         return nn.functional.grouped_mm(x_PD.contiguous(), weight_EDF, offs=ends_E)
-    # rows after the last end, of experts elsewhere, get zeros
+    # rows after the last end belong to experts on other processes, and get zeros
     return torch.ops.transformers.grouped_mm_fallback(x_PD, weight_EDF, ends_E)
 
 
-# properties of the implementation: it uses `Selection.hints`, and it slices weights, as quantised ones cannot be
+# this implementation uses `Selection.hints`, and slices weights, which quantised ones do not allow
 moma_experts_forward.takes_hints = True
 moma_experts_forward.takes_quantized = False
 ALL_EXPERTS_FUNCTIONS.register(DEFAULT_IMPLEMENTATION, moma_experts_forward)
@@ -169,9 +169,9 @@ def takes_quantized(config: MomaConfig) -> bool:
     return getattr(_implementation(config), "takes_quantized", True)
 
 
-# bytes that rows of pairs which no expert takes may cost in a backward of the whole model
+# memory that padding rows of a fixed layout may take in a backward of the whole model
 _AFFORDABLE_BYTES = 2**28
-# tokens of which all experts multiply all in the time that it takes to read their weights
+# so few tokens that running every expert on all of them takes no longer than reading the weights
 _FEW_TOKENS = 64
 
 
@@ -181,7 +181,7 @@ def choose_dispatch_layout(config: MomaConfig, input_ids: torch.Tensor | None, s
     A row for each pair of token and expert costs memory in a backward, and time with implementations that run it.
     """
     takes_all_pairs = takes_hints(config) and not torch.compiler.is_compiling()
-    # weights that are loaded when they are needed are not where the layers compute
+    # with offloading, weights are on another device than the inputs, so the inputs decide
     inputs = states if input_ids is None else input_ids
     if is_on_cpu(inputs) or is_distributed() or not takes_all_pairs:
         return DispatchLayout.RAGGED
@@ -203,9 +203,9 @@ def _implementation(config: MomaConfig) -> Any:
 
 Class = TypeVar("Class", bound=type[nn.Module])
 
-# the implementation of the library that multiplies with weights as they are
+# the library's implementation that needs no weights copied or transposed
 _GROUPED = "grouped_mm"
-# grouped matmuls on any device want rows that are multiples of this many bytes
+# grouped matmuls need rows of a multiple of so many bytes
 _WORD_BYTES = 16
 
 
@@ -246,7 +246,7 @@ class _PaddedExperts:
         self.experts = experts
         gate_EFD, up_EFD = experts.gate_up_proj.chunk(2, dim=1)
         padding = (0, more_size, 0, more_width)
-        # zeros make zeros of whatever lies between them
+        # inner units with zero weights give zeros
         self.gate_up_proj = torch.cat([nn.functional.pad(part, padding) for part in (gate_EFD, up_EFD)], dim=1)
         self.down_proj = nn.functional.pad(experts.down_proj, (0, more_width, 0, more_size))
 

@@ -15,7 +15,7 @@ from .errors_moma import InputError
 
 TEXT = "text"
 IMAGE = "image"
-# the mode of generation beside that of text and those of modalities with a frame
+# `generation_mode` in which text and frames alternate freely
 INTERLEAVED = "interleaved"
 FRAME_FIELDS = ("begin", "end", "length")
 
@@ -50,7 +50,7 @@ class ModalityFrame:
 
     def open_codes(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Return how many codes each row has written of the frame that it is in, `[B]`; -1 for rows in none."""
-        # a column before the row, so that rows of codes alone and empty rows have a last id that is no code
+        # one more column on the left, so that empty rows and rows of codes alone have a last id that is no code
         ids = nn.functional.pad(ids_BT, (1, 0), value=-1)
         places = torch.arange(ids.shape[1], device=ids.device)
         last_B = torch.where(self.is_code(ids), 0, places).amax(dim=1)
@@ -71,7 +71,7 @@ class ModalityFrame:
         if len(shape) != 2:
             kind = type(ids_BT).__name__
             raise InputError(f"`{name}` must be a tensor of two dimensions, got a {kind} of the shape {shape}.")
-        # a column after the row, so that no frame runs on into the next one
+        # one more column on the right, so that no frame runs on into the next row once rows are flattened
         ids = nn.functional.pad(ids_BT, (0, 1), value=-1)
         width, ids = ids.shape[1], ids.flatten()
         is_code = self.is_code(ids)

@@ -62,7 +62,7 @@ class FrameLogitsProcessor(LogitsProcessor):
 
     def _continued(self, input_ids: torch.Tensor, scores: torch.Tensor, counts: list[torch.Tensor]) -> torch.Tensor:
         """Return the scores of what may come next, given how many codes `[B]` of each modality's frame are written."""
-        # copied in the first step alone
+        # moved to the device once, in the first step
         self.banned_SV = self.banned_SV.to(scores.device)
         is_open_BS = torch.stack(counts, dim=1) >= 0
         banned_BV = self.banned_SV[is_open_BS.any(dim=1) * (is_open_BS.int().argmax(dim=1) + 1)]
@@ -90,7 +90,7 @@ class TextOnlyLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Give all codes and tokens of frames a score of minus infinity, `[B, V]`."""
-        # copied in the first step alone
+        # moved to the device once, in the first step
         self.banned_V = self.banned_V.to(scores.device)
         return scores.masked_fill(self.banned_V, -torch.inf)
 
@@ -130,7 +130,7 @@ class FittingFrameLogitsProcessor(LogitsProcessor):
         too_long = [frame.begin for frame in self.frames.values() if frame.fewest_codes + 2 > num_new]
         if too_long:
             scores = scores.clone()
-            # a list of them would be copied to the device
+            # one at a time, as a tensor of ids would need a copy to the device
             for token_id in too_long:
                 scores[:, token_id] = -torch.inf
         return scores
@@ -174,7 +174,7 @@ class FrameEndCriteria(StoppingCriteria):
 
 def force_token_(scores: torch.Tensor, rows_B: torch.Tensor, token_id: int) -> None:
     """Leave one token to some of the rows."""
-    # most steps force no row
+    # on a CPU the test is cheap, and most steps force no row
     if is_on_cpu(rows_B) and not rows_B.any():
         return
     scores.masked_fill_(rows_B[:, None], -torch.inf)
@@ -187,21 +187,21 @@ def _all_codes(config: MomaConfig) -> torch.Tensor:
     return in_ranges(torch.arange(config.vocab_size), ranges)
 
 
-# new tokens of the stock loop where no length is given
+# new tokens where no length is given, as in the stock loop
 DEFAULT_NEW_TOKENS = 20
-# what a model's own configuration says against repeated words means no codes, many of which are alike
+# a model's own penalties of repetition are meant for words and are off in images, where codes repeat
 OF_WORDS = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-# options that say how tokens are chosen: whoever gives one of them has a way of their own
+# options that choose a way of decoding: a caller who gives one of them does not get the model's `image_sampling`
 CHOOSING = frozenset(
     {"do_sample", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
     | {"num_beams", "guidance_scale", "penalty_alpha", "constraints", "force_words_ids"}
 )
-# drafted tokens and routing, which the unconditional branch of the stock guidance does not follow or get
+# options that go with no guidance: its unconditional branch does not follow drafted tokens, nor get a routing rule
 UNGUIDED = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit", "routing", "depth_routing")
 
 
 if TYPE_CHECKING:
-    # every model that has the mixin is a PreTrainedModel, which type checkers cannot know
+    # for type checkers: every class with this mixin is a PreTrainedModel
     class _StockGeneration(PreTrainedModel, GenerationMixin): ...
 else:
     _StockGeneration = GenerationMixin
@@ -281,7 +281,7 @@ class MomaGenerationMixin(_StockGeneration):
             )
         if mode == IMAGE and generation_config is None and CHOOSING.isdisjoint(kwargs):
             own = own_image_sampling(self.generation_config)
-            # a guidance that nobody asked for is no reason to refuse what does not go with it
+            # the model's own guidance, which the caller did not ask for, gives way to options that exclude guidance
             if any(options.get(name) is not None for name in UNGUIDED):
                 own.pop("guidance_scale", None)
             kwargs, options = kwargs | own, options | own
@@ -311,7 +311,7 @@ class MomaGenerationMixin(_StockGeneration):
         changes: dict[str, Any] = {"max_new_tokens": num_new, "max_length": None}
         num_drafts = options.get("prompt_lookup_num_tokens") or 0
         if self._context(num_before + width) < num_new + num_drafts:
-            # the stock lookup drafts beyond the last place, and changes no greedy row
+            # prompt lookup would draft beyond the last position; greedy output is the same without it
             changes["prompt_lookup_num_tokens"] = None
         if frame is not None:
             given = {*kwargs, *(name for name in OF_WORDS if getattr(generation_config, name, None) is not None)}
@@ -333,7 +333,7 @@ class MomaGenerationMixin(_StockGeneration):
             processors.append(TextOnlyLogitsProcessor(self.config))
         if caption_suppress_tokens is None:
             caption_suppress_tokens = options.get("caption_suppress_tokens")
-        # behind a cache nothing tells whether a frame stands alone
+        # with cached tokens the prompt is not whole, so it is unknown whether a frame stands alone
         if caption_suppress_tokens and frames and frame is None and prompt.shape[1] and not num_before:
             pad_token_id = options.get("pad_token_id")
             processors.append(
@@ -341,7 +341,7 @@ class MomaGenerationMixin(_StockGeneration):
             )
         if generation_config is None:
             return self._generate(inputs, None, processors, kwargs | changes, options)
-        # the stock method warns of options beside a configuration
+        # changes go into a copy of the configuration, as the stock method warns of options passed beside one
         generation_config = copy.deepcopy(generation_config)
         generation_config.update(**changes)
         kwargs = {name: value for name, value in kwargs.items() if name not in changes}
@@ -375,7 +375,7 @@ class MomaGenerationMixin(_StockGeneration):
         output = stock.generate(inputs, generation_config, processors, **kwargs)
         pad_token_id, ends = options.get("pad_token_id"), _token_ids(options.get("eos_token_id"))
         ends += [each.end_token_id for each in kwargs.get("stopping_criteria") or () if hasattr(each, "end_token_id")]
-        # the stock search takes a padding token of id 0 for none
+        # the stock beam search treats a padding token of id 0 as missing
         if (options.get("num_beams") or 1) > 1 and pad_token_id is not None and ends:
             sequences_BT = output if isinstance(output, torch.Tensor) else output.sequences
             ids = kwargs.get("input_ids") if inputs is None else inputs
@@ -402,7 +402,7 @@ class MomaGenerationMixin(_StockGeneration):
         frame = self._frame(IMAGE)
         codes: Any = frame.read_codes(image_tokens, "image_tokens")
         count_B = (image_tokens == frame.begin).sum(dim=1)
-        # the stock pipeline hands these codes alone to the processor, which could not tell the rows apart
+        # the stock pipeline passes only these codes to the processor, which tells rows apart by this attribute
         codes.last_of_rows = (count_B.cumsum(0) - 1)[count_B > 0]
         return codes
 
@@ -439,7 +439,7 @@ class MomaGenerationMixin(_StockGeneration):
         """Return how many positions a cache holds of earlier turns whose ids are not among those of the prompt."""
         num_seen = int(seen_positions(kwargs.get("cache", kwargs.get("past_key_values"))))
         mask = kwargs.get("attention_mask")
-        # by its width the stock loop tells new ids from those of all turns; embeddings are always taken for all
+        # by the mask's width the stock loop tells ids of this turn from those of all; embeddings are taken as all
         if kwargs.get("inputs_embeds") is None and isinstance(mask, torch.Tensor) and mask.shape[-1] != width:
             if mask.shape != (len(prompt), num_seen + width):
                 raise InputError(
@@ -481,7 +481,7 @@ class MomaGenerationMixin(_StockGeneration):
                     "end the frame."
                 )
         frame, limit = self.config.frames.get(mode), self.config.max_position_embeddings
-        # a number of new tokens goes before a whole length, as in the stock loop
+        # `max_new_tokens` goes before `max_length`, as in the stock loop
         if options.get("max_new_tokens") is not None:
             num_new = options["max_new_tokens"]
         elif options.get("max_length") is not None:
@@ -556,7 +556,7 @@ def _with_open_frames(
         for row, is_seen_T, written, count in zip(ids, is_seen_BT, prompt, counts)
     ]
     width = max(map(len, rows))
-    # ids that the mask hides are no matter
+    # padding ids are hidden by the mask, so any id will do
     padded = [nn.functional.pad(row, (width - len(row), 0)) for row in rows]
     is_token = [torch.arange(-width, 0, device=row.device) >= -len(row) for row in rows]
     return torch.stack(padded), torch.stack(is_token).long()

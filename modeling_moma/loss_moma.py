@@ -18,9 +18,9 @@ from .errors_moma import InputError
 from .token_groups_moma import token_modalities
 
 
-# positions whose logits exist at once on a CPU where a head makes them
+# on a CPU, the head computes logits of so many positions at a time
 CHUNK = 256
-# bytes of such logits on another device, where many small chunks are many launches
+# on other devices, logits of a chunk take so many bytes, as many small chunks would mean many kernel launches
 _CHUNK_BYTES = 2**28
 
 
@@ -71,7 +71,7 @@ def causal_lm_loss(
     states_NS = states.reshape(-1, states.shape[-1])
     _check_labels(labels, shift_labels, states)
     target_N = _targets(labels, shift_labels, attention_mask, ignore_index, states.device, logits_to_keep)
-    # -1 where no loss is wanted
+    # -1: no loss at this position
     modality_N = torch.where(target_N != ignore_index, token_modalities(config, target_N), -1)
     weight_N = modality_weights(config, modality_N) if training and config.modality_loss_weights else None
     z_loss_coef = config.z_loss_coef if training else 0.0
@@ -87,7 +87,7 @@ def causal_lm_loss(
     else:
         parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
         if not torch.is_grad_enabled():
-            # inside of a function of autograd, what its inputs say is all that is known
+            # `needs_input_grad` is also set under `no_grad`, and then asks for gradients that nobody needs
             states_NS, parameters = states_NS.detach(), []
         chunk_size = CHUNK
         if not is_on_cpu(states):
@@ -120,9 +120,9 @@ class _ChunkedSum(torch.autograd.Function):
             if needs_grad:
                 grad_ND, *own = torch.autograd.grad(part, [chunk_ND, *parameters])
                 grads.append(grad_ND)
-                # in fp32: each sum in bf16 would round what many chunks add up to
+                # summed in fp32, as sums of many chunks would lose precision in bf16
                 sums = [before.add_(new) for before, new in zip(sums, own)] if sums else [new.float() for new in own]
-                # free these gradients before the next chunk makes its own
+                # freed before the next chunk makes its own gradients
                 del own
         if needs_grad:
             ctx.save_for_backward(torch.cat(grads), *sums)
@@ -135,7 +135,7 @@ class _ChunkedSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale: torch.Tensor, _):
         grad_ND, *gradients = (
-            # a scale in bf16 would be a common error of all gradients
+            # scaled in fp32: rounding the scale to bf16 would put the same error into all gradients
             (gradient.float() * scale).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
@@ -146,7 +146,7 @@ def modality_weights(config: MomaConfig, modality_N: torch.Tensor) -> torch.Tens
     """Return the weight of each target in training, by `modality_loss_weights`."""
     weights, weight_N = config.modality_loss_weights or {}, torch.zeros_like(modality_N, dtype=torch.float32)
     for index, name in enumerate(config.modalities):
-        # a list of weights would be copied to the device
+        # a tensor of weights would need a copy to the device
         weight_N = torch.where(modality_N == index, weights.get(name, 1.0), weight_N)
     return weight_N
 
@@ -181,7 +181,7 @@ def _targets(
     return shift_labels.reshape(-1)
 
 
-# positions whose fp32 logits exist at once: they should stay in the caches
+# positions whose fp32 logits are computed at a time: few enough to stay in the CPU's caches
 _TERMS_CHUNK = 32
 
 
@@ -221,7 +221,7 @@ class _ChunkedTerms(torch.autograd.Function):
         # with `create_graph`
         if torch.is_grad_enabled():
             return *gradients_again(lambda logits_NV: ctx.plain(logits_NV)[0], [logits_NV], grad_N), *[None] * 4
-        # of the softmax, and of the target's logit
+        # scales of the gradients through the softmax, and through the target's logit
         scale_N1 = (grad_N * (weight_N + 2 * z_weight_N * log_z_N)).unsqueeze(1)
         target_grad_N1 = (-grad_N * weight_N).unsqueeze(1)
         logits_grad_NV = torch.empty_like(logits_NV)
@@ -229,7 +229,7 @@ class _ChunkedTerms(torch.autograd.Function):
         for logits_nV, logits_grad_nV, target_n1, log_z_n1, scale_n1, target_grad_n1 in zip(
             *(x.split(_TERMS_CHUNK) for x in values), strict=True
         ):
-            # a copy also where they are fp32
+            # copied even if fp32, as the next operations are in place
             softmax_nV = logits_nV.to(torch.float32, copy=True).sub_(log_z_n1).exp_()
             logits_grad_nV.copy_(softmax_nV.mul_(scale_n1).scatter_add_(1, target_n1, target_grad_n1))
         return logits_grad_NV, None, None, None, None

@@ -22,7 +22,7 @@ def tensor_parallel_plan(config: Any) -> dict[str, str]:
         rules |= _mlp_rules("mlp.shared_expert")
     if config.depth_layers:
         rules |= _router_rules(config, "depth_router")
-    # a tied head is the embedding, and MomaForCausalLM's plan splits the head by the vocabulary
+    # split by the vocabulary, as MomaForCausalLM's plan splits the head, which may be tied to the embedding
     plan = {"embed_tokens": "embedding_rowwise", "norm": "replicate"}
     return plan | {f"layers.*.{name}": style for name, style in rules.items()}
 
@@ -54,10 +54,10 @@ def _attention_rules(config: Any) -> dict[str, str]:
         rules[f"{attention}.o_proj"] = "rowwise"
         for norm in (f"{attention}.q_norm", f"{attention}.k_norm"):
             if config.qk_norm == "layernorm_per_head":
-                # the affine of a head goes where the head goes
+                # each head has its own scale and bias, which are split along with the heads
                 rules |= {f"{norm}.weight": "colwise", f"{norm}.bias": "colwise", norm: "local_params"}
             elif config.qk_norm != "none":
-                # all heads share one affine map, and each process has gradients of its own heads only
+                # all heads share one scale and bias, so the gradients of each process's heads are summed
                 rules[norm] = "replicated_with_grad_allreduce"
     return rules
 

@@ -26,5 +26,5 @@ def use_quantized_layers(model: nn.Module):
         module.pad_empty_input = True  # pyright: ignore[reportArgumentType]
         config: Any = getattr(module, "config", None)
         if config is not None and not takes_quantized(config):
-            # one config serves all layers
+            # the layers share one configuration, so this sets it for all of them
             config._experts_implementation = "eager"

@@ -104,7 +104,7 @@ def export_image_tokenizer(model: MomaVQModel, folder: str | Path) -> OnnxImageT
     finally:
         model.train(was_training)
 
-    # both are written before either takes the place of an earlier one
+    # both graphs are written aside before either replaces an earlier one
     def write(aside: Path):
         aside.mkdir()
         for name, program in programs.items():

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, TorchAoConfig
 from ..utils.errors import needs_extra
 
 
-# names of parameters, matched in full: a pattern for modules would take their biases, too
+# full names of parameters: a pattern of module names would quantise their biases, too
 LINEAR_LAYERS = (
     r".*\.self_attn\.(.+\.)?[qkvo]_proj\.weight",
     r".*\.(mlp|shared_expert)\.(gate|up|down)_proj\.weight",
@@ -73,7 +73,7 @@ def quantized_share(model: PreTrainedModel) -> float:
         state = getattr(parameter, "quant_state", None)
         count = parameter.numel() if state is None else state.shape.numel()
         total += count
-        # torchao's tensors answer with the type that they stand for
+        # torchao's tensors report the dtype from before quantisation, so they are known by `qdata`
         if hasattr(parameter, "qdata") or not parameter.is_floating_point():
             quantized += count
     return quantized / total

@@ -30,7 +30,7 @@ from .names import not_found_message
 
 
 T = TypeVar("T")
-# names under which weights may be saved
+# file names under which weights may be saved
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
@@ -131,7 +131,7 @@ def open_checked(saved: Saved, option: str, place: str, load: Callable[[], T]) -
     where = f"`{option}` {str(place)!r}"
     try:
         return load()
-    # readers of files fail in any way
+    # damaged files make readers raise all kinds of errors
     except Exception as error:
         if saved is MODEL and isinstance(error, ImportError):
             extra = "finetune" if (Path(place) / ADAPTER_CONFIG_NAME).is_file() else "quantize"
@@ -153,7 +153,7 @@ def check_saved(saved: Saved, option: str, place: str) -> None:
         if problem is not None:
             raise InputError(f"{where}: {problem}.")
         return
-    # PEFT reads those, over a model of another place
+    # a folder of adapters is read by PEFT, which loads their base model from elsewhere
     if saved is MODEL and (folder / ADAPTER_CONFIG_NAME).is_file():
         if base_of_adapters(folder) is None:
             raise InputError(
@@ -206,7 +206,7 @@ def refuse_non_finite(model: nn.Module, source: str):
 def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
     try:
         return torch.isfinite(tensor)
-    # quantised tensors of torchao compare nothing
+    # torchao's quantised tensors implement no comparison
     except NotImplementedError:
         return torch.isfinite(tensor.dequantize())
 
@@ -215,7 +215,7 @@ def model_type_of(folder: Path) -> str | None:
     """Return the type of the model that is saved in a folder, `None` where its `config.json` does not tell."""
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    # a file that is damaged is reported where it is really read
+    # a damaged file is reported by the loader that reads it as a whole
     except (OSError, ValueError, AttributeError):
         return None
 

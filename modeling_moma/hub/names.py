@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..utils.messages import one_line
 
 
-# timeout of this one request, before a loader retries many times
+# timeout of the one request that finds out whether a repository exists
 TIMEOUT_SECONDS = 10
 
 
@@ -24,7 +24,7 @@ def not_found_message(place: str, kind: Literal["model", "dataset"] = "model") -
         validate_repo_id(place)
     except HFValidationError:
         return missing
-    # a loader says the rest where there is a copy
+    # a copy in the cache can be loaded without asking the Hub
     if _is_cached(place, kind):
         return None
     if constants.is_offline_mode():
@@ -35,7 +35,7 @@ def not_found_message(place: str, kind: Literal["model", "dataset"] = "model") -
         return f"{missing}, and on the Hub that name needs a permission: ask for it on its page and log in"
     except RepositoryNotFoundError:
         return f"{missing}, and the Hub has no such {kind}, or it is private and you are not logged in"
-    # clients differ in what they raise where no connection is made
+    # the HTTP clients of huggingface_hub differ in what they raise without a connection
     except Exception as error:
         reason = one_line(error, 200) or type(error).__name__
         return f"{missing}, and the Hub, where it might be, cannot be reached ({reason})"

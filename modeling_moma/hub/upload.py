@@ -116,7 +116,7 @@ def lay_out(
 
 def _listed(folder: Path) -> tuple[dict[str, Path], list[str]]:
     files, left_out = {}, {}
-    # links to files count as the files, as in the Hub's cache, and those to folders are not followed
+    # links to files count as files, as the Hub's cache has them; links to folders are not followed
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         unwanted = [i for i, part in enumerate(parts) if any(fnmatch(part.lower(), pattern) for pattern in LEFT_OUT)]

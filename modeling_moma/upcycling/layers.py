@@ -15,8 +15,8 @@ from ..modeling_moma import MomaForCausalLM
 
 
 _LAYER = re.compile(r"(?P<before>.*\blayers\.)(?P<index>\d+)(?P<after>\..*)")
-# what a layer's update passes last: its norms where they stand behind it, else the projections that lead out, which
-# auxiliary routers have, too
+# the last modules of a layer's residual update, which are zeroed: its post-norms, or else its output projections
+# (auxiliary routers have a projection of the same name, which is left alone)
 _LAST = {
     "post": re.compile(r".*\.(attention|ffn)_norm\..*"),
     "pre": re.compile(r"(?!.*\.auxiliary\.).*\.(o_proj\.(weight|bias)|down_proj(\.weight)?)"),

@@ -76,7 +76,7 @@ def upcycling_receipt(
         {"seed": seed.num_parameters(), "upcycled": upcycled.num_parameters()},
         routing="expert_choice" if RULES[training_routing].reads_threshold else training_routing,
     )
-    # depth layers have no other rule in training but that of thresholds
+    # depth layers train by expert choice alone, and learn their thresholds from it
     options = {"routing": report.routing, "output_router_logits": True, "use_cache": False}
     if upcycled.config.depth_layers:
         options["depth_routing"] = "expert_choice"
@@ -139,7 +139,7 @@ def _record_group(name: str, layer: MomaFeedForward, seed_layer: MomaFeedForward
     def record(group: MomaExpertGroup, args: tuple, output: tuple[torch.Tensor, torch.Tensor]):
         x_ND, context = args
         _, selection = group.router(x_ND, context)
-        # pairs of weight 0 are padding
+        # pairs of weight 0 only pad a fixed layout
         token_P = selection.token_P[selection.weight_P > 0]
         taken_N = torch.bincount(token_P, minlength=x_ND.shape[0]).clamp(max=2)
         expected_ND = _with_common(seed_layer, x_ND, seed_group(x_ND, context)[0])

@@ -9,7 +9,7 @@ from ..configuration_moma import MomaConfig
 
 _EXPERTS = re.compile(r".*\.groups\.(?P<name>[^.]+)\.experts\.\w+")
 _SHARED_EXPERT = re.compile(r"(?P<layer>.*\.mlp)\.(?:groups\.(?P<name>[^.]+)\.)?shared_expert\.(?P<matrix>.*)")
-# the matrices that are packed into those of experts
+# matrices of a network that are packed into a parameter of experts
 _PACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -33,7 +33,7 @@ def tensor_sources(names: Collection[str], seed_names: Collection[str], kept: Co
 
 
 def _sources(name: str, seed_names: Collection[str], kept: Collection[str]) -> list[str]:
-    # a dense source has one group that stands for each modality's
+    # a dense source has one group, `all`, that every modality's group is made of
     alike = (name, re.sub(r"\.groups\.[^.]+\.", ".groups.all.", name))
     shared, experts = _SHARED_EXPERT.fullmatch(name), _EXPERTS.fullmatch(name)
     if shared:

@@ -106,7 +106,7 @@ def upcycled_config(
             f"`expert_intermediate_size` = {expert_intermediate_size!r} needs `keep_seed`: without it experts are "
             "copies of the seed's network and have its width."
         )
-    # a configuration takes any name, and keeps it without a use
+    # PreTrainedConfig accepts unknown names and stores them unused
     unknown = sorted(set(fields) - set(config.to_dict()))
     if unknown:
         raise InputError(f"`fields` = {sorted(fields)}: a MomaConfig has no {unknown}. Is a name misspelt?")
@@ -140,7 +140,7 @@ def _sizes_beside_seed(seed: MomaConfig, upcycled: MomaConfig, expert_size: int 
             "`keep_seed` does not go with `gate_after_norm`: the gates of fresh routers would scale what the seed's "
             "network gives. In a seed without shared experts the field changes nothing: give gate_after_norm=False."
         )
-    # whether grown or not, what has a shared expert is scaled by its gates, or is not
+    # groups with a shared expert are scaled by their gates in one of two ways, which has to be the same in both models
     has_shared = any(shared_size(seed, group) for group in seed.expert_groups)
     if has_shared and seed.gate_after_norm != upcycled.gate_after_norm:
         raise InputError(
@@ -256,7 +256,7 @@ def upcycle(
         if sources[name]:
             tensor.copy_(_tensor_of(name, tensor, sources[name], seed_state, perturbation, fields))
         elif name.endswith(".experts.down_proj"):
-            # fresh experts add nothing yet
+            # fresh experts start with a zero output
             tensor.zero_()
     _check_used(seed_state, sources, fields)
     upcycled.generation_config = deepcopy(model.generation_config)
@@ -304,7 +304,7 @@ def _tensor_of(
     if parts and ".experts." in name:
         joined = torch.stack([torch.cat([_perturbed(part, perturbation) for part in parts]) for _ in tensor])
     elif len(parts) > 1:
-        # networks side by side: the inner width is the rows of what leads in, and the columns of what leads out
+        # networks side by side: inner units are rows of gate and up projections, and columns of the down projection
         joined = torch.cat(parts, dim=1 if "down_proj" in name else 0)
     else:
         joined = parts[0] if parts else None

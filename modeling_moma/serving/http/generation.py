@@ -21,9 +21,9 @@ from .requests import ChatRequest, ImageRequest, RequestError
 
 
 MAX_LETTERS = 200_000
-# tokens before new ones that decide how these are written, such as whether a blank stands between words
+# earlier tokens decoded along with new ones, since they decide, for instance, whether a blank stands between words
 CONTEXT = 8
-# words of messages are words: `<eos>` ends none
+# special tokens that a user writes are read as plain characters, so that `<eos>` in a message ends nothing
 READ: Any = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "sanitize_control_tokens": True}
 
 
@@ -103,12 +103,12 @@ class Engine:
         chat = request.read(self.processor)
         try:
             self.processor.apply_chat_template(chat, add_generation_prompt=True)
-        # a template may raise anything over what it is given
+        # a chat template may raise any kind of error
         except Exception as error:
             raise RequestError("messages", f"the chat template refuses them: {one_line(error, 300)}.") from error
         inputs = self.processor.apply_chat_template(chat, add_generation_prompt=True, **READ)
         ids, tokenizer = inputs["input_ids"][0].tolist(), self.processor.tokenizer
-        # what stands around every prompt says nothing
+        # beginning, end and padding tokens alone are an empty prompt
         if {*ids} <= {tokenizer.bos_token_id, tokenizer.pad_token_id, *self.ends}:
             raise RequestError("messages", "they give an empty prompt.")
         answer = Answer(tokenizer, request.stop, job.emit)
@@ -137,7 +137,8 @@ class Engine:
         return files
 
     def _generate(self, inputs: Any, seed: int | None, ends: "Ends", **options: Any) -> Any:
-        # nothing else samples before this generation has ended, and an answer without a seed is not to follow one's
+        # one thread does all sampling, so torch's global generator is this request's alone; without a seed it gets a
+        # fresh one, or it would go on from the seed of the request before
         torch.manual_seed(secrets.randbits(63) if seed is None else seed)
         stopping = StoppingCriteriaList([ends])
         return self.model.generate(**inputs.to(self.model.device), stopping_criteria=stopping, **options)
@@ -164,7 +165,7 @@ class Job:
         self._call(self.events.put_nowait, event)
 
     def _call(self, function: Callable, argument: Any):
-        # the event loop is closed already when the server ends
+        # at the end of the server, the event loop may be closed before the last answer
         with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(function, argument)
 
@@ -237,7 +238,7 @@ class Answer(BaseStreamer):
         start, decode = max(0, self._written - CONTEXT), self.tokenizer.decode
         before = decode(self.ids[start : self._written], skip_special_tokens=True)
         text = decode(self.ids[start:], skip_special_tokens=True)
-        # a letter may be of several tokens
+        # a letter of several tokens decodes to U+FFFD until the last of them has come
         if text.endswith("\ufffd") and not is_last:
             return ""
         self._written = len(self.ids)

@@ -18,9 +18,9 @@ from .requests import RequestError
 MAX_BODY_BYTES, LARGE_BODY_BYTES, MAX_LARGE_BODIES = 32 << 20, 1 << 20, 4
 # values are counted by their commas and brackets: JSON's objects take a hundred times the bytes that write them
 MAX_VALUES = 250_000
-# a client has so long to send its body, and to take a piece of its answer
+# seconds that a client has to send its body, and to take a piece of its answer
 BODY_SECONDS, SEND_SECONDS = 20.0, 30.0
-# after so long a connection is asked again whether its client has gone
+# seconds between two looks at whether the client of a connection has gone
 LISTEN_SECONDS = 1.0
 
 Message = MutableMapping[str, Any]
@@ -33,7 +33,7 @@ class Guard:
 
     def __init__(self, app: Callable[..., Awaitable[None]], api_key: str | None = None, is_local: bool = True):
         self.app, self.is_local, self.large = app, is_local, 0
-        # as bytes it loses ASCII blanks alone: the last byte of another letter may be a blank of latin-1
+        # stripped as bytes, which takes ASCII blanks alone: the last byte of a UTF-8 letter may be a blank in latin-1
         self.api_key = None if api_key is None else api_key.encode().strip()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send):
@@ -41,7 +41,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        # the app finds it, and is told by it that the client has its answer or has gone
+        # the app finds `leaving` in its scope, and closing it tells the app that the client has its answer or has gone
         with ExitStack() as leaving:
             try:
                 body = await self._read(receive, leaving, self._refusal(scope["path"], Headers(scope=scope)))
@@ -104,7 +104,7 @@ async def _attend(app: Callable, scope: Message, body: bytes, receive: Receive, 
 
     async def replay() -> Message:
         if not bodies:
-            # that a client has gone is told to the app by cancelling it
+            # there is no further message: the app is cancelled when its client goes
             await asyncio.get_running_loop().create_future()
         return bodies.pop()
 
@@ -127,7 +127,7 @@ async def _attend(app: Callable, scope: Message, body: bytes, receive: Receive, 
     finally:
         work.cancel()
         gone.cancel()
-        # errors of the app have been raised above, or no client is left to tell
+        # an error of the app has been raised above, or its client has gone and nobody can be told
         await asyncio.gather(work, gone, return_exceptions=True)
 
 

@@ -20,13 +20,13 @@ from ...utils.messages import one_line
 
 
 MAX_MESSAGES, MAX_PARTS, MAX_ITEMS, MAX_DRAWINGS = 256, 64, 16, 10
-# of one image, of all images of a request, and along a side; an image of so many pixels takes 50 MB while it is read
+# pixels of an image, of all images of a request, and along a side: reading 2**24 pixels takes 50 MB
 MAX_PIXELS, MAX_PIXELS_TOGETHER, MAX_SIDE = 2**24, 2**26, 2**14
-# a sound of so many samples takes 16 MB while it is read
+# samples of a sound: reading 2**22 takes 16 MB
 MAX_SAMPLES = 2**22
 MAX_STOPS, MAX_STOP_LETTERS, MAX_BIASES = 4, 64, 1024
-# Pillow decodes them by itself and people send them; a TIFF may list millions of strips, and an AVIF holds an image of
-# any size behind a small header
+# what Pillow decodes by itself and people send; not TIFF, which may list millions of strips, nor AVIF, which holds an
+# image of any size behind a small header
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 RETRY_SECONDS = "5"
 # fields of OpenAI's that change no answer, and values of others that ask for what this server does anyway
@@ -39,7 +39,7 @@ class RequestError(InputError):
     """A field of a request cannot be answered, by a status of HTTP from 400 to 499."""
 
     def __init__(self, field: str, reason: str, status: int = 400):
-        # half a pair of surrogates could not be sent
+        # half a surrogate pair cannot be encoded as UTF-8, so it is shown by its escape
         self.field = field[:120].encode(errors="backslashreplace").decode()
         super().__init__(f"{self.field}: {reason}".encode(errors="backslashreplace").decode())
         self.status = status
@@ -62,7 +62,7 @@ def refusal_of(errors: RequestValidationError) -> RequestError:
         if kind != "missing":
             what = "it must be a JSON object, sent with `Content-Type: application/json`"
         return RequestError("body", f"{what}.")
-    # behind the number of a part pydantic names its kind
+    # pydantic puts the kind of a message's part, which no request has as a field, behind its number
     names = place[:4] + place[5:] if place[2:3] == ("content",) else place
     field = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).removeprefix(".")
     if kind == "extra_forbidden":
@@ -72,7 +72,7 @@ def refusal_of(errors: RequestValidationError) -> RequestError:
 
 
 def _zero_or_warm(value: float) -> float:
-    # logits are divided by it, and would become infinite
+    # logits divided by a smaller temperature could overflow
     if 0 < value < 1e-3:
         raise InputError("it must be 0, or at least 0.001")
     return value
@@ -234,12 +234,12 @@ def _read_image(address: str, field: str, pixels_left: int) -> Image.Image:
     Image.init()
     try:
         image = Image.open(io.BytesIO(content), formats=[name for name in FORMATS if name in Image.OPEN])
-        # only the header has been read by now
+        # Pillow has read only the header, so that large images are refused before they are decoded
         pixels = image.width * image.height
         is_large = max(image.size) > MAX_SIDE or pixels > min(MAX_PIXELS, pixels_left)
         if not is_large:
             image.load()
-    # decoders raise any error for damaged images, and name an object of Python's in it
+    # decoders raise all kinds of errors for damaged images; what stands behind " <" is the repr of a Python object
     except Exception as error:
         reason = f"it is damaged, or none of {', '.join(FORMATS)} ({one_line(error).split(' <')[0]})."
         status = 413 if isinstance(error, Image.DecompressionBombError) else 400

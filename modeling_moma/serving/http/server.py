@@ -20,7 +20,7 @@ from .requests import ChatRequest, ImageRequest, RequestError, refusal_of
 
 
 logger = logging.getLogger("uvicorn.error")
-# connections count whether they ask something or not
+# open connections, idle ones included
 MAX_CONNECTIONS = 256
 WHY = "the server failed; its log says why."
 FAILED = {"error": {"message": WHY, "type": "server_error", "param": None, "code": None}}
@@ -47,7 +47,7 @@ def build_app(engine: Engine, api_key: str | None = None, is_local: bool = True)
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request):
         events = engine.chat(body, request.state.leaving)
-        # what is wrong with the request shows before its first token
+        # an invalid request raises before its first token, while a status can still be sent
         first = await anext(events)
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": engine.name}
         if body.stream:
@@ -67,7 +67,7 @@ def build_app(engine: Engine, api_key: str | None = None, is_local: bool = True)
     async def refuse_field(_request: Request, errors: RequestValidationError):
         return refusal_of(errors).response()
 
-    # by status: what the router raises is no HTTPException of FastAPI's own
+    # handlers by status, since the router raises Starlette's HTTPException and not FastAPI's
     @app.exception_handler(400)
     @app.exception_handler(404)
     @app.exception_handler(405)
@@ -109,7 +109,7 @@ async def _stream(first: str, events: AsyncIterator[Any], head: dict[str, Any], 
             yield line(choice({}, reason))
             if has_usage:
                 yield line([], usage)
-    # the status has been sent
+    # status 200 has been sent, so an error can only be a last event of the stream
     except Exception:
         logger.exception("A generation failed in the middle of its stream")
         yield f"data: {json.dumps(FAILED)}\n\n"
@@ -122,7 +122,7 @@ def serve(engine: Engine, host: str, port: int, api_key: str | None):
         build_app(engine, api_key, is_loopback(host)),  # pyright: ignore[reportArgumentType]
         host=host,
         port=port,
-        # the parser whose bounds of headers the checks rely on
+        # h11 bounds the size of headers, which the guard relies on
         http="h11",
         ws="none",
         lifespan="off",

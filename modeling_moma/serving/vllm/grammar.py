@@ -27,7 +27,7 @@ SERVED_MODES: set[str] = set()
 
 def check_served(name: str, mode: Any) -> None:
     """Raise `ValueError` for a mode that no model has that this process has been asked to serve."""
-    # lists are unhashable
+    # `in` on a sorted list, since a request may give a list, which no set can look up
     if SERVED_MODES and mode not in sorted(SERVED_MODES):
         raise InputError(f"`{name}` must be one of {sorted(SERVED_MODES)}, got {mode!r}.")
 
@@ -140,7 +140,7 @@ class FrameRow:
         self._length = 0
         self.is_done = False
         self.write(prompt)
-        # the frames of the prompt do not count
+        # frames in the prompt do not end an answer of one image
         self.is_done = False
 
     def write(self, ids: Sequence[int]) -> None:

@@ -20,7 +20,7 @@ from vllm.multimodal.processing import (  # pyright: ignore[reportMissingImports
 
 
 PLACEHOLDER = "<image>"
-# the processor's output with the token ids of each image
+# key of the processor's output that holds the token ids of each image
 IMAGE_IDS = "image_ids"
 
 

@@ -69,7 +69,7 @@ class MomaLogitsProcessor(LogitsProcessor):
     def _new_request(self, params: Any, prompt_ids: list[int] | None, output_ids: list[int]) -> _Request | None:
         mode = _mode(params)
         if mode not in self.modes:
-            # an error here would end the server for all
+            # an error here would end the server for all of its clients
             logger.warning("`%s` must be one of %s, got %r; taken as %r.", MODE, self.modes, mode, TEXT)
             mode = TEXT
         if mode == FREE or self.grammar is None:

@@ -26,7 +26,7 @@ class MomaForVllm(TransformersForCausalLM, SupportsMultiModal):
     image is what the ids give anyway.
     """
 
-    # the ids tell which experts serve a token
+    # token ids decide the modality, and by it the experts
     requires_raw_input_tokens = True
 
     @classmethod

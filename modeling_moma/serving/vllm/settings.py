@@ -72,7 +72,7 @@ class BackendConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
         """Raise for a MoMa, whose grammar and images this backend alone does not know; other models pass."""
-        # by its name, as the configuration's class may be that of code in the model's folder
+        # compared by name, as a folder with its own code has a configuration class of its own
         if getattr(model_config.hf_config, "model_type", None) == MomaConfig.model_type:
             raise InputError(
                 f"`model_impl` is {model_config.model_impl!r}, but vLLM's backend alone passes over the "
