@@ -26,7 +26,7 @@ RUN := $(VENV)/bin/python
 QUIET := env PYTHONWARNINGS=ignore
 INSTALLED := $(VENV)/.installed
 
-.PHONY: FORCE quickstart browser test test-newest test-lowest test-next test-extras test-cuda count-cuda test-vllm check docs dist bench reproduce-icons data data-manual data-gloss data-spoken clean
+.PHONY: FORCE quickstart browser test test-newest test-lowest test-next test-extras test-cuda count-cuda test-vllm check docs dist bench reproduce-icons data data-manual data-gloss clean
 
 quickstart: $(VENV)/.installed-train
 	$(RUN) scripts/quickstart.py --output quickstart
@@ -97,10 +97,6 @@ data-manual: $(INSTALLED)
 
 data-gloss: $(INSTALLED)
 	$(RUN) scripts/build_gloss.py --output data/gloss
-
-# needs espeak-ng (Debian: espeak-ng)
-data-spoken: $(INSTALLED)
-	$(RUN) scripts/build_spoken.py --output data/spoken
 
 # one comparison of speed by its name, `make bench CASE=decode-4t4i`, or all of them; on a GPU where there is one
 bench: $(INSTALLED)
