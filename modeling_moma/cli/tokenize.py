@@ -88,7 +88,7 @@ def summary(manifest: dict) -> str:
 
 def run(args: Arguments) -> None:
     with without_import_notices():
-        from ..data.outputs import refuse_output_in_data
+        from ..data.sources import refuse_output_in_data
         from ..data.workers import Workers
         from ..hub.loading import PROCESSOR, check_saved
         from ..training.recipe import DataFields, read_recipe

@@ -69,7 +69,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Run:
 
 def run(args: Run) -> None:
     with without_import_notices():
-        from ..data.outputs import refuse_output_in_data
+        from ..data.sources import refuse_output_in_data
         from ..training.audio_tokenizer import train_audio_tokenizer
         from ..utils.atomic_files import check_new_folder, write_folder_aside
 

@@ -64,7 +64,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Run:
 
 def run(args: Run, on_step: Callable[[int, dict[str, float]], None] | None = None) -> list[dict]:
     with without_import_notices():
-        from ..data.outputs import refuse_output_in_data
+        from ..data.sources import refuse_output_in_data
         from ..training.image_tokenizer import TokenizerTraining
         from ..training.output_lock import sole_run
 

@@ -21,9 +21,16 @@ from ..utils.atomic_files import atomic_write, check_new_folder, check_writable
 from ..utils.digests import files_digest
 from ..utils.records import read_record
 from .encoding import has_caption_template, loaded_encoder, template_digest
-from .shared_rows import warn_of_shared_rows
-from .sources import HELD_OUT_RULE, READERS, TRAIN, VALIDATION, Source, read_sources, undecoded_rows
-from .split_folders import warn_of_unnamed
+from .sources import (
+    HELD_OUT_RULE,
+    READERS,
+    TRAIN,
+    VALIDATION,
+    Source,
+    read_sources,
+    undecoded_rows,
+    warn_of_shared_rows,
+)
 
 
 JOB_FILE = "job.json"
@@ -221,7 +228,6 @@ def _plan_source(
         if isinstance(rows, Dataset):
             if len(rows) == 0:
                 raise InputError(f"sources: {source.name!r} yields nothing: its split {split!r} has no rows.")
-            warn_of_unnamed(source.name, rows, source.split_files().get(split, ()))
             images, weight = _row_means(source, rows)
             size = rows_per_shard or _shard_rows(len(rows), weight)
             size = -(-size // source.kind.batch_multiple) * source.kind.batch_multiple

@@ -4,7 +4,7 @@
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from glob import escape, glob
@@ -30,18 +30,29 @@ from datasets.fingerprint import Hasher
 from datasets.inspect import SplitsNotFoundError
 from datasets.table import CastError
 from pydantic import Field
+from transformers.utils import logging
 
 from ..errors_moma import InputError
 from ..hub.names import not_found_message
 from ..utils.fields import Float, read_field
 from ..utils.messages import one_line
+from .files import (
+    METADATA,
+    data_files,
+    reading_options,
+    refuse_longer_rows,
+    refuse_shared_parts,
+    rows_below,
+    saved_files,
+    split_folders,
+    split_parts,
+    table_files,
+)
 from .json_lines import has_broken_lines, is_json_lines, sanitized_copy
 from .kinds import SourceKind, read_kind
-from .split_folders import METADATA, data_files, rows_below, saved_files, split_folders
-from .split_parts import refuse_shared_parts, split_parts
-from .tables import reading_options, refuse_longer_rows, table_files
 
 
+logger = logging.get_logger(__name__)
 TRAIN, VALIDATION = "train", "validation"
 # how rows are drawn that become `validation`; what was begun by another draw does not go on under this one
 HELD_OUT_RULE = "blake2b"
@@ -457,3 +468,45 @@ def source_texts(sources: Sequence[Source], rows: int) -> Iterator[str]:
         read = (row for place, row in placed if VALIDATION in names or not source.is_held_out(place))
         for row in itertools.islice(read, rows):
             yield from source.kind.row_texts(row)
+
+
+def warn_of_shared_rows(sources: Sequence[Source], names: Mapping[str, Mapping[str, str]]) -> None:
+    """Tell of sources that train on what another one holds out, in a split or by a draw of its own."""
+    # one alone has no other, and its files need not be looked for
+    files = {source.name: source.split_files() for source in sources if len(sources) > 1}
+    for first, second in itertools.combinations(sources if files else (), 2):
+        pair = [(entry, names[entry.name], files[entry.name]) for entry in (first, second)]
+        if _trains_on_held_out(*pair) or _trains_on_held_out(*reversed(pair)):
+            logger.warning(
+                f"sources: {first.name!r} and {second.name!r} read the same files, {second.data!r}, and hold out "
+                "other rows of them: what one is evaluated on the other is trained on. Give both the same parts, "
+                "`splits: {train: 'train[:98%]', validation: 'train[98%:]'}`."
+            )
+
+
+_Reader = tuple[Source, Mapping[str, str], Mapping[str, frozenset[str]]]
+
+
+def _trains_on_held_out(first: _Reader, second: _Reader) -> bool:
+    """Return whether a source with its names and files of splits trains on rows that a second one holds out."""
+    (_, names, files), (other, other_names, other_files) = first, second
+    held_out = other_names.get(VALIDATION, other_names[TRAIN] if other.held_out > 0 else None)
+    for own in split_parts(names[TRAIN]):
+        for part in split_parts(held_out) if held_out is not None else ():
+            mine, theirs = files.get(own.split), other_files.get(part.split)
+            # rows are counted through all files, so that other files have other numbers
+            if mine and theirs and (own.overlaps(part) if mine == theirs else mine & theirs):
+                return True
+    return False
+
+
+def refuse_output_in_data(output: str, sources: Sequence[Source]) -> None:
+    """Raise `ValueError` where an output lies in a folder that a source reads all files of."""
+    for source in sources:
+        chosen = {"data_files", "data_dir"} & source.load.keys()
+        folder = Path(source.data)
+        if folder.is_dir() and not chosen and Path(output).resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"`--output` {output!r} lies in the data of source {source.name!r}, {source.data!r}: its files would "
+                "be read as data. Give a folder outside, or put the data into one of their own."
+            )

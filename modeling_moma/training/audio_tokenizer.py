@@ -14,9 +14,8 @@ from tokenization.audio_codecs_moma import MelCodec
 
 from ..data.images import SkippedRow
 from ..data.json_lines import BROKEN_LINE
-from ..data.shared_rows import warn_of_shared_rows
 from ..data.sounds import read_row_sound, refused_sounds_left_out
-from ..data.sources import TRAIN, VALIDATION, Source, placed_rows
+from ..data.sources import TRAIN, VALIDATION, Source, placed_rows, warn_of_shared_rows
 from ..errors_moma import InputError
 from ..utils.errors import needs_extra
 from .tokenizer_settings import AudioTokenizerSettings

@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from ..data.json_lines import BROKEN_LINE
 from ..data.kinds import ImageKind
 from ..data.sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, placed_rows, row_place
-from ..data.split_folders import warn_of_unnamed
 from ..errors_moma import InputError
 from .recipe import read_recipe
 
@@ -93,8 +90,6 @@ def candidates(source: Source) -> Iterator[Candidate]:
         if name not in names:
             continue
         rows = source.open(names[name])
-        if isinstance(rows, Dataset):
-            warn_of_unnamed(source.name, rows, source.split_files().get(names[name], ()))
         for row, (place, columns) in enumerate(placed_rows(rows)):
             if columns.get(BROKEN_LINE):
                 continue

@@ -19,8 +19,7 @@ from tokenization.modeling_moma_vq import MomaVQModel
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
 from ..data.jobs import source_digest
-from ..data.shared_rows import warn_of_shared_rows
-from ..data.sources import Source
+from ..data.sources import Source, warn_of_shared_rows
 from ..errors_moma import InputError
 from ..utils.atomic_files import check_new_folder, is_of_model, replace_folder, write_folder_aside
 from ..utils.errors import MissingExtraError, needs_extra

@@ -495,26 +495,6 @@ def test_what_is_wrong_with_a_table_of_captions_is_said(tmp_path, table, cause):
         source.split_names()
 
 
-@pytest.mark.parametrize("splits", [[], ["train", "test"]])
-def test_images_that_the_table_of_captions_does_not_name_are_told(run, tmp_path, caplog, splits):
-    folder = tmp_path / "photos"
-    for place in splits or ["."]:
-        (folder / place).mkdir(parents=True)
-        for index, image in enumerate(noise_images(3)):
-            image.save(folder / place / f"{index}.png")
-    names = [f"{place}/{index}.png" for place in splits or ["."] for index in range(2)]
-    (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{name},red\n" for name in names))
-    (folder / "notes.txt").write_text("no image")
-    entry, *_ = run(data=str(folder), image="image", text="text", held_out=0)
-    assert entry["read"]["train"]["rows"] == 2
-    told = [text for text in caplog.messages if "are left out, since no row" in text]
-    assert told and all("'mine': 1 of 3 images" in text and "2.png" in text for text in told)
-    (source,) = read_sources({"mine": {"data": str(folder), "image": "image", "text": "text", "held_out": 0}})
-    caplog.clear()
-    assert len(list(candidates(source))) == 2
-    assert any("1 of 3 images" in text for text in caplog.messages)
-
-
 def test_broken_line_of_a_stream_is_told(run, tmp_path):
     (tmp_path / "d.jsonl").write_text("\n".join(LINES) + "\n")
     with pytest.raises(ValueError, match="rows no more can be read; is a file damaged there"):
