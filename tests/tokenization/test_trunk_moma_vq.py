@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from tokenization import MomaVQConfig, MomaVQModel
+from tokenization.modeling_moma_vq import TRUNK_WIDTH, MomaVQSameConv, MomaVQTrunk
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
-from tokenization.trunk_moma_vq import TRUNK_WIDTH, MomaVQSameConv, MomaVQTrunk
 
 
 @pytest.fixture(scope="module")
