@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from glob import escape, glob
+from glob import escape
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +48,6 @@ from .files import (
     split_parts,
     table_files,
 )
-from .json_lines import has_broken_lines, is_json_lines, sanitized_copy
 from .kinds import SourceKind, read_kind
 
 
@@ -164,14 +163,7 @@ class Source:
             refuse_longer_rows(f"sources: {self.name!r}", table_files(options.get("data_files")), options)
         elif Path(path).resolve() == Path(self.data).resolve() and Path(path).is_dir():
             options = self._of_folder(path, options)
-        try:
-            rows = self._call(load_dataset, path, options)
-        except ValueError:
-            mended = self._mended(path, options)
-            if not mended:
-                raise
-            rows = self._call(load_dataset, path, {**options, "data_files": mended})
-        rows = self._of_split(rows, split)
+        rows = self._of_split(self._call(load_dataset, path, options), split)
         columns = rows.column_names
         if columns is None:
             columns = list(next(undecoded_rows(rows), {}))
@@ -202,17 +194,6 @@ class Source:
             return options
         folder = Path(options.get("cache_dir") or config.HF_DATASETS_CACHE)
         return {**options, "cache_dir": str(folder / f"{Path(path).name}-{Hasher.hash(files)}")}
-
-    def _mended(self, path: str, options: dict[str, Any]) -> list[str]:
-        """Return copies of the files of JSON lines, where one of them has broken lines; nothing where none has."""
-        pattern = options.get("data_files")
-        if path != "json" or not isinstance(pattern, str):
-            return []
-        files = sorted(map(Path, glob(pattern, recursive=True)))
-        if not any(map(has_broken_lines, files)):
-            return []
-        # of all of them: `datasets` reads files of the same columns alone
-        return [str(sanitized_copy(file)) if is_json_lines(file) else str(file) for file in files]
 
     def _of_split(self, rows: Dataset | IterableDataset, split: str) -> Dataset | IterableDataset:
         """Return the rows of a split, where one file of captions is that of all splits."""
@@ -276,11 +257,6 @@ class Source:
             if self._goes_by_folders() and (saved := saved_files(path)):
                 return READERS[".arrow"], {**self.load, "data_files": saved}
             files = data_files(path) if self._goes_by_folders() else {}
-            if not files and _has_pattern_letters(str(path.absolute())):
-                raise InputError(
-                    f"sources: {self.name!r}: `datasets` takes the '*', '?' or '[' in the folder {self.data!r} for a "
-                    "pattern and finds no file there: rename the folder, or name its files, as `data: FOLDER/*.csv`."
-                )
             # `datasets` calls what it prepares by the folder's name, which "." has none of
             folder = self.data if path.name not in ("", "..") else str(path.resolve())
             return ("imagefolder", {**self.load, "data_files": files}) if files else (folder, dict(self.load))

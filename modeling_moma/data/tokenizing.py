@@ -16,9 +16,7 @@ from datasets.arrow_writer import ArrowWriter
 from ..errors_moma import InputError
 from ..utils.atomic_files import path_aside
 from .encoding import DocumentEncoder, loaded_encoder
-from .images import SkippedRow
 from .jobs import Job, Task, done_report, read_job
-from .json_lines import BROKEN_LINE
 from .reports import write_report
 from .shard import BATCH, Shard
 from .sources import TRAIN, VALIDATION, Source, read_sources, row_place, undecoded_rows
@@ -158,9 +156,6 @@ class SourceShard(Shard):
             place = row_place(self.start + index, file)
             split = VALIDATION if self.holds_out and self.source.is_held_out(place) else self.task.split
             self.report.rows += 1
-            if row.get(BROKEN_LINE):
-                self.leave_out(self.start + index, SkippedRow("JSON broken", row[BROKEN_LINE]))
-                continue
             yield self.start + index, split, row
 
 

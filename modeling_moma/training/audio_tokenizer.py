@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from tokenization.audio_codecs_moma import MelCodec
 
 from ..data.images import SkippedRow
-from ..data.json_lines import BROKEN_LINE
 from ..data.sounds import read_row_sound, refused_sounds_left_out
 from ..data.sources import TRAIN, VALIDATION, Source, placed_rows, warn_of_shared_rows
 from ..errors_moma import InputError
@@ -85,7 +84,7 @@ def _source_sounds(source: Source, held_out: bool) -> Iterator[tuple[Source, Any
     has_own = VALIDATION in names
     rows = source.open(names[VALIDATION if held_out and has_own else TRAIN])
     for place, row in placed_rows(rows):
-        if row.get(BROKEN_LINE) or (not has_own and source.is_held_out(place) != held_out):
+        if not has_own and source.is_held_out(place) != held_out:
             continue
         yield from ((source, value) for value in source.kind.row_sounds(row))
 

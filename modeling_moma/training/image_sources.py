@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.json_lines import BROKEN_LINE
 from ..data.kinds import ImageKind
 from ..data.sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, placed_rows, row_place
 from ..errors_moma import InputError
@@ -91,8 +90,6 @@ def candidates(source: Source) -> Iterator[Candidate]:
             continue
         rows = source.open(names[name])
         for row, (place, columns) in enumerate(placed_rows(rows)):
-            if columns.get(BROKEN_LINE):
-                continue
             is_held_out = name == VALIDATION or (VALIDATION not in names and source.is_held_out(place))
             for index, value in enumerate(source.kind.row_images(columns)):
                 yield Candidate(source, names[name], row, index, is_held_out, value)
