@@ -15,12 +15,11 @@ from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingA
 from transformers.utils import logging
 
 from modeling_moma import MomaMetricsCallback
+from modeling_moma.data.documents import HeldOutExamples
 from modeling_moma.data.encoding import DocumentEncoder
-from modeling_moma.data.examples import HeldOutExamples
-from modeling_moma.data.kinds.captions import CaptionDocuments
+from modeling_moma.data.kinds import CaptionDocuments, Template
 from modeling_moma.data.sources import Source
 from modeling_moma.data.stream import DocumentExamples
-from modeling_moma.data.templates import Template
 from modeling_moma.labelling.labeler import CaptionForm, ImageLabeler
 from modeling_moma.labelling.memory import memory_of
 from modeling_moma.labelling.queries import check_queries

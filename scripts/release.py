@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_moma.data.examples import check_layout
+from modeling_moma.data.documents import check_layout
 from modeling_moma.errors_moma import InputError
 from modeling_moma.hub.loading import open_model, open_processor, require_plain_weights
 from modeling_moma.utils.atomic_files import check_writable, write_folder_aside

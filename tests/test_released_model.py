@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from helpers.slow import slow
+from modeling_moma.data.documents import shuffled_held_out
 from modeling_moma.data.encoding import DocumentEncoder
-from modeling_moma.data.examples import shuffled_held_out
-from modeling_moma.data.kinds.captions import CaptionDocuments
+from modeling_moma.data.kinds import CaptionDocuments
 from modeling_moma.evaluation.measures import EXPERT_CHOICE, encode_images, held_out_loss, image_batches, load_model
 from modeling_moma.hub.loading import refuse_non_finite
 from modeling_moma.labelling.labeler import open_labeler

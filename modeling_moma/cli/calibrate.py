@@ -62,7 +62,7 @@ def run(args: Arguments) -> None:
 
         from ..calibration.auxiliary_training import save_with_processor
         from ..calibration.thresholds import calibrate_auxiliary_thresholds, calibrate_thresholds
-        from ..data.examples import check_layout, open_documents
+        from ..data.documents import check_layout, open_documents
         from ..evaluation.measures import held_out_batches, load_model
         from ..evaluation.report import router_table
         from ..hub.loading import open_processor, require_plain_weights

@@ -117,7 +117,7 @@ def evaluate(args: Arguments) -> tuple[dict, str]:
     with without_import_notices():
         import torch
 
-        from ..data.examples import check_layout
+        from ..data.documents import check_layout
         from ..evaluation.evaluate import MeasureSettings, measure_sources
         from ..evaluation.held_out import read_held_out
         from ..evaluation.measures import load_model

@@ -74,7 +74,7 @@ def run(args: Arguments) -> int:
         from tokenization import MomaProcessor
 
         from ..configuration_moma import MomaConfig
-        from ..data.examples import check_layout
+        from ..data.documents import check_layout
         from ..hub.upload import UploadError, check_loads, check_repo_id, lay_out, push
 
     try:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images as data sets hold them, decoded one by one; those that cannot be used are left out with a reason."""
+"""Images and sounds as data sets hold them, decoded one by one; what cannot be used is left out with a reason."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from urllib.error import URLError
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from tokenization.audio_input_moma import SoundError, read_sound
 from tokenization.image_input_moma import clean_pil_image, open_image
 from tokenization.large_images_moma import refuse_costly_files
 
@@ -158,3 +161,18 @@ def _is_bomb(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, Image.DecompressionBombError):
         error = error.__cause__ or error.__context__
     return error is not None
+
+
+@contextmanager
+def refused_sounds_left_out() -> Iterator[None]:
+    """Raise [`SkippedRow`] for what `tokenization` raises of a sound that it cannot use."""
+    try:
+        yield
+    except SoundError as error:
+        raise SkippedRow(error.reason, error.detail) from error
+
+
+def read_row_sound(value: Any, sampling_rate: int, root: str | None = None) -> np.ndarray:
+    """Return the samples `[num_samples]` of a sound as a row holds it."""
+    with refused_sounds_left_out():
+        return read_sound(value, sampling_rate, root)

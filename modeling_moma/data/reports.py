@@ -10,7 +10,7 @@ from ..errors_moma import InputError
 from ..hub.names import no_folder
 from ..utils.atomic_files import atomic_write
 from .jobs import JOB_FILE, MANIFEST_FILE, Job, Task, done_report
-from .shard import ShardReport
+from .kinds.base import ShardReport
 from .sources import TRAIN
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..errors_moma import InputError
-from .documents import mean_length
+from .kinds import CaptionDocuments
 from .token_documents import Documents, TokenDocuments
 
 
@@ -24,6 +24,38 @@ _PARTS = 2**32
 _SEED_STEP = 1_000_003
 # for rows without a choice: a generator of their own would take longer to make than they to read
 _UNUSED = np.random.default_rng(0)
+
+
+# documents that are looked at where lengths are unknown, and so many where those do not tell
+_SAMPLES, _MORE_SAMPLES = 256, 8192
+# of a mean, above which more documents are looked at
+_LARGEST_DOUBT = 0.005
+
+
+def mean_length(documents: Documents, longest: int | None = None) -> float:
+    """Return the mean number of tokens of a document.
+
+    Where lengths are unknown documents spread evenly are looked at, and as many drawn by chance; if the two do not
+    agree, or lengths differ widely, many more. Captions say what length is expected of each of their rows.
+    """
+    lengths = documents.lengths()
+    if lengths is not None:
+        return float((lengths if longest is None else np.minimum(lengths, longest)).mean())
+    even = _lengths_of(documents, np.linspace(0, len(documents) - 1, min(_SAMPLES, len(documents))).astype(int))
+    if len(even) == len(documents):
+        return float(even.mean())
+    rows = np.random.default_rng(0).permutation(len(documents))
+    drawn = _lengths_of(documents, rows[:_SAMPLES])
+    doubt = max(abs(drawn.mean() - even.mean()), *(some.std() / len(some) ** 0.5 for some in (even, drawn)))
+    if doubt <= _LARGEST_DOUBT * even.mean():
+        return float(even.mean())
+    return float(np.concatenate([drawn, _lengths_of(documents, rows[_SAMPLES:_MORE_SAMPLES])]).mean())
+
+
+def _lengths_of(documents: Documents, rows: np.ndarray) -> np.ndarray:
+    if isinstance(documents, CaptionDocuments):
+        return np.array([documents.expected_length(int(row)) for row in rows])
+    return np.array([len(documents.ids(int(row), np.random.default_rng([0, int(row)]))) for row in rows])
 
 
 class DocumentOrder:

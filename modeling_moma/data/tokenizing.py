@@ -17,8 +17,8 @@ from ..errors_moma import InputError
 from ..utils.atomic_files import path_aside
 from .encoding import DocumentEncoder, loaded_encoder
 from .jobs import Job, Task, done_report, read_job
+from .kinds.base import BATCH, Shard
 from .reports import write_report
-from .shard import BATCH, Shard
 from .sources import TRAIN, VALIDATION, Source, read_sources, row_place, undecoded_rows
 
 

@@ -12,11 +12,12 @@ from transformers.utils import logging
 
 from tokenization import MomaProcessor
 
-from ..data.documents import CaptionDocuments, Documents
-from ..data.examples import open_documents, shuffled_held_out
+from ..data.documents import open_documents, shuffled_held_out
 from ..data.images import SkippedRow, image_file, read_image
 from ..data.jobs import JOB_FILE, read_job
+from ..data.kinds import CaptionDocuments
 from ..data.sources import TRAIN, undecoded_rows
+from ..data.token_documents import Documents
 from ..errors_moma import InputError
 
 

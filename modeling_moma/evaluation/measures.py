@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 from tokenization import MomaDataCollator
 from tokenization.text_tokenizer_moma import with_beginning
 
-from ..data.documents import Documents
-from ..data.examples import shuffled_held_out
+from ..data.documents import shuffled_held_out
+from ..data.token_documents import Documents
 from ..hub.loading import open_model
 from ..modeling_moma import MomaForCausalLM
 

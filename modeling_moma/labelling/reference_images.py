@@ -13,9 +13,9 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..data.images import SkippedRow, read_image
-from ..data.kinds.images import ImageKind
+from ..data.kinds import ImageKind
+from ..data.kinds.base import as_text, is_something
 from ..data.sources import TRAIN, Source, undecoded_rows
-from ..data.templates import as_text, is_something
 from ..errors_moma import InputError
 from ..utils.messages import one_line
 from .labeler import ImageLabeler

@@ -12,8 +12,7 @@ from tqdm.auto import tqdm
 
 from tokenization.audio_codecs_moma import MelCodec
 
-from ..data.images import SkippedRow
-from ..data.sounds import read_row_sound, refused_sounds_left_out
+from ..data.images import SkippedRow, read_row_sound, refused_sounds_left_out
 from ..data.sources import TRAIN, VALIDATION, Source, placed_rows, warn_of_shared_rows
 from ..errors_moma import InputError
 from ..utils.errors import needs_extra

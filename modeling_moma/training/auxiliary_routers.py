@@ -22,8 +22,7 @@ from ..calibration.auxiliary_training import (
 from ..calibration.observation import named_routers
 from ..calibration.thresholds import calibrate_auxiliary_thresholds
 from ..configuration_moma import MomaConfig
-from ..data.documents import TokenFolder
-from ..data.examples import check_layout, check_positions, held_out_sets, open_documents
+from ..data.documents import TokenFolder, check_layout, check_positions, held_out_sets, open_documents
 from ..data.sources import VALIDATION
 from ..data.stream import DocumentExamples
 from ..errors_moma import InputError

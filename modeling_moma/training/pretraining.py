@@ -17,9 +17,8 @@ from transformers.utils import logging
 from tokenization import MomaDataCollator, MomaProcessor
 
 from ..configuration_moma import MomaConfig
-from ..data.documents import CaptionDocuments, TokenFolder
-from ..data.examples import check_layout, check_positions, held_out_sets
-from ..data.kinds.audio import AudioDocuments
+from ..data.documents import TokenFolder, check_layout, check_positions, held_out_sets
+from ..data.kinds import AudioDocuments, CaptionDocuments
 from ..data.packing import PackedCollator, PackedExamples
 from ..data.sources import VALIDATION, Source
 from ..data.stream import DocumentExamples

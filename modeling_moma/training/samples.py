@@ -19,8 +19,8 @@ from transformers.utils import logging
 from tokenization import MomaProcessor
 
 from ..configuration_moma import MomaConfig
-from ..data.documents import CaptionDocuments
-from ..data.examples import evenly_spaced
+from ..data.documents import evenly_spaced
+from ..data.kinds import CaptionDocuments
 from ..errors_moma import InputError
 from ..evaluation.measures import draw_images, write_captions
 from ..utils.atomic_files import atomic_write

@@ -16,7 +16,7 @@ from modeling_moma.calibration.thresholds import calibrate_auxiliary_thresholds,
 from modeling_moma.cli.calibrate import main as calibrate
 from modeling_moma.cli.train_auxiliary_routers import main as train
 from modeling_moma.cli.train_auxiliary_routers import parse_arguments
-from modeling_moma.data.examples import open_documents
+from modeling_moma.data.documents import open_documents
 from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.measures import held_out_batches, load_model

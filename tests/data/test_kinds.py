@@ -27,12 +27,11 @@ from modeling_moma.data.kinds import (
     read_kind,
     source_kind,
 )
+from modeling_moma.data.kinds.base import Shard, Template
 from modeling_moma.data.kinds.interleaved import Segment, read_messages, read_segments
 from modeling_moma.data.reports import write_manifest
-from modeling_moma.data.shard import Shard
 from modeling_moma.data.sources import read_sources, source_texts
 from modeling_moma.data.stream import DocumentExamples
-from modeling_moma.data.templates import Template
 from modeling_moma.data.workers import run_tasks
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training.image_sources import candidates

@@ -14,8 +14,7 @@ from helpers.packed_sources import least_padding
 from helpers.tiny import tiny_documents, tiny_model, tiny_processor
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.packing import BLOCK, PackedCollator, PackedExamples
-from modeling_moma.data.shards import ShardTable
-from modeling_moma.data.token_documents import TokenDocuments, cut_place
+from modeling_moma.data.token_documents import ShardTable, TokenDocuments, cut_place
 
 
 LENGTH = 96

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from helpers.packed_sources import BOS, EOS, FRAMES, WORDS, lines
 from helpers.tiny import CAPTIONS, tiny_documents, tiny_processor, tiny_rows
-from modeling_moma.data.documents import CaptionDocuments, mean_length
 from modeling_moma.data.encoding import DocumentEncoder
+from modeling_moma.data.kinds import CaptionDocuments
 from modeling_moma.data.sources import read_sources
-from modeling_moma.data.stream import DocumentExamples, SourceScheduler
+from modeling_moma.data.stream import DocumentExamples, SourceScheduler, mean_length
 from modeling_moma.data.token_documents import TokenDocuments
 
 

@@ -12,8 +12,8 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 
 from modeling_moma import MomaConfig, MomaForCausalLM
-from modeling_moma.data.documents import CaptionDocuments
 from modeling_moma.data.encoding import DocumentEncoder, processor_fingerprint
+from modeling_moma.data.kinds import CaptionDocuments
 from modeling_moma.data.sources import read_sources
 from modeling_moma.routing_moma import MomaAuxiliaryRouter
 from tokenization import (

@@ -18,9 +18,8 @@ from helpers.tiny import TRAINED, tiny_model, tiny_processor, write_tokens, writ
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import add_layers, tokenize, upcycle
 from modeling_moma.cli.pretrain import main, parse_arguments
-from modeling_moma.data.documents import TokenFolder
+from modeling_moma.data.documents import TokenFolder, check_layout, evenly_spaced
 from modeling_moma.data.encoding import processor_fingerprint
-from modeling_moma.data.examples import check_layout, evenly_spaced
 from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.errors_moma import InputError
 from modeling_moma.routing_moma import MomaRouter

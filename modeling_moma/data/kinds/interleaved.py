@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents in which texts, images and sounds alternate: lists of segments, or the messages of a chat."""
+"""Texts, and documents in which texts, images and sounds alternate: lists of segments, or the messages of a chat."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -16,8 +16,43 @@ from ...errors_moma import InputError
 from ...utils.fields import Count, read_fields
 from ..encoding import has_caption_template
 from ..images import SkippedRow
-from ..shard import BATCH, Shard
-from .base import SourceKind, source_kind
+from .base import BATCH, Shard, SourceKind, Template, source_kind
+
+
+@source_kind
+@dataclass(frozen=True)
+class TextKind(SourceKind):
+    """Texts: `<bos> text <eos>`.
+
+    Args:
+        text (`str`):
+            a column, or a template of columns.
+    """
+
+    text: str
+
+    name = "text"
+    hint = "`text` of texts"
+
+    def columns(self) -> list[str]:
+        return list(Template(self.text).columns)
+
+    def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
+        yield from Template(self.text).texts(row)
+
+    def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
+        template = Template(self.text)
+        for index, split, row in shard.rows():
+            try:
+                if empty := template.empty_columns(row):
+                    raise SkippedRow("text empty", f"nothing in {empty}")
+                text = template.render(row)
+            except SkippedRow as error:
+                shard.leave_out(index, error)
+                continue
+            document = shard.document(index, split, shard.encoder.document([text]), 0)
+            if document is not None:
+                yield document
 
 
 # of an image and its caption, in either order
