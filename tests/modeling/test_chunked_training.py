@@ -6,15 +6,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma import cpu_moma, loss_moma
 from modeling_moma.cpu_moma import use_cpu_layers
 from modeling_moma.loss_moma import causal_lm_loss
 from modeling_moma.modeling_moma import MomaRMSNorm
-
-
-TYPES = [torch.float32, torch.bfloat16]
 
 
 def gradients_of(output, inputs, seed=0):
@@ -28,11 +26,16 @@ def assert_near(found, expected, bound):
         assert (one.double() - other.double()).norm() <= bound * other.double().norm()
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("weight_dtype", TYPES)
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("shape", [(0, 8), (1, 1, 8), (5, 3, 96), (3, 7, 4, 32)])
-@pytest.mark.parametrize("elements", [1, 100, 2**16])
+@pytest.mark.parametrize(
+    ("elements", "shape", "dtype", "weight_dtype", "autocast"),
+    [
+        (1, (0, 8), torch.float32, torch.float32, False),
+        (1, (5, 3, 96), torch.float32, torch.bfloat16, True),
+        (100, (3, 7, 4, 32), torch.bfloat16, torch.float32, True),
+        (100, (5, 3, 96), torch.float32, torch.float32, False),
+        (2**16, (3, 7, 4, 32), torch.bfloat16, torch.bfloat16, False),
+    ],
+)
 def test_a_norm_is_to_the_last_bit_the_plain_one(monkeypatch, elements, shape, dtype, weight_dtype, autocast):
     monkeypatch.setattr(cpu_moma, "_NORM_ELEMENTS", elements)
     torch.manual_seed(0)
@@ -48,10 +51,55 @@ def test_a_norm_is_to_the_last_bit_the_plain_one(monkeypatch, elements, shape, d
     assert_near(found, expected, 2e-2 if torch.bfloat16 in (dtype, weight_dtype) else 1e-6)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("weights", [None, {"text": 5.0}])
-@pytest.mark.parametrize("z_loss_coef", [0.0, 1e-2])
-@pytest.mark.parametrize("positions", [1, 7, 32])
+@pytest.mark.parametrize(
+    ("has_form", "shape", "dtype", "scale"),
+    [
+        (True, (1, 2048, 64), torch.float32, 1e-4),
+        (True, (3, 5, 8), torch.bfloat16, 1e3),
+        (True, (16, 1, 4, 32), torch.float16, 1.0),
+        (True, (0, 8), torch.float32, 1.0),
+        (False, (3, 5, 8), torch.bfloat16, 1e-4),
+    ],
+)
+def test_norms_are_those_of_llama_with_gradients_and_without(has_form, shape, dtype, scale):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(shape, generator=generator) * scale).to(dtype)
+    before = x.clone()
+    mine, theirs = MomaRMSNorm(shape[-1], eps=1e-5).to(dtype).eval(), LlamaRMSNorm(shape[-1], eps=1e-5).to(dtype)
+    use_cpu_layers(mine, has_form)
+    with torch.no_grad():
+        mine.weight.uniform_(0.5, 2, generator=generator)
+        theirs.weight.copy_(mine.weight)
+        without = mine(x)
+    assert without.dtype == dtype and torch.equal(x, before)
+    for output in (without, mine(x)):
+        # one step of a half-precision number may lie between them
+        rtol = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(output, theirs(x), rtol=rtol, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(mine(x), without)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_norms_alike_with_gradients_and_without(dtype):
+    """Activation checkpointing computes layers in both ways, and has to select the same tokens."""
+    norm = MomaRMSNorm(64).to(dtype).train()
+    use_cpu_layers(norm)
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        without = norm(x)
+    assert torch.equal(without, norm(x))
+
+
+@pytest.mark.parametrize(
+    ("positions", "z_loss_coef", "weights", "dtype"),
+    [
+        (1, 0.0, None, torch.float32),
+        (7, 1e-2, {"text": 5.0}, torch.bfloat16),
+        (7, 1e-2, None, torch.float32),
+        (32, 0.0, {"text": 5.0}, torch.float32),
+    ],
+)
 def test_a_loss_is_the_plain_one(monkeypatch, positions, z_loss_coef, weights, dtype):
     monkeypatch.setattr(loss_moma, "_TERMS_CHUNK", positions)
     config = tiny_model(modality_loss_weights=weights, z_loss_coef=z_loss_coef).config
@@ -95,14 +143,13 @@ def loss_of(model, parameters, ids):
     return torch.func.functional_call(model, parameters, (), {"input_ids": ids, "labels": ids}).loss
 
 
-@pytest.mark.parametrize("is_training", [True, False])
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "is_training"),
     [
-        {"num_experts": 1},
-        {"z_loss_coef": 1e-2, "modality_loss_weights": {"text": 5.0}},
-        {"training_routing": "token_choice"},
-        {"num_experts": {"text": 2, "image": 4}},
+        ({"num_experts": 1}, False),
+        ({"z_loss_coef": 1e-2, "modality_loss_weights": {"text": 5.0}}, True),
+        ({"training_routing": "token_choice"}, True),
+        ({"num_experts": {"text": 2, "image": 4}}, False),
     ],
 )
 def test_gradients_of_gradients_and_those_of_torch_func_are_those_of_plain_layers(fields, is_training):
