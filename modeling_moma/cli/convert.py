@@ -15,7 +15,7 @@ from .arguments import Flag, FlagParser
 
 
 if TYPE_CHECKING:
-    from ..convert.report import Receipt
+    from ..convert.transfer import Receipt
 
 
 def _size(text: str) -> str:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chameleon checkpoints of Transformers as MoMa 1t1i models: each modality's expert is a copy of the one there was."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -23,26 +22,20 @@ from .chameleon_processor import (
     convert_vq_model,
     vq_config_of,
 )
-from .generation import convert_generation_config
 from .output_comparison import (
-    ChangedWeights,
-    ProbeResult,
     relative_difference,
     rounded_weights,
     streamed_model,
     text_batch,
 )
 from .reading import CheckpointError, CheckpointReader
-from .report import Receipt
-from .transfer import EMBEDDING, HEAD, SAME_NAMED_FIELDS, Entry, check_tied_head, transfer
+from .transfer import HEAD, SAME_NAMED_FIELDS, Receipt, check_tied_head, decoder_entries, transfer
 from .vqgan import has_decoder, read_vqgan
 
 
 logger = logging.get_logger(__name__)
 
 VQ_PREFIX = "model.vqmodel."
-# names of the layer norms here, and in the source
-_LAYER_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _TAKEN_FIELDS = (*SAME_NAMED_FIELDS, "vocab_size", "rope_parameters", "attention_bias")
 
 
@@ -83,51 +76,6 @@ def _source_config(config: Mapping) -> ChameleonConfig:
     return source
 
 
-def chameleon_entries(reader: CheckpointReader, config: MomaConfig) -> list[Entry]:
-    """Return the source of each tensor: all are taken, and the image expert is a copy of the text expert."""
-    width, vocab = config.hidden_size, config.vocab_size
-    entries = [Entry(EMBEDDING, (vocab, width), (EMBEDDING,))]
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        entries += _attention_entries(reader, config, f"{prefix}self_attn.")
-        for ours, theirs in _LAYER_NORMS.items():
-            entries.append(Entry(f"{prefix}{ours}.weight", (width,), (f"{prefix}{theirs}.weight",)))
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            inner = config.intermediate_size
-            shape = (width, inner) if name == "down_proj" else (inner, width)
-            kinds: dict[str, Literal["taken", "copied"]] = {"text": "taken", "image": "copied"}
-            for modality, kind in kinds.items():
-                target = f"{prefix}mlp.groups.{modality}.mlp.{name}.weight"
-                entries.append(Entry(target, shape, (f"{prefix}mlp.{name}.weight",), kind=kind))
-    entries.append(Entry("model.norm.weight", (width,), ("model.norm.weight",)))
-    if not config.tie_word_embeddings:
-        entries.append(Entry(HEAD, (vocab, width), (HEAD,)))
-    return entries
-
-
-def _attention_entries(reader: CheckpointReader, config: MomaConfig, prefix: str) -> Iterator[Entry]:
-    width = config.hidden_size
-    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
-    rows = {f"{name}_proj": count * config.head_dim for name, count in heads.items()} | {"o_proj": width}
-    for name, num_rows in rows.items():
-        yield Entry(f"{prefix}{name}.weight", (num_rows, width), (f"{prefix}{name}.weight",))
-        if config.attention_bias:
-            yield Entry(f"{prefix}{name}.bias", (num_rows,), (f"{prefix}{name}.bias",))
-    for name in "qk":
-        for part in ("weight", "bias"):
-            key, shape = f"{prefix}{name}_norm.{part}", (heads[name], config.head_dim)
-            found = reader.shapes.get(key, shape)
-            # original checkpoints have one row per training shard, not yet repeated for each head
-            if len(found) == 2 and found != shape and shape[0] % found[0] == 0 and found[1] == shape[1]:
-                yield Entry(key, shape, (key,), partial(_repeat_rows, num_rows=shape[0]), source_shapes=(found,))
-            else:
-                yield Entry(key, shape, (key,))
-
-
-def _repeat_rows(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
-    return tensor.repeat_interleave(num_rows // tensor.shape[0], dim=0)
-
-
 def convert_chameleon(
     source: str | Path,
     output: str | Path,
@@ -154,12 +102,11 @@ def convert_chameleon(
     return transfer(
         reader,
         config,
-        chameleon_entries(reader, config),
+        decoder_entries(config).values(),
         output,
         ignored=ignored,
         max_shard_size=max_shard_size,
         dtype=dtype,
-        generation_config=convert_generation_config(reader.folder, config),
         extras=write_images,
         probe=partial(_compare_logits, reader, config, dtype) if probe else None,
     )
@@ -203,23 +150,17 @@ def _save_vq_model(vq_model: MomaVQModel, folder: Path) -> None:
     vq_model.save_pretrained(folder / VQ_SUBFOLDER)
 
 
-def _per_head_norms(reader: CheckpointReader, entries: list[Entry]) -> ChangedWeights:
-    """Return the source's tensors as Transformers wants them, with a row of each query-key norm for each head."""
-    builds = {entry.sources[0]: entry.build for entry in entries if entry.source_shapes is not None}
-    return ChangedWeights(reader, lambda name, tensor: builds[name](tensor) if name in builds else tensor)
-
-
 @torch.no_grad()
 def _compare_logits(
     reader: CheckpointReader, config: MomaConfig, dtype: torch.dtype | None, written: CheckpointReader
-) -> ProbeResult:
+) -> dict[str, float]:
     images = [token_id for bounds in config.modality_token_ranges["image"] for token_id in range(*bounds)]
     texts = sorted(set(range(config.vocab_size)).difference(images))
     # equal numbers of images and texts, so that both experts are tested
     batch = text_batch(images + texts[: len(images)])
     real = batch["attention_mask"].bool()
     logits = []
-    weights = rounded_weights(_per_head_norms(reader, chameleon_entries(reader, config)), dtype)
+    weights = rounded_weights(reader, dtype)
     for model_class, own_config, tensors in (
         (ChameleonForConditionalGeneration, _source_config(reader.config), weights),
         (MomaForCausalLM, config, written),
@@ -227,4 +168,4 @@ def _compare_logits(
         model = streamed_model(model_class, own_config, tensors)
         # the source's own forward masks the images' logits
         logits.append(model.lm_head(model.model(**batch, use_cache=False).last_hidden_state)[real])
-    return ProbeResult(relative_difference(*logits))
+    return {"relative_difference": relative_difference(*logits)}

@@ -21,11 +21,9 @@ from ..hub.loading import open_processor
 from ..modeling_moma import MomaForCausalLM
 from ..utils.messages import one_line
 from .embedding_rows import MOST_CODES, ROUNDS, TEXTS, ImageTexts, fit_code_rows, image_loss
-from .generation import convert_generation_config
 from .gguf import GgufReader
-from .llama_entries import BuiltWeights, ignored_keys, llama_entries, with_code_rows
+from .llama_entries import BuiltWeights, ignored_keys, llama_entries, set_code_rows
 from .output_comparison import (
-    ProbeResult,
     new_token_probability,
     relative_difference,
     rounded_weights,
@@ -33,13 +31,13 @@ from .output_comparison import (
     text_batch,
 )
 from .reading import CheckpointError, CheckpointReader, TensorSource
-from .report import Receipt
 from .sources import open_source
 from .transfer import (
     EMBEDDING,
     HEAD,
     SAME_NAMED_FIELDS,
     Entry,
+    Receipt,
     check_dtype,
     check_free,
     check_source,
@@ -99,18 +97,18 @@ def convert_llama(
     entries = llama_entries(config, source_config, new_ids, image_group, seed)
     texts = image_texts(moma_processor, old_ids)
     ignored = ignored_keys(config)
-    check_source(reader, entries, ignored)
+    check_source(reader, entries.values(), ignored)
     if code_rows == "fitted":
-        entries = _fitted(config, reader, entries, texts, dtype)
+        _fit(config, reader, entries, texts, dtype)
     return transfer(
         reader,
         config,
-        entries,
+        entries.values(),
         output,
         ignored=ignored,
         max_shard_size=max_shard_size,
         dtype=dtype,
-        generation_config=convert_generation_config(reader.folder, config, source_config),
+        source_config=source_config,
         extras=moma_processor.save_pretrained,
         probe=functools.partial(_compare, source_config, rounded, config, old_ids, texts) if probe else None,
     )
@@ -218,13 +216,13 @@ def _head_name(config: MomaConfig) -> str:
     return EMBEDDING if config.tie_word_embeddings else HEAD
 
 
-def _fitted(
-    config: MomaConfig, reader: TensorSource, entries: list[Entry], texts: ImageTexts, dtype: torch.dtype | None
-) -> list[Entry]:
-    rounds = ROUNDS if config.tie_word_embeddings else 1
+def _fit(
+    config: MomaConfig, reader: TensorSource, entries: dict[str, Entry], texts: ImageTexts, dtype: torch.dtype | None
+) -> None:
+    rounds, head = ROUNDS if config.tie_word_embeddings else 1, _head_name(config)
     with logging.tqdm(total=rounds, desc="rows of image codes") as progress:
-        rows = fit_code_rows(config, BuiltWeights(reader, entries, dtype), texts, _head_name(config), progress.update)
-    return with_code_rows(entries, _head_name(config), texts.code_ids, rows)
+        rows = fit_code_rows(config, BuiltWeights(reader, entries, dtype), texts, head, progress.update)
+    set_code_rows(entries[head], texts.code_ids, rows)
 
 
 def _compare(
@@ -234,7 +232,7 @@ def _compare(
     old_ids: list[int],
     texts: ImageTexts,
     converted: CheckpointReader,
-) -> ProbeResult:
+) -> dict[str, float]:
     batch = text_batch(old_ids)
     is_token = batch["attention_mask"].bool()
     logits = []
@@ -246,6 +244,8 @@ def _compare(
         with torch.no_grad():
             logits.append(model(**batch, use_cache=False).logits[is_token])
     new_ids = sorted(set(range(config.vocab_size)) - set(old_ids))
-    difference = relative_difference(*(part[:, old_ids] for part in logits))
-    probability = new_token_probability(logits[1], new_ids)
-    return ProbeResult(difference, probability, image_loss(config, converted, texts, _head_name(config)))
+    return {
+        "relative_difference": relative_difference(*(part[:, old_ids] for part in logits)),
+        "new_token_probability": new_token_probability(logits[1], new_ids),
+        "image_loss": image_loss(config, converted, texts, _head_name(config)),
+    }

@@ -2,7 +2,6 @@
 """Outputs of two models on a probe batch, with the weights streamed from the disk module by module."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from accelerate import init_empty_weights
@@ -13,15 +12,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 # bound of the relative difference of logits in fp32
 LARGEST_DIFFERENCE = 1e-3
 NUM_ROWS, ROW_LENGTH, NUM_PADDED = 2, 16, 5
-
-
-@dataclass
-class ProbeResult:
-    """What a probe batch shows."""
-
-    relative_difference: float
-    new_token_probability: float | None = None
-    image_loss: float | None = None
 
 
 class ChangedWeights(Mapping):

@@ -5,14 +5,14 @@ import copy
 import fnmatch
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
@@ -22,9 +22,8 @@ from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
 from ..utils.atomic_files import LEFT_OVER, check_writable, write_folder_aside
 from .embedding_rows import ROWS_AT_ONCE
-from .output_comparison import LARGEST_DIFFERENCE, ProbeResult
-from .reading import DTYPES, CheckpointError, CheckpointReader, TensorSource
-from .report import Receipt
+from .output_comparison import LARGEST_DIFFERENCE
+from .reading import DTYPES, CheckpointError, CheckpointReader, TensorSource, read_json
 
 
 # fields with the same name in `MomaConfig` and in decoder configurations of Transformers
@@ -44,6 +43,9 @@ SAME_NAMED_FIELDS = (
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # keys of a MoMa, and of its sources
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# names of the layer norms here, and in the sources
+_LAYER_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+RECEIPT_FILE = "conversion.json"
 # of weights that a model computes with
 WRITTEN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -55,30 +57,73 @@ def unchanged(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Entry:
-    """How one tensor of the target comes about.
+    """How one tensor of the target comes about: of the source's tensor `source`, or of none, by `build`.
 
-    Args:
-        name (`str`):
-            its key in `MomaForCausalLM`.
-        shape (`tuple[int, ...]`):
-            its shape.
-        sources (`tuple[str, ...]`, *optional*, defaults to `()`):
-            keys of the source that it needs.
-        build (`Callable`, *optional*, defaults to `unchanged`):
-            makes it of these tensors.
-        kind (`Literal["taken", "copied", "new"]`, *optional*, defaults to `"taken"`):
-            `"taken"` (a tensor of the source, as it is or rearranged), `"copied"` (a further copy of one that another
-            entry takes) or `"new"`.
-        source_shapes (`tuple[tuple[int, ...], ...]`, *optional*):
-            shapes that the sources must have; by default that of the target.
+    The source has the target's shape but where `source_shape` says another.
     """
 
     name: str
     shape: tuple[int, ...]
-    sources: tuple[str, ...] = ()
+    source: str | None
     build: Callable[..., torch.Tensor] = unchanged
-    kind: Literal["taken", "copied", "new"] = "taken"
-    source_shapes: tuple[tuple[int, ...], ...] | None = None
+    source_shape: tuple[int, ...] | None = None
+
+    def made(self, reader: TensorSource) -> torch.Tensor:
+        """Return the tensor of the target."""
+        return self.build() if self.source is None else self.build(reader.read(self.source))
+
+
+def decoder_entries(config: MomaConfig) -> dict[str, Entry]:
+    """Return an entry for each tensor of a 1t1i: a decoder of Transformers has them all, some by other names."""
+    model, entries = _empty_model(config), {}
+    for name, tensor in model.state_dict().items():
+        if name not in model.all_tied_weights_keys:
+            source = re.sub(r"mlp\.groups\.\w+\.mlp", "mlp", name)
+            for ours, theirs in _LAYER_NORMS.items():
+                source = source.replace(ours, theirs)
+            entries[name] = Entry(name, tuple(tensor.shape), source)
+    return entries
+
+
+def _empty_model(config: MomaConfig) -> MomaForCausalLM:
+    with torch.device("meta"):
+        return MomaForCausalLM(config)
+
+
+@dataclass
+class Receipt:
+    """The account of one conversion."""
+
+    source: str
+    model_type: str
+    taken: int = 0
+    copied: int = 0
+    new: int = 0
+    ignored: dict[str, int] = field(default_factory=dict)
+    tensor_bytes: int = 0
+    files: int = 0
+    relative_difference: float | None = None
+    new_token_probability: float | None = None
+    image_loss: float | None = None
+
+    def table(self) -> str:
+        """Return the report as lines of `name  value`."""
+        difference = self.relative_difference
+        rows = [
+            ("source", f"{self.source} ({self.model_type})"),
+            ("keys taken", self.taken),
+            ("keys copied", self.copied),
+            ("keys new", self.new),
+            *[(f"keys not in the model: {reason}", count) for reason, count in self.ignored.items()],
+            ("size", f"{self.tensor_bytes / 1e6:.1f} MB in {self.files} file{'s' if self.files != 1 else ''}"),
+            ("relative output difference", "not measured" if difference is None else f"{difference:.1e}"),
+        ]
+        if self.new_token_probability is not None:
+            rows.append(("probability of new tokens", f"{self.new_token_probability:.2%}"))
+        if self.image_loss is not None:
+            rows.append(("loss of image codes", f"{self.image_loss:.2f} nats"))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 # an entry and the type in which it is written
@@ -88,20 +133,20 @@ TypedEntry = tuple[Entry, torch.dtype]
 def transfer(
     reader: TensorSource,
     config: MomaConfig,
-    entries: Sequence[Entry],
+    entries: Collection[Entry],
     output: str | Path,
     *,
     ignored: Mapping[str, str] | None = None,
     max_shard_size: int | str = "2GB",
     dtype: torch.dtype | None = None,
-    generation_config: GenerationConfig | None = None,
+    source_config: PreTrainedConfig | None = None,
     extras: Callable[[Path], object] | None = None,
-    probe: Callable[[CheckpointReader], ProbeResult] | None = None,
+    probe: Callable[[CheckpointReader], Mapping[str, float]] | None = None,
 ) -> Receipt:
     """Write a folder that `MomaForCausalLM.from_pretrained` loads.
 
     All keys and shapes are checked before the first tensor is read. Then each tensor goes to the disk as soon as it is
-    made; no more than its sources and itself are in memory. Everything is written into a hidden folder, `config.json`
+    made; no more than its source and itself are in memory. Everything is written into a hidden folder, `config.json`
     last, and becomes the output as in [`write_folder_aside`]: whenever the process is killed, no half-written folder
     loads. The hidden folder, `.{name}.{machine}-{process}.partial`, is this process's own and lies beside the output,
     or in it where it is there already; those of processes of this machine that are no more are cleared away.
@@ -109,10 +154,8 @@ def transfer(
     output = Path(output).absolute()
     check_dtype(dtype)
     check_free(output)
-    with torch.device("meta"):
-        model = MomaForCausalLM(config)
-    _check_target(model, entries)
     report = check_source(reader, entries, ignored or {})
+    generation_config = convert_generation_config(reader.folder, config, source_config)
     typed = _with_dtypes(reader, entries, dtype)
     shards = _plan_shards(typed, convert_file_size_to_int(max_shard_size))
     report.tensor_bytes = sum(_num_bytes(entry, dtype) for entry, dtype in typed)
@@ -124,23 +167,49 @@ def transfer(
             extras(aside)
         _write_weights(reader, shards, aside, report.tensor_bytes)
         if probe is not None:
-            result = probe(CheckpointReader(aside))
-            report.relative_difference = result.relative_difference
-            report.new_token_probability = result.new_token_probability
-            report.image_loss = result.image_loss
-            _check_difference(report.relative_difference, reader)
-        report.save(aside)
-        (generation_config or GenerationConfig.from_model_config(config)).save_pretrained(aside)
+            measured = probe(CheckpointReader(aside))
+            _check_difference(measured["relative_difference"], reader)
+            vars(report).update(measured)
+        (aside / RECEIPT_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        generation_config.save_pretrained(aside)
         written = copy.deepcopy(config)
-        written.architectures = [type(model).__name__]
+        written.architectures = [MomaForCausalLM.__name__]
         written.dtype = _main_dtype(typed)
-        custom_object_save(model, aside, config=written)  # pyright: ignore[reportArgumentType]
+        custom_object_save(_empty_model(config), aside, config=written)  # pyright: ignore[reportArgumentType]
         written.save_pretrained(aside)
         # a second conversion may have been faster
         check_free(output)
 
     write_folder_aside(output, write)
     return report
+
+
+def convert_generation_config(
+    folder: Path, config: MomaConfig, source: PreTrainedConfig | None = None
+) -> GenerationConfig:
+    """Keep how the source generates, with the padding and beginning tokens of the MoMa, and its end token added."""
+    path = folder / "generation_config.json"
+    try:
+        if read_json(path, default={}):
+            generation_config = GenerationConfig.from_pretrained(folder)
+        else:
+            generation_config = GenerationConfig.from_model_config(source or config)
+        # chat models stop at several tokens
+        stops = []
+        for ids in (generation_config.eos_token_id, source.eos_token_id if source else None, config.eos_token_id):
+            stops += [ids] if isinstance(ids, int) else ids or []
+        stops = list(dict.fromkeys(stops))
+        generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
+        # the ids of released files may disagree with the vocabulary
+        generation_config.pad_token_id = config.pad_token_id
+        generation_config.bos_token_id = config.bos_token_id
+        # saving checks as strictly
+        generation_config.validate(strict=True)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: Transformers cannot use it: {error}") from error
+    return generation_config
 
 
 def check_free(output: Path) -> None:
@@ -170,36 +239,19 @@ def _check_difference(difference: float, reader: TensorSource) -> None:
         )
 
 
-def _check_target(model: MomaForCausalLM, entries: Sequence[Entry]) -> None:
-    tied = model._tied_weights_keys if model.config.tie_word_embeddings else {}
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    for name, count in Counter(entry.name for entry in entries).items():
-        if name not in expected:
-            raise CheckpointError(f"{name!r}: the MoMa model of this config has no such key.")
-        if count > 1:
-            raise CheckpointError(f"{name!r}: this key of the MoMa model is given {count} times.")
-    shapes = {entry.name: tuple(entry.shape) for entry in entries}
-    for name, shape in expected.items():
-        if name not in shapes:
-            raise CheckpointError(f"{name!r}: nothing is given for this key of the MoMa model.")
-        if shapes[name] != shape:
-            raise CheckpointError(f"{name!r}: the shape {shapes[name]} is given, but the MoMa model has {shape}.")
-
-
-def check_source(reader: TensorSource, entries: Sequence[Entry], ignored: Mapping[str, str]) -> Receipt:
+def check_source(reader: TensorSource, entries: Collection[Entry], ignored: Mapping[str, str]) -> Receipt:
     """Compare the keys and shapes of a source with what the entries need, and count them."""
-    used = set()
+    used = Counter(entry.source for entry in entries if entry.source is not None)
     for entry in entries:
-        shapes = entry.source_shapes or (tuple(entry.shape),) * len(entry.sources)
-        for key, shape in zip(entry.sources, shapes, strict=True):
-            if key not in reader.shapes:
-                raise CheckpointError(f"{reader.folder}: it lacks the key {key!r}, of the shape {tuple(shape)}.")
-            if reader.shapes[key] != tuple(shape):
-                raise CheckpointError(
-                    f"{reader.files[key]}: {key!r} has the shape {reader.shapes[key]}, but by config.json it is "
-                    f"{tuple(shape)}."
-                )
-            used.add(key)
+        key, shape = entry.source, entry.source_shape or entry.shape
+        if key is None:
+            continue
+        if key not in reader.shapes:
+            raise CheckpointError(f"{reader.folder}: it lacks the key {key!r}, of the shape {shape}.")
+        if reader.shapes[key] != shape:
+            raise CheckpointError(
+                f"{reader.files[key]}: {key!r} has the shape {reader.shapes[key]}, but by config.json it is {shape}."
+            )
     reasons = Counter()
     for key in reader:
         if key in used:
@@ -211,13 +263,12 @@ def check_source(reader: TensorSource, entries: Sequence[Entry], ignored: Mappin
                 "config.json the model has no such weight."
             )
         reasons[reason] += 1
-    kinds = Counter(entry.kind for entry in entries)
     return Receipt(
         source=reader.label,
         model_type=reader.config.get("model_type", ""),
-        taken=kinds["taken"],
-        copied=kinds["copied"],
-        new=kinds["new"],
+        taken=len(used),
+        copied=used.total() - len(used),
+        new=len(entries) - used.total(),
         ignored=dict(reasons),
     )
 
@@ -235,7 +286,7 @@ def check_tied_head(reader: TensorSource, config: MomaConfig) -> None:
             )
 
 
-def _with_dtypes(reader: TensorSource, entries: Sequence[Entry], dtype: torch.dtype | None) -> list[TypedEntry]:
+def _with_dtypes(reader: TensorSource, entries: Collection[Entry], dtype: torch.dtype | None) -> list[TypedEntry]:
     source_sizes = Counter()
     for key in reader:
         if reader.dtypes[key].is_floating_point:
@@ -243,12 +294,12 @@ def _with_dtypes(reader: TensorSource, entries: Sequence[Entry], dtype: torch.dt
     default = source_sizes.most_common(1)[0][0] if source_sizes else torch.float32
     typed = []
     for entry in entries:
-        own = reader.dtypes[entry.sources[0]] if entry.sources else default
+        own = default if entry.source is None else reader.dtypes[entry.source]
         written = dtype if dtype is not None and own.is_floating_point else own
         if written not in WRITTEN_DTYPES:
             hint = "; `--dtype bfloat16` writes another one" if own.is_floating_point else ""
             raise CheckpointError(
-                f"{reader.folder}: {entry.sources[0]!r} is in {own}, a type of no model{hint}. Is the checkpoint "
+                f"{reader.folder}: {entry.source!r} is in {own}, a type of no model{hint}. Is the checkpoint "
                 "quantised without saying so?"
             )
         typed.append((entry, written))
@@ -310,8 +361,8 @@ def _write_shard(reader: TensorSource, shard: list[TypedEntry], path: Path, wrot
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry, dtype in shard:
-            tensor = entry.build(*(reader.read(key) for key in entry.sources)).to(dtype).contiguous()
-            if tensor.shape != tuple(entry.shape):
+            tensor = entry.made(reader).to(dtype).contiguous()
+            if tensor.shape != entry.shape:
                 raise CheckpointError(f"{entry.name!r}: it came out as {tuple(tensor.shape)}, not {entry.shape}.")
             if tensor.numel():
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

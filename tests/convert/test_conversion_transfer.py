@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_moma import MomaConfig, MomaForCausalLM
-from modeling_moma.convert.output_comparison import ProbeResult
 from modeling_moma.convert.reading import CheckpointError, CheckpointReader
-from modeling_moma.convert.transfer import Entry, transfer
+from modeling_moma.convert.transfer import decoder_entries, transfer
 
 
 CONFIG = MomaConfig(
@@ -46,12 +45,16 @@ def reader(model, tmp_path):
 
 
 @pytest.fixture
-def entries(model):
-    return [Entry(name, tuple(tensor.shape), (name,)) for name, tensor in model.state_dict().items()]
+def entries():
+    """Those of a source that is a MoMa, too."""
+    entries = decoder_entries(CONFIG).values()
+    for entry in entries:
+        entry.source = entry.name
+    return list(entries)
 
 
-def replaced(entries, name, *new):
-    return [entry for entry in entries if entry.name != name] + list(new)
+def head_of(entries):
+    return next(entry for entry in entries if entry.name == HEAD)
 
 
 def test_folder_holds_the_tensors_in_shards_of_the_size_asked_for(reader, entries, model, tmp_path):
@@ -91,39 +94,28 @@ def test_types_that_no_model_is_loaded_in_are_refused(reader, entries, model, tm
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("fields", "message"),
     [
-        (lambda entries: replaced(entries, HEAD), f"'{HEAD}': nothing is given"),
-        (lambda entries: [*entries, entries[-1]], "is given 2 times"),
-        (lambda entries: [*entries, Entry("model.other", (1,))], "'model.other'.* no such key"),
-        (lambda entries: replaced(entries, HEAD, Entry(HEAD, (40, 16), (HEAD,))), r"\(40, 16\).*\(48, 16\)"),
-        (lambda entries: replaced(entries, HEAD, Entry(HEAD, (48, 16), ("absent",))), "lacks the key 'absent'"),
-        (
-            lambda entries: replaced(entries, HEAD, Entry(HEAD, (48, 16), (HEAD,), source_shapes=((48, 15),))),
-            r"\(48, 16\).*\(48, 15\)",
-        ),
-        (
-            lambda entries: replaced(entries, HEAD, Entry(HEAD, (48, 16), build=lambda: torch.ones(48, 16))),
-            f"nothing takes the key '{HEAD}'",
-        ),
+        ({"source": "absent"}, "lacks the key 'absent'"),
+        ({"source_shape": (48, 15)}, r"\(48, 16\).*\(48, 15\)"),
+        ({"source": None}, f"nothing takes the key '{HEAD}'"),
     ],
 )
-def test_entries_that_do_not_fit_are_refused_before_any_tensor_is_read(change, message, reader, entries, tmp_path):
+def test_a_source_that_does_not_fit_is_refused_before_any_tensor_is_read(fields, message, reader, entries, tmp_path):
     def build(*tensors):
         raise AssertionError("read")
 
     for entry in entries:
         entry.build = build
+    vars(head_of(entries)).update(fields)
     with pytest.raises(CheckpointError, match=message):
-        transfer(reader, CONFIG, change(entries), tmp_path / "moma")
+        transfer(reader, CONFIG, entries, tmp_path / "moma")
     assert not [path for path in tmp_path.iterdir() if "moma" in path.name]
 
 
 def test_left_out_keys_are_counted_by_reason(reader, entries, tmp_path):
-    new = Entry(HEAD, (48, 16), build=lambda: torch.ones(48, 16), kind="new")
-    receipt = transfer(
-        reader, CONFIG, replaced(entries, HEAD, new), tmp_path / "moma", ignored={"lm_*": "made anew", "x": "absent"}
-    )
+    vars(head_of(entries)).update(source=None, build=lambda: torch.ones(48, 16))
+    receipt = transfer(reader, CONFIG, entries, tmp_path / "moma", ignored={"lm_*": "made anew", "x": "absent"})
     assert receipt.ignored == {"made anew": 1}
     assert (receipt.taken, receipt.new) == (len(entries) - 1, 1)
 
@@ -145,7 +137,8 @@ def test_wrong_result_of_a_builder_and_an_interrupt_leave_nothing(reader, entrie
 @pytest.mark.parametrize("difference", [2e-3, float("nan")])
 def test_probe_that_fails_leaves_nothing(difference, reader, entries, tmp_path):
     with pytest.raises(CheckpointError, match="probe batch"):
-        transfer(reader, CONFIG, entries, tmp_path / "moma", probe=lambda converted: ProbeResult(difference))
+        measured = {"relative_difference": difference}
+        transfer(reader, CONFIG, entries, tmp_path / "moma", probe=lambda converted: measured)
     assert not [path for path in tmp_path.iterdir() if "moma" in path.name]
 
 
@@ -198,7 +191,7 @@ def test_hidden_folder_with_all_weights_but_no_config_does_not_load(reader, entr
         with pytest.raises((OSError, ValueError, RuntimeError)):
             MomaForCausalLM.from_pretrained(converted.folder)
         seen.append(converted.folder)
-        return ProbeResult(0.0)
+        return {"relative_difference": 0.0}
 
     transfer(reader, CONFIG, entries, tmp_path / "moma", probe=probe)
     assert len(seen) == 1 and not seen[0].exists()

@@ -197,19 +197,6 @@ def test_layout_follows_the_vocabulary_map(pair):
     assert receipt.copied == 3 * config.num_hidden_layers and receipt.new == 0
 
 
-def test_norms_with_a_row_for_each_shard_are_repeated_over_its_heads(tmp_path):
-    source = source_model(**SOURCES["34b"])
-    save_source(source, tmp_path / "source", tokenizer=False)
-    rows = {name: tensor for name, tensor in source.state_dict().items() if "q_norm" in name or "k_norm" in name}
-    rewrite(tmp_path / "source", **{name: tensor[:: len(tensor) // 2] for name, tensor in rows.items()})
-    receipt = convert_chameleon(tmp_path / "source", tmp_path / "moma")
-    batch = mixed_batch()
-    real = batch["attention_mask"].bool()
-    found = bare_logits(MomaForCausalLM.from_pretrained(tmp_path / "moma").eval(), **batch)[real]
-    torch.testing.assert_close(found, bare_logits(source, **batch)[real], atol=1e-4, rtol=0)
-    assert receipt.relative_difference < 1e-5
-
-
 @pytest.fixture(scope="module")
 def seven(tmp_path_factory):
     folder = tmp_path_factory.mktemp("seven")

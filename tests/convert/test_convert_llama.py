@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import dataclasses
 import json
 import math
 import signal
@@ -141,7 +140,7 @@ def test_sampled_generation_equals_the_source_token_for_token(pair):
     assert generated[0].shape[1] > 24
 
 
-def test_receipt_counts_every_key(pair, tmp_path):
+def test_receipt_counts_every_key(pair):
     source, model, receipt, _ = pair
     num_keys = len(model.state_dict()) - model.config.tie_word_embeddings
     num_source = len(source.state_dict()) - model.config.tie_word_embeddings
@@ -149,8 +148,6 @@ def test_receipt_counts_every_key(pair, tmp_path):
     assert (receipt.taken, receipt.copied) == (num_source, 3 * layers)
     assert receipt.new == (layers if source.config.model_type == "qwen2" else 0)
     assert receipt.taken + receipt.copied + receipt.new == num_keys
-    receipt.save(tmp_path)
-    assert json.loads((tmp_path / "conversion.json").read_text()) == dataclasses.asdict(receipt)
 
 
 def test_old_rows_stay_and_new_rows_lie_around_their_mean(source, convert, tokenizer, tmp_path):
