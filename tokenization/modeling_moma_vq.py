@@ -216,7 +216,8 @@ class MomaVQDownsample(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `(batch, channels, side, side)` to `(batch, channels, side / 2, side / 2)`."""
         # taming-transformers pads the right and the bottom only
-        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
+        hidden_states = F.pad(hidden_states, (0, 1, 0, 1))
+        return self.conv(hidden_states)
 
 
 # the parameter names of taming-transformers need this module around the convolution
@@ -229,7 +230,8 @@ class MomaVQUpsample(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Map `(batch, channels, side, side)` to `(batch, channels, 2 * side, 2 * side)`."""
-        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+        hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+        return self.conv(hidden_states)
 
 
 class MomaVQLevel(GradientCheckpointingLayer):
