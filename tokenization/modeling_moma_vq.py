@@ -235,52 +235,27 @@ class MomaVQUpsample(nn.Module):
 
 
 class MomaVQLevel(GradientCheckpointingLayer):
-    """Residual blocks, each followed by attention where the configuration asks for it; then `resize`."""
+    """Residual blocks, each followed by attention where the configuration asks for it; then at most one resizing."""
 
-    def __init__(self, config: MomaVQConfig, in_channels: int, out_channels: int, num_blocks: int, side: int):
+    def __init__(
+        self, config: MomaVQConfig, in_channels: int, out_channels: int, num_blocks: int, level: int, resize: str = ""
+    ):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
         self.block = nn.ModuleList(MomaVQResnetBlock(config, *pair) for pair in pairwise(widths))
+        side = config.resolution // config.patch_size // 2**level
         has_attention = config.attn_type == "vanilla" and side in (config.attn_resolutions or ())
         self.attn = nn.ModuleList(
-            MomaVQAttnBlock(config, out_channels) for _ in range(num_blocks if has_attention else 0)
+            MomaVQAttnBlock(config, out_channels) if has_attention else nn.Identity() for _ in self.block
         )
-
-    def resize(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return the input, `(batch, out_channels, side, side)`: this level keeps the side."""
-        return hidden_states
+        self.downsample = MomaVQDownsample(out_channels) if resize == "down" else nn.Identity()
+        self.upsample = MomaVQUpsample(out_channels) if resize == "up" else nn.Identity()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Map `(batch, in_channels, side, side)` to `out_channels` at the side that `resize` gives."""
-        for index, block in enumerate(self.block):
-            hidden_states = block(hidden_states)
-            if len(self.attn) > 0:
-                hidden_states = self.attn[index](hidden_states)
-        return self.resize(hidden_states)
-
-
-class MomaVQDownLevel(MomaVQLevel):
-    """A level that halves both sides of its output."""
-
-    def __init__(self, config: MomaVQConfig, in_channels: int, out_channels: int, num_blocks: int, side: int):
-        super().__init__(config, in_channels, out_channels, num_blocks, side)
-        self.downsample = MomaVQDownsample(out_channels)
-
-    def resize(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Halve both sides of `(batch, out_channels, side, side)`."""
-        return self.downsample(hidden_states)
-
-
-class MomaVQUpLevel(MomaVQLevel):
-    """A level that doubles both sides of its output."""
-
-    def __init__(self, config: MomaVQConfig, in_channels: int, out_channels: int, num_blocks: int, side: int):
-        super().__init__(config, in_channels, out_channels, num_blocks, side)
-        self.upsample = MomaVQUpsample(out_channels)
-
-    def resize(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Double both sides of `(batch, out_channels, side, side)`."""
-        return self.upsample(hidden_states)
+        """Map `(batch, in_channels, side, side)` to `out_channels` at the side that the resizing gives."""
+        for block, attention in zip(self.block, self.attn):
+            hidden_states = attention(block(hidden_states))
+        return self.upsample(self.downsample(hidden_states))
 
 
 class MomaVQMiddle(nn.Module):
@@ -298,22 +273,6 @@ class MomaVQMiddle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(hidden_states)))
 
 
-def _to_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Apply `F.pixel_unshuffle`, which would leave the shape of an empty batch as it was."""
-    if pixel_values.shape[0] > 0:
-        return F.pixel_unshuffle(pixel_values, patch_size)
-    _, channels, height, width = pixel_values.shape
-    return pixel_values.reshape(0, channels * patch_size**2, height // patch_size, width // patch_size)
-
-
-def _from_patches(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Apply `F.pixel_shuffle`, which has no gradient for an empty batch."""
-    if patches.shape[0] > 0:
-        return F.pixel_shuffle(patches, patch_size)
-    _, channels, height, width = patches.shape
-    return patches.reshape(0, channels // patch_size**2, height * patch_size, width * patch_size)
-
-
 class MomaVQEncoder(nn.Module):
     """Images `(batch, in_channels, side, side)` to latents `(batch, latent_channels, grid, grid)`."""
 
@@ -321,13 +280,11 @@ class MomaVQEncoder(nn.Module):
         super().__init__()
         self.patch_size = config.patch_size
         widths = [config.base_channels * factor for factor in (1, *config.channel_multiplier)]
-        last_level = len(config.channel_multiplier) - 1
         self.conv_in = nn.Conv2d(config.in_channels * config.patch_size**2, widths[0], kernel_size=3, padding=1)
         self.down = nn.ModuleList()
-        for level in range(last_level + 1):
-            level_class = MomaVQLevel if level == last_level else MomaVQDownLevel
-            side = config.resolution // config.patch_size // 2**level
-            self.down.append(level_class(config, widths[level], widths[level + 1], config.num_res_blocks, side))
+        for level, pair in enumerate(pairwise(widths)):
+            resize = "" if level == len(widths) - 2 else "down"
+            self.down.append(MomaVQLevel(config, *pair, config.num_res_blocks, level, resize))
         # CODEPATH: moma-emoji has the trunk, Chameleon has not
         self.trunk = MomaVQTrunk(config.downsample_factor) if config.use_trunk else None
         # CODEPATH: its features are projected only where there is a trunk
@@ -338,13 +295,18 @@ class MomaVQEncoder(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Map `(batch, in_channels, side, side)` in [-1, 1] to `(batch, latent_channels, grid, grid)`."""
-        hidden_states = self.conv_in(_to_patches(pixel_values, self.patch_size))
+        hidden_states = self.conv_in(self._to_patches(pixel_values))
         for level in self.down:
             hidden_states = level(hidden_states)
         if self.trunk is not None and self.trunk_proj is not None:
             hidden_states = hidden_states + self.trunk_proj(self.trunk(pixel_values))
         hidden_states = self.mid(hidden_states)
         return self.conv_out(F.silu(self.norm_out(hidden_states)))
+
+    def _to_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Apply `F.pixel_unshuffle`, which would leave the shape of an empty batch as it was."""
+        squares = pixel_values.unflatten(3, (-1, self.patch_size)).unflatten(2, (-1, self.patch_size))
+        return squares.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
 
 
 class MomaVQDecoder(nn.Module):
@@ -360,10 +322,9 @@ class MomaVQDecoder(nn.Module):
         self.mid = MomaVQMiddle(config, widths[-1])
         # level 0 is the finest, as in the encoder, so `forward` runs the levels in reverse
         self.up = nn.ModuleList()
-        for level in range(len(config.channel_multiplier)):
-            level_class = MomaVQLevel if level == 0 else MomaVQUpLevel
-            side = config.resolution // config.patch_size // 2**level
-            self.up.append(level_class(config, widths[level + 1], widths[level], config.num_res_blocks + 1, side))
+        for level, (out_channels, in_channels) in enumerate(pairwise(widths)):
+            resize = "up" if level else ""
+            self.up.append(MomaVQLevel(config, in_channels, out_channels, config.num_res_blocks + 1, level, resize))
         self.norm_out = make_norm(config, widths[0])
         self.conv_out = nn.Conv2d(widths[0], config.in_channels * config.patch_size**2, kernel_size=3, padding=1)
 
@@ -372,8 +333,10 @@ class MomaVQDecoder(nn.Module):
         hidden_states = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             hidden_states = level(hidden_states)
-        hidden_states = self.conv_out(F.silu(self.norm_out(hidden_states)))
-        return _from_patches(hidden_states, self.patch_size)
+        patches = self.conv_out(F.silu(self.norm_out(hidden_states)))
+        # as `F.pixel_shuffle`, which has no gradient for an empty batch
+        squares = patches.unflatten(1, (-1, self.patch_size, self.patch_size)).permute(0, 1, 4, 2, 5, 3)
+        return squares.flatten(4, 5).flatten(2, 3)
 
 
 def mean_loss(
