@@ -19,146 +19,101 @@ POOL = {"num_experts": 4, "training_routing": "token_choice", "balance_bias_by_m
 BAD = [
     ("vocab_size", {"vocab_size": 0}),
     ("hidden_size", {"hidden_size": 15}),
-    ("hidden_size", {"hidden_size": "16"}),
-    ("intermediate_size", {"intermediate_size": 0}),
-    ("num_hidden_layers", {"num_hidden_layers": -1}),
-    ("num_attention_heads", {"num_attention_heads": 0}),
     ("num_key_value_heads", {"num_attention_heads": 4, "num_key_value_heads": 3}),
     ("head_dim", {"head_dim": 5}),
-    ("max_position_embeddings", {"max_position_embeddings": 0}),
     ("attention_dropout", {"attention_dropout": 1.0}),
-    ("rms_norm_eps", {"rms_norm_eps": 0.0}),
+    ("rms_norm_eps", {"rms_norm_eps": float("inf")}),
     ("initializer_range", {"initializer_range": -0.1}),
     ("hidden_act", {"hidden_act": "sigmoidal"}),
     ("hidden_act", {"hidden_act": "prelu"}),
-    (
-        "rope_parameters",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    *(
+        ("rope_parameters", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **change}})
+        for change in ({"partial_rotary_factor": 0.5}, {"rope_theta": 0}, {"rope_theta": "1e4"}, {"rope_type": "nope"})
     ),
     ("pad_token_id", {"pad_token_id": 40}),
-    ("modality_token_ranges", {"modality_token_ranges": {"text": [[0, 4]], "image": [[8, 24]]}}),
-    ("modality_token_ranges", {"modality_token_ranges": {"image": [[24, 8]]}}),
-    ("modality_token_ranges", {"modality_token_ranges": {"image": [[8, 41]]}}),
-    ("modality_token_ranges", {"modality_token_ranges": {"image": [[8, 16, 24]]}}),
-    ("modality_token_ranges", {"modality_token_ranges": {"image": [[8, 24], [20, 23]]}}),
-    ("modality_token_ranges", {"modality_token_ranges": {"im.age": [[8, 24]]}}),
-    *(
-        ("modality_token_ranges.*no name of a modality", {"modality_token_ranges": {name: [[8, 24]]}})
-        for name in ("", "keys", "train", "interleaved")
-    ),
-    ("modality_token_ranges.*range of ids", {"modality_token_ranges": {"image": []}}),
-    ("bos_token_id", {"bos_token_id": 40}),
-    ("eos_token_id", {"eos_token_id": -1}),
     ("eos_token_id", {"eos_token_id": [2, 40]}),
+    *(
+        ("modality_token_ranges", {"modality_token_ranges": ranges})
+        for ranges in (
+            {"text": [[0, 4]], "image": [[8, 24]]},
+            {"image": [[24, 8]]},
+            {"image": [[8, 41]]},
+            {"image": [[8, 16, 24]]},
+            {"image": [[8, 24], [20, 23]]},
+            {"image": []},
+            {"im.age": [[8, 24]]},
+            {"interleaved": [[8, 24]]},
+        )
+    ),
     # special tokens among the codes, as those of the defaults are where codes begin at 0
     ("pad_token_id. = 1: lies inside", {"modality_token_ranges": {"image": [[0, 16]]}}),
-    ("bos_token_id. = 8: lies inside", {"bos_token_id": 8}),
     ("eos_token_id. = .2, 23.: lies inside", {"eos_token_id": [2, 23]}),
     ("eos_token_id. = 24: begins a frame", {"eos_token_id": 24}),
-    ("pad_token_id. = 24: begins a frame", {"pad_token_id": 24}),
     ("begin_image_token_id", {"begin_image_token_id": 40}),
     ("begin_image_token_id", {"begin_image_token_id": 25}),
     ("end_image_token_id", {"end_image_token_id": 10}),
-    ("image_seq_length", {"image_seq_length": 0}),
     ("image_seq_length", {"image_seq_length": 63}),
     ("num_experts", {"num_experts": 0}),
     ("num_experts", {"num_experts": {"text": 4}}),
-    ("num_experts", {"num_experts": {"text": 4, "image": 0}}),
     ("num_experts", {"num_experts": {"text": 4, "image": 4, "audio": 4}}),
     ("expert_capacity_factor", {"expert_capacity_factor": 0.0}),
     ("expert_capacity_factor", {"expert_capacity_factor": 4.5}),
-    ("expert_capacity_factor", {"expert_capacity_factor": {"audio": 1.0}}),
     ("expert_capacity_factor", {"num_experts": 8, "expert_capacity_factor": {"text": 1.0}}),
     ("expert_intermediate_size", {"num_experts": 8, "expert_intermediate_size": {"text": 16}}),
     ("expert_intermediate_size", {"expert_intermediate_size": {"audio": 16}}),
     ("expert_intermediate_size", {"expert_intermediate_size": {"text": 0}}),
     ("shared_expert_intermediate_size", {"shared_expert_intermediate_size": 0}),
-    ("shared_expert_intermediate_size", {"shared_expert_intermediate_size": {"audio": 16}}),
     ("shared_expert_intermediate_size", {"num_experts": 8, "shared_expert_intermediate_size": {"text": 16}}),
     ("num_experts_per_tok", {"num_experts_per_tok": 0}),
     ("num_experts_per_tok", {"num_experts_per_tok": 5, "training_routing": "token_choice"}),
-    *(
-        ("rope_parameters", {"rope_parameters": {"rope_type": kind, "rope_theta": theta}})
-        for kind, theta in (("default", -1.0), ("default", 0), ("default", float("nan")), ("nope", 1e4))
-    ),
-    ("rope_parameters", {"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}),
-    ("rms_norm_eps", {"rms_norm_eps": float("inf")}),
     ("norm_placement", {"norm_placement": "sandwich"}),
     ("gate_after_norm", {"gate_after_norm": True, "norm_placement": "pre"}),
-    ("qk_norm", {"qk_norm": "batchnorm"}),
     ("untied_attention", {"untied_attention": True, "num_experts": 8}),
-    ("untied_attention", {"untied_attention": 1}),
     ("balance_bias_by_modality", {**POOL, "num_experts": {"text": 4, "image": 4}}),
-    ("balance_bias_by_modality", {**POOL, "num_experts": 1}),
     ("balance_bias_by_modality", {**POOL, "training_routing": "expert_choice"}),
     ("training_routing", {"training_routing": "hash"}),
-    ("inference_routing", {"inference_routing": "expert_choice"}),
     ("training_routing", {"training_routing": "auxiliary", "auxiliary_routers": True}),
-    ("depth_training_routing", {"depth_training_routing": "auxiliary", "auxiliary_routers": True}),
-    ("auxiliary_routers", {"auxiliary_routers": "yes"}),
-    ("normalize_gates", {"normalize_gates": "yes"}),
-    ("gumbel_noise", {"gumbel_noise": -0.1}),
+    ("inference_routing", {"inference_routing": "expert_choice"}),
+    ("inference_routing. = 'auxiliary': .*auxiliary_routers=True", {"inference_routing": "auxiliary"}),
     ("gumbel_noise", {"gumbel_noise": float("nan")}),
-    ("gumbel_noise", {"gumbel_noise": "1"}),
     ("gumbel_noise", {"gumbel_noise": 1.0, "training_routing": "threshold"}),
     ("gumbel_noise_steps", {"gumbel_noise_steps": 0}),
-    ("gumbel_noise_steps", {"gumbel_noise_steps": 0.5}),
     ("threshold_momentum", {"threshold_momentum": 1.0}),
     ("routing_warmup_steps", {"routing_warmup_steps": -1}),
-    ("router_bias_update_rate", {"router_bias_update_rate": -0.1}),
-    ("z_loss_coef", {"z_loss_coef": -1e-5}),
     ("modality_loss_weights", {"modality_loss_weights": {"audio": 1.0}}),
     ("modality_loss_weights", {"modality_loss_weights": {"text": -1.0}}),
-]
-BAD_DEPTH = [
-    ("depth_layers", [2]),
-    ("depth_layers", [-1]),
-    ("depth_layers", [1, 0]),
-    ("depth_layers", [0, 0]),
-    ("depth_capacity", 0.0),
-    ("depth_capacity", 1.5),
-    ("depth_capacity", {"text": 0.5}),
-    ("depth_capacity", {"text": 0.5, "image": 0.0}),
-    ("depth_capacity", {"text": 0.5, "image": 0.5, "audio": 0.5}),
-    ("depth_training_routing", "hash"),
-    ("depth_inference_routing", "expert_choice"),
-    ("routing_warmup_steps", -1),
+    *(("depth_layers", {"depth_layers": layers}) for layers in ([2], [-1], [1, 0], [0, 0])),
+    *(
+        ("depth_capacity", {"depth_layers": [0], "depth_capacity": capacity})
+        for capacity in (0.0, 1.5, {"text": 0.5}, {"text": 0.5, "image": 0.0})
+    ),
+    ("depth_training_routing", {"depth_layers": [0], "depth_training_routing": "hash"}),
+    ("depth_inference_routing", {"depth_layers": [0], "depth_inference_routing": "expert_choice"}),
+    ("auxiliary_routers=True", {"depth_layers": [0], "depth_inference_routing": "auxiliary"}),
 ]
 OTHERS = {
     "uneven": GROUPS["6t2i"],
-    "shared": GROUPS["shared"],
     "shared_by_modality": GROUPS["shared_by_modality"],
     "mixed_with_shared": {"num_experts": 8, "shared_expert_intermediate_size": 8},
-    "one_expert_beside_many": {"num_experts": {"text": 1, "image": 3}},
-    "tied": {"tie_word_embeddings": True},
-    "gqa": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 6},
-    "bias": {"attention_bias": True, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "bias": {"attention_bias": True, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 6},
     "qk_per_head": {"qk_norm": "layernorm_per_head", "num_attention_heads": 4, "num_key_value_heads": 2},
     "qk_rms": {"qk_norm": "rmsnorm"},
     "qk_none": {"qk_norm": "none", "norm_placement": "pre"},
     "untied": {"untied_attention": True, "attention_bias": True, "num_key_value_heads": 1},
-    "untied_depth": {"untied_attention": True, "depth_layers": [1], "depth_capacity": {"text": 0.5, "image": 0.1}},
     "untied_three_modalities": {
         "untied_attention": True,
         "modality_token_ranges": {"image": [[8, 20]], "audio": [[30, 40]]},
         "num_experts": {"text": 2, "image": 3, "audio": 1},
         "qk_norm": "layernorm_per_head",
+        "depth_layers": [1],
     },
     "biases_by_modality": POOL,
-    "depth": {"depth_layers": [1]},
-    "depth_in_every_layer": {"depth_layers": [0, 1], "depth_capacity": {"text": 0.5, "image": 0.1}},
     "depth_dense_tied": {"depth_layers": [0], "num_experts": 1, "tie_word_embeddings": True},
-    "auxiliary": {"auxiliary_routers": True},
     "auxiliary_mixed_of_odd_width": {"auxiliary_routers": True, "num_experts": 8, "hidden_size": 17, "head_dim": 6},
     "auxiliary_depth": {
         "auxiliary_routers": True,
         "depth_layers": [0, 1],
         "depth_capacity": {"text": 0.5, "image": 0.1},
-    },
-    "auxiliary_depth_dense": {"auxiliary_routers": True, "depth_layers": [1], "num_experts": 1},
-    "three_modalities": {
-        "modality_token_ranges": {"image": [[8, 12], [14, 20]], "audio": [[30, 40]]},
-        "num_experts": {"text": 2, "image": 3, "audio": 1},
     },
 }
 
@@ -171,37 +126,14 @@ def test_a_contradiction_raises_and_names_its_field(name, change):
         tiny_config(**change)
 
 
-@pytest.mark.parametrize(("name", "value"), BAD_DEPTH)
-def test_a_bad_field_of_depth_is_named_with_its_value(name, value):
-    with pytest.raises(StrictDataclassClassValidationError) as raised:
-        tiny_config(**{"depth_layers": [0], name: value})
-    assert f"`{name}` = {value!r}" in str(raised.value)
-
-
 @pytest.mark.parametrize(
-    ("name", "default", "other"),
-    [("cover_all_tokens", False, True), ("depth_pool", "batch", "row"), ("depth_threshold_momentum", 0.5, 0.98)],
+    ("name", "default", "other"), [("depth_pool", "batch", "row"), ("depth_threshold_momentum", 0.5, 0.98)]
 )
 def test_a_field_that_is_no_more_loads_at_its_old_default_alone(name, default, other):
     loaded = MomaConfig(**{**tiny_config().to_dict(), name: default})
     assert name not in loaded.to_dict()
     with pytest.raises(ValueError, match=f"`{name}` = {other!r}: the field is no more"):
         tiny_config(**{name: other})
-
-
-@pytest.mark.parametrize(("name", "value"), [("depth_layers", 2), ("depth_layers", ["0"]), ("depth_capacity", "0.5")])
-def test_a_field_of_depth_of_the_wrong_type_is_named(name, value):
-    with pytest.raises(StrictDataclassFieldValidationError, match=name):
-        tiny_config(**{"depth_layers": [0], name: value})
-
-
-@pytest.mark.parametrize("name", ["inference_routing", "depth_inference_routing"])
-def test_auxiliary_routing_needs_auxiliary_routers(name):
-    fields = {name: "auxiliary", "depth_layers": [0]}
-    with pytest.raises(StrictDataclassClassValidationError) as raised:
-        tiny_config(**fields)
-    assert f"`{name}` = 'auxiliary'" in str(raised.value) and "auxiliary_routers=True" in str(raised.value)
-    assert getattr(tiny_config(**fields, auxiliary_routers=True), name) == "auxiliary"
 
 
 @pytest.mark.parametrize(
@@ -242,14 +174,10 @@ def test_the_default_configuration_is_silent(capfd):
     ("preset", "printed"),
     [
         ("moma-90m-dense", "92.3M"),
-        ("moma-435m-dense", "436.2M"),
-        ("moma-1.4b-dense", "1476M"),
         ("moma-90m-8x", "209.7M"),
         ("moma-435m-8x", "1845M"),
         ("moma-1.4b-8x", "7113M"),
         ("moma-mod-110m-dense", "111.1M"),
-        ("moma-mod-635m-dense", "637.5M"),
-        ("moma-mod-2.3b-dense", "2340M"),
         ("moma-mod-110m-8x", "316.6M"),
         ("moma-mod-635m-8x", "2986M"),
         ("moma-mod-2.3b-8x", "11853M"),
@@ -268,16 +196,14 @@ def test_experts_by_modality_are_as_many_as_mixed_ones(size):
 
 
 @pytest.mark.parametrize(("size", "num_layers"), [("110m", 14), ("635m", 40), ("2.3b", 32)])
-@pytest.mark.parametrize("experts", ["dense", "1t1i", "8x", "4t4i"])
-def test_presets_of_depth_skip_in_every_other_layer(size, num_layers, experts):
-    config = MomaConfig.from_preset(f"moma-mod-{size}-{experts}")
+def test_presets_of_depth_skip_in_every_other_layer(size, num_layers):
+    config = MomaConfig.from_preset(f"moma-mod-{size}-4t4i")
     assert config.num_hidden_layers == num_layers
     assert config.depth_layers == list(range(0, num_layers, 2))
     assert config.depth_capacity == 0.25
-    assert MomaConfig.from_preset(f"moma-mod-{size}-{experts}", depth_layers=None).depth_layers is None
 
 
-@pytest.mark.parametrize("preset", MomaConfig.preset_names())
+@pytest.mark.parametrize("preset", ["moma-435m-dense", "moma-90m-1t1i", "moma-90m-8x", "moma-mod-110m-4t4i"])
 def test_the_closed_form_equals_the_built_preset(preset):
     check_count(MomaConfig.from_preset(preset))
 
@@ -357,21 +283,6 @@ def test_active_parameters_count_the_share_of_depth_layers():
         assert active == full - 2 * 0.75 * layer + routers
 
 
-def test_active_parameters_take_each_modalitys_share_of_depth():
-    shares = {"text": 0.75, "image": 0.25}
-    by_modality = tiny_config(num_experts=1, depth_layers=[0], depth_capacity=shares)
-    for modality, share in shares.items():
-        alike = tiny_config(num_experts=1, depth_layers=[0], depth_capacity=share)
-        assert by_modality.num_parameters(active=True, modality=modality) == alike.num_parameters(active=True)
-
-
-def test_active_parameters_are_by_default_the_largest_of_a_modality():
-    """The modality with the wider experts need not be the one that depth layers process more of."""
-    config = tiny_config(**GROUPS["6t2i"], depth_layers=[0], depth_capacity={"text": 1.0, "image": 0.1})
-    counts = [config.num_parameters(active=True, modality=name) for name in config.modalities]
-    assert config.num_parameters(active=True) == max(counts)
-
-
 def test_active_parameters_differ_by_modality():
     config = tiny_config(**GROUPS["6t2i"])
     text, image = (config.num_parameters(active=True, modality=name) for name in config.modalities)
@@ -381,15 +292,9 @@ def test_active_parameters_differ_by_modality():
         config.num_parameters(active=True, modality="audio")
 
 
-@pytest.mark.parametrize("name", ["moma-90m", "moma-90m-16x", "llama-90m-dense", "moma-2b-dense"])
-def test_an_unknown_preset_lists_the_known_ones(name):
+def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(ValueError, match="moma-435m-4t4i"):
-        MomaConfig.from_preset(name)
-
-
-def test_a_preset_takes_other_fields():
-    config = MomaConfig.from_preset("moma-90m-4t4i", norm_placement="pre", num_experts={"text": 6, "image": 2})
-    assert (config.norm_placement, config.num_experts) == ("pre", {"text": 6, "image": 2})
+        MomaConfig.from_preset("moma-90m-16x")
 
 
 AUDIO = {"modality_token_ranges": {"image": [[8, 24]], "audio": [[30, 36]]}, "num_experts": 2}
@@ -400,9 +305,7 @@ AUDIO = {"modality_token_ranges": {"image": [[8, 24]], "audio": [[30, 36]]}, "nu
     [
         ({"image": {"begin": 26, "end": 27, "length": 4}}, "begin_image_token_id, end_image_token_id"),
         ({"text": {"begin": 26, "end": 27, "length": 4}}, r"names no modality .* \['audio'\]"),
-        ({"speech": {"begin": 26, "end": 27, "length": 4}}, r"names no modality .* \['audio'\]"),
         ({"audio": {"begin": 26, "end": 27}}, r"exactly the keys \['begin', 'end', 'length'\]"),
-        ({"audio": {"begin": 26, "end": 27, "length": 4, "codes": 6}}, "exactly the keys"),
         ({"audio": {"begin": 26, "end": 27, "length": 0}}, "'length' must be a positive number"),
         ({"audio": {"begin": 26, "end": 27, "length": 63}}, r"must fit max_position_embeddings \(64\)"),
         ({"audio": {"begin": 26, "end": 40, "length": 4}}, r"'end' must be an id below vocab_size \(40\)"),
@@ -481,20 +384,13 @@ def test_every_field_survives_saving(tmp_path):
     }
     # which other fields forbid
     pool = {"num_experts": 2, "training_routing": "token_choice"}
-    alone = {"balance_bias_by_modality": pool}
     own = {field.name for field in fields(MomaConfig) if field.name in MomaConfig.__annotations__}
-    assert own <= {*changed, *alone}, f"add {own - set(changed)} to this test"
+    assert own <= {*changed, "balance_bias_by_modality"}, f"add {own - set(changed)} to this test"
     MomaConfig(**changed).save_pretrained(tmp_path)
     loaded = MomaConfig.from_pretrained(tmp_path)
-    for name, value in changed.items():
-        assert getattr(loaded, name) == value, name
-    for name, others in alone.items():
-        MomaConfig(**others, **{name: True}).save_pretrained(tmp_path)
-        assert getattr(MomaConfig.from_pretrained(tmp_path), name) is True
-
-
-def test_layers_are_named_for_the_cache():
-    assert tiny_config(num_hidden_layers=3).layer_types == ["full_attention"] * 3
+    assert {name: getattr(loaded, name) for name in changed} == changed
+    MomaConfig(**pool, balance_bias_by_modality=True).save_pretrained(tmp_path)
+    assert MomaConfig.from_pretrained(tmp_path).balance_bias_by_modality is True
 
 
 @pytest.mark.parametrize("depth_layers", [None, [], [0, 2]])
