@@ -10,8 +10,7 @@ from .chat_template_moma import DEFAULT_CHAT_TEMPLATE
 from .codecs_moma import ModalityCodec, register_codec
 from .collation_moma import MomaDataCollator
 from .configuration_moma_vq import MomaVQConfig
-from .image_processing_moma import MomaImageProcessor
-from .image_processing_pil_moma import MomaImageProcessorPil
+from .image_processing_moma import MomaImageProcessor, MomaImageProcessorPil
 from .modeling_moma_vq import MomaVQModel, MomaVQOutput
 from .perceptual_moma_vq import MomaVQPerceptualNetwork
 from .processing_moma import MomaProcessor

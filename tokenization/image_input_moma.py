@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading of images of any kind, and pixel values back to images: shared by both image processor backends."""
+"""Images of any kind, as files, texts, arrays and objects, read with 8 bits a channel; large ones made smaller."""
 
 import base64
 import binascii
@@ -7,45 +7,47 @@ import errno
 import functools
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Literal
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import PILImageResampling, SizeDict, is_pil_image, is_valid_image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from transformers.image_utils import is_pil_image, is_valid_image
 from transformers.utils import logging
 
-from .large_images_moma import (
-    apply_orientation,
-    load_reduced,
-    refuse_costly_files,
-    shrink_by_averaging,
-    shrink_factor,
-    to_8_bits,
-)
 from .processor_errors_moma import InputError
 
-
-if TYPE_CHECKING:
-    # the mixin stands before either backend, and either has the methods that it calls
-    from transformers.image_processing_backends import TorchvisionBackend as _Backend
-else:
-    _Backend = object
 
 logger = logging.get_logger(__name__)
 
 _URL_TIMEOUT_SECONDS = 60
 # Formats that Pillow decodes itself, in memory; for others it starts programs, such as Ghostscript for EPS.
 _FORMATS = frozenset("AVIF BMP DIB GIF ICNS ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP".split())
-# The ends of a side that is longer than this many times the other are cropped before resizing.
-_MAX_ASPECT_RATIO = 8
+# An image of more pixels, a square of some 5,800 a side, is made smaller before anything else.
+MOST_PIXELS = 2**25
+# No side gets shorter than this by it: image processors resize to less anyway.
+LEAST_SIDE = 2048
+# A scan of a few bytes passes over all pixels of a JPEG; encoders write some 10.
+MOST_SCANS = 100
+# Pillow makes an object of every number in a list of a TIFF's header; a strip for each row of pixels needs two lists,
+# and a palette of 16 bits has 196,608 numbers.
+MOST_LISTED = 2**18
+# Pixels of one band: only a band at a time is converted, which bounds the memory.
+_BAND_PIXELS = 2**20
+# Marker of a JPEG that a segment follows, or its end; restarts and escaped bytes of pixels have none.
+_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
+# Byte order of a TIFF by its first bytes, and the types of its fields that stay bytes: BYTE, ASCII, UNDEFINED.
+_TIFF_ORDERS: dict[bytes, Literal["little", "big"]] = {b"II": "little", b"MM": "big"}
+_BYTE_TYPES = (1, 2, 7)
+# Modes of Pillow whose values can be averaged without a conversion.
+_AVERAGED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 def open_image(source: str) -> Image.Image:
@@ -204,223 +206,119 @@ def clean_array_image(image: "np.ndarray | torch.Tensor", do_rescale: bool | Non
     return np.round(values).astype(np.uint8)
 
 
-class MomaImageInputMixin(_Backend):
-    """Reading and writing of images for [`MomaImageProcessor`] and [`MomaImageProcessorPil`].
+def shrink_factor(size: tuple[int, int]) -> int:
+    """Return the factor by which the sides of an image are divided, 1 for most images."""
+    wanted = math.ceil(math.sqrt(size[0] * size[1] / MOST_PIXELS))
+    return max(1, min(wanted, min(size) // LEAST_SIDE))
 
-    It stands before a Transformers backend class in the list of bases.
-    """
 
-    do_convert_rgb: bool = True
-    do_resize: bool = True
-    # a dictionary here, a `SizeDict` with attributes once a backend has read it
-    size: Any = {"shortest_edge": 64}
-    default_to_square: bool = False
-    resample = PILImageResampling.LANCZOS
-    do_center_crop: bool = True
-    crop_size: Any = {"height": 64, "width": 64}
-    do_pad: bool = False
-    do_rescale: bool = True
-    rescale_factor: float = 1 / 255
-    do_normalize: bool = True
-    image_mean: list[float] = [0.5, 0.5, 0.5]
-    image_std: list[float] = [0.5, 0.5, 0.5]
+def load_reduced(image: Image.Image) -> None:
+    """Decode an image in place; a large JPEG to a half, a quarter or an eighth of its sides."""
+    factor = shrink_factor(image.size)
+    if factor > 1:
+        # only JPEG is decoded at a smaller size, other formats ignore it
+        image.draft(None, (image.width // factor, image.height // factor))
+    image.load()
 
-    @classmethod
-    def for_resolution(cls, resolution: int | tuple[int, int], **kwargs) -> Self:
-        """Build an image processor for a VQ model of a resolution."""
-        height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-        crop = {"height": height, "width": width}
-        return cls(size={"shortest_edge": min(height, width)}, crop_size=crop, **kwargs)
 
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Replace every path, address or base64 string in a (nested) list by the PIL image that it names.
+def jpeg_scans(content: bytes) -> int:
+    """Count the scans of a JPEG, each of which a decoder passes over the whole image for."""
+    if not content.startswith(b"\xff\xd8"):
+        return 0
+    scans, position = 0, 0
+    while (marker := _MARKER.search(content, position)) is not None and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        # a thumbnail within a segment is no scan of the image
+        position = marker.end() + max(2, int.from_bytes(content[marker.end() : marker.end() + 2], "big"))
+    return scans
 
-        Args:
-            image_url_or_urls (`str`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a nested list of these):
-                The images.
 
-        Returns:
-            The same structure, with images in place of names.
+def tiff_listed(content: bytes) -> int:
+    """Count the numbers in the lists of a TIFF's first directory, such as the places of its strips."""
+    order = _TIFF_ORDERS.get(content[:2])
+    if order is None or not {42, 43} & set(content[2:4]):
+        return 0
 
-        Raises:
-            TypeError: an entry is neither an image nor the name of one.
-            ValueError: a name leads to no image.
-        """
-        if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(entry) for entry in image_url_or_urls]
-        if isinstance(image_url_or_urls, (str, os.PathLike)):
-            image = open_image(os.fspath(image_url_or_urls))
-            # Pillow keeps a decoded image in its object, and the list keeps the object: large ones are reduced first
-            return image if shrink_factor(image.size) == 1 else clean_pil_image(image, is_own=True)
-        if is_valid_image(image_url_or_urls):
-            # an array without a channel axis is greyscale, which Transformers does not take for an image
-            is_flat = not is_pil_image(image_url_or_urls) and image_url_or_urls.ndim == 2
-            return image_url_or_urls[None] if is_flat else image_url_or_urls
-        raise TypeError(
-            "images: expected PIL images, arrays, tensors, paths or addresses (or lists of them), got "
-            f"{type(image_url_or_urls).__name__}."
+    def number(position: int, size: int) -> int:
+        return int.from_bytes(content[position : position + size], order)
+
+    is_big = 43 in content[2:4]
+    # bytes of an offset or a count, of the number of entries, and of an entry
+    offset, head, entry = (8, 8, 20) if is_big else (4, 2, 12)
+    directory = number(8 if is_big else 4, offset)
+    # no more entries than the file has bytes for
+    first = directory + head
+    num_entries = min(number(directory, head), max(0, len(content) - first) // entry)
+    places = range(first, first + num_entries * entry, entry)
+    return sum(number(place + 4, offset) for place in places if number(place + 2, 2) not in _BYTE_TYPES)
+
+
+def refuse_costly_files(content: bytes, name: str) -> None:
+    """Raise for a JPEG that would take minutes to decode, and for a TIFF that would take seconds to open."""
+    if (scans := jpeg_scans(content)) > MOST_SCANS:
+        raise InputError(f"images: {name} has {scans} scans, more than {MOST_SCANS}: save the JPEG anew.")
+    if (listed := tiff_listed(content)) > MOST_LISTED:
+        raise InputError(
+            f"images: {name} lists {listed} numbers in its header, more than {MOST_LISTED}: save the TIFF anew, in "
+            "strips of several rows."
         )
 
-    def process_image(
-        self,
-        image: Any,
-        do_rescale: bool | None = None,
-        do_resize: bool | None = None,
-        size: SizeDict | None = None,
-        do_center_crop: bool | None = None,
-        crop_size: Any = None,
-        do_pad: bool | None = None,
-        **kwargs,
-    ) -> Any:
-        """Turn one image into the backend's channels-first array.
 
-        It is brought to 8 bits, transparency composited on white. Of a side much longer than the other the far ends,
-        which the centre crop drops, are left out before resizing; for a crop that is no square, all that lies outside
-        of the largest box of its shape.
-        """
-        cropped = size if do_resize and do_center_crop and not do_pad else None
-        fills = cropped is not None and _fills(cropped, crop_size)
-        ratio = 0 if cropped is None or fills else _max_ratio(cropped, crop_size)
-
-        def box(height: int, width: int) -> tuple[int, int, int, int]:
-            if fills:
-                return _box_of_shape(height, width, crop_size.height, crop_size.width)
-            return _centre_box(height, width, ratio) if ratio else (0, 0, height, width)
-
-        if is_pil_image(image):
-            image = clean_pil_image(image)
-            top, left, bottom, right = box(image.height, image.width)
-            if (bottom - top, right - left) != (image.height, image.width):
-                image = image.crop((left, top, right, bottom))
-            return super().process_image(image, do_rescale=do_rescale, **kwargs)
-        array = self._process_array(clean_array_image(image, do_rescale), do_rescale=do_rescale, **kwargs)
-        top, left, bottom, right = box(array.shape[-2], array.shape[-1])
-        return array[..., top:bottom, left:right]
-
-    def _process_array(self, image: Any, **kwargs) -> Any:
-        try:
-            return super().process_image(image, **kwargs)
-        # of the base class, which does not name what it was given
-        except ValueError as error:
-            raise InputError(
-                f"images: an array of shape {tuple(image.shape)} is no image ({error}): its first or last axis has "
-                "1, 3 or 4 channels."
-            ) from error
-
-    def _preprocess(self, images: list, *args, **kwargs) -> BatchFeature:
-        size, crop_size = kwargs.get("size"), kwargs.get("crop_size")
-        if kwargs.pop("do_pad", None) and kwargs.get("do_resize") and crop_size is not None:
-            images = [self._padded(image, crop_size, kwargs.get("resample")) for image in images]
-            kwargs["do_resize"] = kwargs["do_center_crop"] = False
-        # the backend pads with black, behind the crop
-        kwargs["do_pad"] = False
-        is_cropped = kwargs.get("do_resize") and kwargs.get("do_center_crop")
-        if is_cropped and size is not None and crop_size is not None and _fills(size, crop_size):
-            # the images have this shape up to less than a pixel
-            kwargs["size"] = SizeDict(height=crop_size.height, width=crop_size.width)
-        return super()._preprocess(images, *args, **kwargs)
-
-    def _padded(self, image: Any, crop_size: Any, resample: Any) -> Any:
-        """Return an image resized as a whole to fit into `crop_size`, in the middle of white.
-
-        It is resized first: a strip of one pixel's width, padded to a square as it is, would take gigabytes.
-        """
-        height, width = image.shape[-2:]
-        scale = min(crop_size.height / height, crop_size.width / width)
-        rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
-        resized = self.resize(image, SizeDict(height=rows, width=columns), resample=resample)
-        values = torch.as_tensor(resized)
-        white = 1 if values.is_floating_point() else 255
-        padded = values.new_full((*values.shape[:-2], crop_size.height, crop_size.width), white)
-        top, left = (crop_size.height - rows) // 2, (crop_size.width - columns) // 2
-        padded[..., top : top + rows, left : left + columns] = values
-        return padded.numpy() if isinstance(resized, np.ndarray) else padded
-
-    def resize(self, image: Any, size: SizeDict, **kwargs) -> Any:
-        """Resize as the backend does, floating point values quantised to 256 steps of their range.
-
-        The range is at least [0, 1]. Without it filters overshoot, and PIL guesses the range.
-        """
-        is_array = isinstance(image, np.ndarray)
-        values: torch.Tensor = torch.from_numpy(image) if is_array else image
-        if not values.is_floating_point():
-            return super().resize(image, size, **kwargs)
-        # a range for each image, so that it does not depend on the rest of the batch
-        low = values.amin((-3, -2, -1), keepdim=True).clamp(max=0)
-        width = values.amax((-3, -2, -1), keepdim=True).clamp(min=1) - low
-        steps = ((values - low) / width * 255).round().to(torch.uint8)
-        given: Any = steps.numpy() if is_array else steps
-        resized = super().resize(given, size, **kwargs)
-        values = torch.as_tensor(resized).to(values.dtype) / 255 * width + low
-        return values.numpy() if is_array else values
-
-    def postprocess(self, images: torch.Tensor, return_tensors: str = "PIL.Image.Image") -> BatchFeature:
-        """Turn pixel values, such as those of a VQ decoder, back into images.
-
-        It undoes normalising and rescaling. Values outside the range are clipped.
-
-        Args:
-            images (`torch.Tensor` or `np.ndarray` of shape `(batch_size, 3, height, width)` or `(3, height, width)`):
-                Pixel values as `preprocess` returns them: in [-1, 1] by default.
-            return_tensors (`str`, *optional*, defaults to `"PIL.Image.Image"`):
-                `"PIL.Image.Image"` for a list of PIL images, `"pt"` or `"np"` for 8-bit integers of shape
-                `(batch_size, 3, height, width)`.
-
-        Returns:
-            `BatchFeature`: with one field, `pixel_values`.
-
-        Raises:
-            ValueError: the shape is wrong, or a value is not finite.
-        """
-        images = torch.as_tensor(images, device="cpu").detach().float()
-        images = images[None] if images.ndim == 3 else images
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise InputError(f"images: expected the shape (batch_size, 3, height, width), got {tuple(images.shape)}.")
-        if not torch.isfinite(images).all():
-            raise InputError("images: the pixel values hold NaN or infinity; the VQ weights may be damaged.")
-        if self.do_normalize:
-            std = images.new_tensor(self.image_std).view(1, 3, 1, 1)
-            mean = images.new_tensor(self.image_mean).view(1, 3, 1, 1)
-            images = images * std + mean
-        if self.do_rescale:
-            images = images / self.rescale_factor
-        pixels = images.round().clamp(0, 255).to(torch.uint8)
-        if return_tensors == "PIL.Image.Image":
-            pil_images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
-            return BatchFeature(data={"pixel_values": pil_images})
-        return BatchFeature(data={"pixel_values": pixels}, tensor_type=return_tensors)
+def shrink_by_averaging(image: Image.Image, factor: int) -> Image.Image:
+    """Divide the sides of a decoded image by averaging squares of pixels, and turn it upright."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    rows = max(1, _BAND_PIXELS // (image.width * factor)) * factor
+    shrunk = None
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        band = _to_averaged_mode(band).reduce(factor)
+        if shrunk is None:
+            shrunk = Image.new(band.mode, (band.width, math.ceil(image.height / factor)))
+        shrunk.paste(band, (0, top // factor))
+    assert shrunk is not None
+    shrunk.getexif()[ExifTags.Base.Orientation] = orientation
+    return apply_orientation(shrunk)
 
 
-def _fills(size: SizeDict, crop_size: Any) -> bool:
-    """Return whether a crop that is no square is to be filled: a shortest edge alone leaves a part of it black."""
-    if not size.shortest_edge or size.longest_edge or crop_size.height == crop_size.width:
-        return False
-    return size.shortest_edge == min(crop_size.height, crop_size.width)
+def apply_orientation(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says; an image without one is returned as it is."""
+    return image if image.getexif().get(ExifTags.Base.Orientation, 1) == 1 else ImageOps.exif_transpose(image)
 
 
-def _box_of_shape(height: int, width: int, rows: int, columns: int) -> tuple[int, int, int, int]:
-    """Return top, left, bottom and right of the largest centred box of the shape of `rows` x `columns`."""
-    box_height = min(height, max(1, round(width * rows / columns)))
-    box_width = min(width, max(1, round(height * columns / rows)))
-    top, left = (height - box_height) // 2, (width - box_width) // 2
-    return top, left, top + box_height, left + box_width
+def _to_averaged_mode(image: Image.Image) -> Image.Image:
+    image = to_8_bits(image)
+    if image.info.get("transparency") is not None or image.mode == "PA":
+        return image.convert("RGBA")
+    return image if image.mode in _AVERAGED else image.convert("L" if image.mode == "1" else "RGB")
 
 
-def _max_ratio(size: SizeDict, crop_size: Any) -> int:
-    """Return the aspect ratio beyond which the ends of an image are sure to be cropped, 0 where none is."""
-    if not size.shortest_edge or size.longest_edge:
-        return 0
-    return max(_MAX_ASPECT_RATIO, 2 * math.ceil(max(crop_size.height, crop_size.width) / size.shortest_edge))
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Bring a decoded image to an 8-bit mode: 16-bit greyscale is scaled, other modes stay.
 
-
-def _centre_box(height: int, width: int, ratio: int) -> tuple[int, int, int, int]:
-    """Return top, left, bottom and right of the centre.
-
-    A strip one pixel wide is a file of some bytes, and resized as a whole would take gigabytes.
+    Colours that are multiplied by their alpha are divided by it. A transparent value of 16-bit greyscale becomes an
+    alpha channel.
     """
-    longest = ratio * min(height, width)
-    # the same parity as the whole, so that the centre stays where it is
-    rows = longest + (height - longest) % 2 if height > longest else height
-    columns = longest + (width - longest) % 2 if width > longest else width
-    top, left = (height - rows) // 2, (width - columns) // 2
-    return top, left, top + rows, left + columns
+    if image.mode == "F":
+        raise InputError(
+            "images: an image of mode 'F' (floating point) has no known range of values; scale it to 0..255 and "
+            "convert it to mode 'L' first."
+        )
+    # colours with premultiplied alpha, in which Transformers sees no transparency
+    if image.mode in ("La", "RGBa"):
+        return image.convert(image.mode.upper())
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise InputError(
+            f"images: an image of mode {image.mode!r} holds values from {values.min()} to {values.max()}, but "
+            "only 16-bit greyscale (0 to 65535) is known; scale it to 8 bits first."
+        )
+    # 65535 / 257 is exactly 255; PIL's own conversion clips at 255, which turns most of the image white
+    grey = np.round(values / 257.0).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if transparent is None:
+        return Image.fromarray(grey)
+    # several values may have the grey of the transparent one
+    alpha = np.where(values == transparent, 0, 255).astype(np.uint8)
+    return Image.fromarray(np.stack([grey, alpha], axis=-1))

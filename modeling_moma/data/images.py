@@ -13,8 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tokenization.audio_input_moma import SoundError, read_sound
-from tokenization.image_input_moma import clean_pil_image, open_image
-from tokenization.large_images_moma import refuse_costly_files
+from tokenization.image_input_moma import clean_pil_image, open_image, refuse_costly_files
 
 from ..errors_moma import InputError
 

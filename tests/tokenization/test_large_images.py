@@ -13,9 +13,15 @@ from PIL import Image
 
 from helpers.scans import repeated_scan
 from modeling_moma.data.images import SkippedRow, read_image
-from tokenization import MomaImageProcessor, MomaImageProcessorPil
-from tokenization.image_input_moma import clean_pil_image
-from tokenization.large_images_moma import MOST_LISTED, MOST_SCANS, jpeg_scans, tiff_listed
+from tokenization import MomaImageProcessor, MomaImageProcessorPil, image_input_moma
+from tokenization.image_input_moma import (
+    MOST_LISTED,
+    MOST_SCANS,
+    clean_pil_image,
+    jpeg_scans,
+    shrink_factor,
+    tiff_listed,
+)
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,11 +89,9 @@ def in_mode(mode, values):
 
 @pytest.fixture
 def small_limit(monkeypatch):
-    from tokenization import large_images_moma
-
-    monkeypatch.setattr(large_images_moma, "MOST_PIXELS", 2**15)
-    monkeypatch.setattr(large_images_moma, "LEAST_SIDE", 64)
-    monkeypatch.setattr(large_images_moma, "_BAND_PIXELS", 2**12)
+    monkeypatch.setattr(image_input_moma, "MOST_PIXELS", 2**15)
+    monkeypatch.setattr(image_input_moma, "LEAST_SIDE", 64)
+    monkeypatch.setattr(image_input_moma, "_BAND_PIXELS", 2**12)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16"])
@@ -145,12 +149,10 @@ def test_an_open_image_keeps_its_size_for_the_caller(small_limit, tmp_path):
 
 
 def test_no_side_gets_short_and_ordinary_images_stay_as_they_are():
-    from tokenization import large_images_moma
-
-    assert large_images_moma.shrink_factor((12_000, 12_000)) == 3
-    assert large_images_moma.shrink_factor((12_000, 8_000)) == 2
-    assert large_images_moma.shrink_factor((30_000, 4_000)) == 1
-    assert large_images_moma.shrink_factor((5_700, 5_700)) == large_images_moma.shrink_factor((1, 1)) == 1
+    assert shrink_factor((12_000, 12_000)) == 3
+    assert shrink_factor((12_000, 8_000)) == 2
+    assert shrink_factor((30_000, 4_000)) == 1
+    assert shrink_factor((5_700, 5_700)) == shrink_factor((1, 1)) == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from tokenization.audio_codecs_moma import AUDIO
 from tokenization.audio_input_moma import SoundError, read_sound
-from tokenization.large_images_moma import MOST_SCANS, jpeg_scans
+from tokenization.image_input_moma import MOST_SCANS, jpeg_scans
 
 from ...errors_moma import InputError
 from ...utils.messages import one_line

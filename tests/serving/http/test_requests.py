@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from helpers.scans import repeated_scan
-from tokenization.large_images_moma import MOST_SCANS
+from tokenization.image_input_moma import MOST_SCANS
 
 
 for package in ("fastapi", "uvicorn"):
