@@ -26,13 +26,9 @@ from image_sets.icon_names import spaced
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.captions import derangement
 from modeling_moma.evaluation.drawings import all_features, check_drawings, feature_extractor
-from modeling_moma.evaluation.held_out import CaptionedImages
-from modeling_moma.evaluation.information import measure_information
 from modeling_moma.evaluation.measures import (
     decode_images,
     draw_images,
-    encode_images,
-    image_batches,
     load_model,
     tokenizer_quality,
 )
@@ -47,8 +43,6 @@ from sheet import SheetEntry, draw_contact_sheet
 from tokenization import MomaProcessor
 
 
-# of the model of emoji alone, on all of the same images
-EMOJI_REPORT = Path(__file__).resolve().parents[1] / "model_cards" / "moma-emoji" / EVALUATION_FILE
 # codings of each icon, beside one, by which it is named and tagged
 VIEWS = 5
 # at most, of each split: queries, captions to draw and to show, icons in tables
@@ -62,7 +56,6 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a MomaForCausalLM and its MomaProcessor")
     parser.add_argument("--data", default="data/icons", help="folder of the icons")
-    parser.add_argument("--emoji", default="data/emoji", help="folder of the emoji, to name their test; '' for none")
     parser.add_argument("--typical", help="folder of scripts/build_typical_icons.py that the model learnt to draw by")
     parser.add_argument("--features", help="file of the features of training images, made where it is missing")
     parser.add_argument("--train-images", type=int, help="to compare with, by default all")
@@ -97,7 +90,6 @@ class Evaluation:
         )
         self.extract = extract or feature_extractor(device)
         self.typical = open_split(args.typical, TRAIN, "--typical") if args.typical else None
-        self.emoji_rows = open_split(args.emoji, "test", "--emoji") if args.emoji else None
         self.train = samples.read_train_icons(
             open_split(args.data, TRAIN),
             self.processor,
@@ -208,26 +200,6 @@ class Evaluation:
             "chance": measures.chance(len(sample.rows), queries),
         }
 
-    def emoji(self) -> dict | None:
-        """How many names of the emoji's own test are found, and by others; nothing without its folder."""
-        if self.emoji_rows is None:
-            return None
-        rows = [{"name": row["label"]} for row in samples.without_images(self.emoji_rows)]
-        batches = image_batches(self.emoji_rows, self.processor, self.args.batch_size, "images of emoji")
-        codes = encode_images(self.processor, batches)
-        result: dict = {"images": len(rows)}
-        for key, guesses in (
-            ("model", self.labeler.beam_names(codes, measures.NAMES)),
-            ("with_memory", self.memory and self.labeler.names(codes, measures.NAMES)),
-        ):
-            if guesses is not None:
-                figures = measures.name_figures(texts_of(guesses, measures.NAMES), rows)
-                result[key] = {name: figures[name] for name in ("top1", "top5", "word_in_common")}
-        captions = json.loads(EMOJI_REPORT.read_text())["captions"]
-        result["moma-emoji"] = captions["model"]["label"]
-        result["nearest_neighbour"] = captions["nearest_neighbour"]["label"]
-        return result
-
     def draw(self, captions: Sequence[str], sampling: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes of drawings `[N, seeds, L]`, and of those of which the model finds the captions likeliest `[N, L]`."""
         size = self.args.batch_size
@@ -272,13 +244,6 @@ class Evaluation:
             "drawn": measures.means(drawn),
         }
 
-    def information(self) -> dict:
-        """By how many nats captions make images likelier, and images their captions."""
-        sample = self.samples[MAIN]
-        captioned = CaptionedImages(sample.codes, [caption(row, False) for row in sample.rows])
-        found = measure_information(self.model, self.processor, captioned, self.args.batch_size)
-        return {"plain": {"model": found}}
-
     def run(self) -> dict:
         """The report."""
         main, near, config = self.samples[MAIN], self.neighbours(), self.model.config
@@ -302,9 +267,7 @@ class Evaluation:
                 name: {split: measure(sample, near[split]) for split, sample in self.samples.items()}
                 for name, measure in (("names", self.names), ("tags", self.tags), ("search", self.search))
             },
-            "emoji": self.emoji(),
             "drawings": self.drawings(),
-            "information": self.information(),
         }
 
     def _memory_facts(self) -> dict | None:

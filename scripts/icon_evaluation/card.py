@@ -18,10 +18,6 @@ from modeling_moma.utils.messages import markdown_table
 EVALUATION_FILE, SHEET_FILE = "evaluation.json", "samples.png"
 # whose text is taken where a folder has no card of its own
 RELEASED = Path(__file__).resolve().parents[2] / "model_cards" / "moma-icons" / "README.md"
-# smallest values that the released model shall reach
-AIM_INFORMATION, AIM_RECONSTRUCTIONS, AIM_ORIGINALS, AIM_TOP5 = 0.8, 0.7, 0.5, 0.4
-# icons whose names are shown
-SHOWN = 8
 
 _SEARCHES = {
     "model": "MoMa",
@@ -32,11 +28,6 @@ _SEARCHES = {
     "bm25_neighbours": "BM25, neighbours' words",
     "chance": "chance",
 }
-_DRAWINGS = {
-    "drawn": "one",
-    "likeliest": "the likeliest of all seeds",
-}
-_TOPS = ("top1", "top5")
 
 
 def percent(share: float) -> str:
@@ -44,19 +35,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _cells(texts: Sequence[str]) -> str:
-    """Texts of any kind in one cell of a table."""
-    return ", ".join(" ".join(text.replace("|", "\\|").split()) for text in texts) or "-"
-
-
 def _shares(found: dict, names: Sequence[str]) -> list[str]:
     return [percent(found[name]) for name in names]
-
-
-def _whose(found: dict) -> list[tuple[str, dict]]:
-    """Whose names or tags were measured, and the figures; `evaluation.json` has those of several views as well."""
-    titles = {"model": "MoMa", "with_memory": "MoMa and memory", "nearest_neighbour": "ImageNet neighbour"}
-    return [(title, found[key]) for key, title in titles.items() if key in found]
 
 
 def _model(report: dict) -> str:
@@ -82,42 +62,16 @@ def _splits(found: dict) -> list[tuple[str, dict]]:
     return [(split, figures) for split, figures in found.items() if split != "validation" and figures]
 
 
-def _names(report: dict) -> str:
-    measures = ("top1", "top5", "word_in_common")
+def _found(report: dict, kind: str, measures: dict[str, str]) -> str:
+    """Names or tags that are right; `evaluation.json` has those of several views as well."""
+    whose = {"model": "MoMa", "with_memory": "MoMa and memory", "nearest_neighbour": "ImageNet neighbour"}
     rows = [
-        [f"`{split}`, {title}", *_shares(figures, measures)]
-        for split, found in _splits(report["names"])
-        for title, figures in _whose(found)
+        [f"`{split}`, {title}", *_shares(found[key], list(measures))]
+        for split, found in _splits(report[kind])
+        for key, title in whose.items()
+        if key in found
     ]
-    return markdown_table(["names", "top-1", "top-5", "a word in common"], rows)
-
-
-def _samples(report: dict) -> str:
-    rows = [
-        [f"`{sample['icon']}`", *map(_cells, (sample["names"], sample["neighbour"]))]
-        for sample in report["names"][MAIN]["samples"][:SHOWN]
-    ]
-    return markdown_table(["icon", "names by the model", "neighbour's name"], rows)
-
-
-def _emoji(report: dict) -> str:
-    found = report["emoji"]
-    if found is None:
-        return "Not measured."
-    own = {"model": "this model", "with_memory": "this model and its memory"}
-    rows = [[title, *_shares(found[key], _TOPS)] for key, title in own.items() if key in found]
-    titles = {"moma-emoji": "`moma-emoji`, greedy", "nearest_neighbour": "ImageNet neighbour"}
-    rows += [[title, percent(found[key]), "-"] for key, title in titles.items() if key in found]
-    return markdown_table(["names of emoji", "top-1", "top-5"], rows)
-
-
-def _tags(report: dict) -> str:
-    rows = [
-        [f"`{split}`, {title}", *_shares(figures, ("recall", "precision"))]
-        for split, found in _splits(report["tags"])
-        for title, figures in _whose(found)
-    ]
-    return markdown_table(["tags", "recall", "precision"], rows)
+    return markdown_table([kind, *measures.values()], rows)
 
 
 def _search(report: dict) -> str:
@@ -131,14 +85,10 @@ def _sampling(settings: dict) -> str:
     return ", ".join(f"{name}={settings[name]}" for name in ("temperature", "top_k", "guidance_scale"))
 
 
-def _best_drawings(report: dict) -> dict:
-    """What was judged of the drawings that names are best told by."""
-    return report["drawings"].get("typical", report["drawings"])
-
-
 def _drawings(report: dict) -> str:
-    drawings, best = report["drawings"], _best_drawings(report)
-    by_seed, typical = best["by_seed"], drawings.get("typical")
+    drawings = report["drawings"]
+    typical = drawings.get("typical")
+    by_seed = (typical or drawings)["by_seed"]
     spread = f", ± {100 * stdev(by_seed):.1f} points between them" if len(by_seed) > 1 else ""
     text = (
         f"{drawings['captions']} captions of `{MAIN}`, {len(by_seed)} seeds; in a maker's style with colour and "
@@ -158,54 +108,20 @@ def _drawings(report: dict) -> str:
         )
     shown = {"held-out icons": drawings["originals"], "their reconstructions": drawings["reconstructions"]}
     for whose, found in ((STYLE, typical), ("in its maker's style", drawings)):
-        shown |= {f"drawn, {whose}, {title}": found[key] for key, title in _DRAWINGS.items() if found}
-    rows = [[title, *_shares(figures, _TOPS)] for title, figures in shown.items()]
+        if found:
+            shown[f"drawn, {whose}, one"] = found["drawn"]
+            shown[f"drawn, {whose}, the likeliest of all seeds"] = found["likeliest"]
+    rows = [[title, *_shares(figures, ("top1", "top5"))] for title, figures in shown.items()]
     return f"{text}\n\n{markdown_table(['images', 'top-1', 'top-5'], rows)}"
-
-
-def _best_way(report: dict) -> str:
-    """The key of what `moma label` does by default."""
-    return "with_memory" if report["memory"] else "model"
-
-
-def _aims(report: dict) -> str:
-    information, drawings = report["information"]["plain"]["model"], _best_drawings(report)
-    names, search = report["names"][MAIN], report["search"][MAIN]["unnamed"]
-    image, of_caption = information["image"]["taken"], information["caption"]["taken"]
-    aims = [
-        (
-            f"images take from captions at least {AIM_INFORMATION:g} of what captions take from images",
-            f"{image:.2f} of {of_caption:.2f} nats",
-            image >= AIM_INFORMATION * of_caption > 0,
-        )
-    ]
-    drawn = drawings["drawn"]["top1"]
-    for name, aim in (("reconstructions", AIM_RECONSTRUCTIONS), ("originals", AIM_ORIGINALS)):
-        ceiling = drawings[name]["top1"]
-        measured = f"{percent(drawn)} of {percent(ceiling)}"
-        aims.append((f"drawings, judged: at least {aim:g} of the {name}'", measured, drawn >= aim * ceiling > 0))
-    top5, other = names[f"{_best_way(report)}_of_views"]["top5"], names["nearest_neighbour"]["top5"]
-    by_views = f"names by {report['views']} views, top-5"
-    aims.append((f"{by_views}: at least {100 * AIM_TOP5:.0f} %", percent(top5), top5 >= AIM_TOP5))
-    against = f"{percent(top5)} against {percent(other)}"
-    aims.append((f"{by_views}: above the ImageNet neighbour's", against, top5 > other))
-    # names alone find none of these, so that tags are the harder lexical search
-    for key in ("bm25_names", "bm25_names_and_tags"):
-        share, other = search["with_file_names"], search[key]
-        aim = f"search as `moma search` does, tags not in the names: above {_SEARCHES[key]}"
-        aims.append((aim, f"{percent(share)} against {percent(other)}", share > other))
-    rows = [[aim, measured, "yes" if reached else "no"] for aim, measured, reached in aims]
-    return markdown_table(["aim", "measured", "reached"], rows)
 
 
 BLOCKS = {
     "model": _model,
     "command": lambda report: f"```bash\n{report['command']}\n```",
-    "aims": _aims,
-    "names": _names,
-    "samples": _samples,
-    "emoji": _emoji,
-    "tags": _tags,
+    "names": lambda report: _found(
+        report, "names", {"top1": "top-1", "top5": "top-5", "word_in_common": "a word in common"}
+    ),
+    "tags": lambda report: _found(report, "tags", {"recall": "recall", "precision": "precision"}),
     "search": _search,
     "drawings": _drawings,
 }
@@ -215,7 +131,11 @@ def fill_card(card: str, report: dict) -> str:
     """The card with its blocks, and the values of its `model-index`, as the report has them."""
     _, head, body = card.split("---\n", 2)
     metadata = yaml.safe_load(head)
-    names, drawn, way = report["names"][MAIN], _best_drawings(report)["drawn"], _best_way(report)
+    drawings, names = report["drawings"], report["names"][MAIN]
+    # the style that names are best told by
+    drawn = drawings.get("typical", drawings)["drawn"]
+    # what `moma label` does by default
+    way = "with_memory" if report["memory"] else "model"
     measured = {
         "name, top-1": names[way]["top1"],
         "name, top-5": names[way]["top5"],

@@ -23,7 +23,7 @@ from modeling_moma.utils.atomic_files import atomic_write
 
 TRAIN = "train"
 HELD_OUT = ("validation", "test", "test_family", "test_words", "test_pairs")
-# the split that the aims are about, whose icons are drawn
+# the split of the figures in the metadata of the card, whose icons are drawn
 MAIN = "test"
 # neighbours of an image that are kept: many are of one name
 KEPT = 50
