@@ -2,19 +2,12 @@
 """Turn a recipe's sources into token ids, on all cores; a second start goes on after a kill."""
 
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from ..utils.fields import Count, Seed
 from ..utils.messages import without_import_notices
 from .arguments import Flag, FlagParser
-
-
-if TYPE_CHECKING:
-    from ..data.sources import Source
-    from ..data.workers import Workers
-    from ..training.recipe import DataFields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,37 +80,26 @@ def summary(manifest: dict) -> str:
 
 
 def run(args: Arguments) -> None:
+    """Plan and write the tokens, and say what became of the rows."""
     with without_import_notices():
+        from ..data.jobs import plan_job, write_job
+        from ..data.reports import write_manifest
         from ..data.sources import refuse_output_in_data
-        from ..data.workers import Workers
+        from ..data.tokenizing import run_tasks
         from ..hub.loading import PROCESSOR, check_saved
         from ..training.recipe import DataFields, read_recipe
 
     recipe = read_recipe(args.recipe, needs=("sources",))
     refuse_output_in_data(args.output, recipe.sources)
-    data = recipe.data or DataFields()
-    # what they cannot load they would each tell of
     check_saved(PROCESSOR, "--processor", args.processor)
-    # while they start, this process looks at the sources
-    others = 0 if args.plan else args.processes - 1
-    with Workers(others, args.threads, args.processor) if others else nullcontext() as workers:
-        tokenize(args, recipe.sources, data, workers)
-
-
-def tokenize(args: Arguments, sources: "list[Source]", data: "DataFields", workers: "Workers | None") -> None:
-    """Plan and write the tokens, and say what became of the rows."""
-    from ..data.jobs import plan_job, write_job
-    from ..data.reports import write_manifest
-    from ..data.workers import run_tasks
-
-    job = plan_job(sources, args.processor, *data.to_tokenize(), args.seed, args.rows_per_shard, args.splits)
+    to_tokenize = (recipe.data or DataFields()).to_tokenize()
+    job = plan_job(recipe.sources, args.processor, *to_tokenize, args.seed, args.rows_per_shard, args.splits)
     write_job(args.output, job)
     if args.plan:
         print(f"{args.output} has {len(job.tasks())} shards to write; afterwards this command, without --plan")
         return
-    run_tasks(args.output, job, args.processes, args.threads, args.strict, workers)
-    manifest = write_manifest(args.output, job)
-    print(summary(manifest))
+    run_tasks(args.output, job, args.processes, args.threads, args.strict)
+    print(summary(write_manifest(args.output, job)))
 
 
 def main(arguments: list[str] | None = None):

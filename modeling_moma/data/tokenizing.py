@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One shard of a tokenization: rows in, token ids and codes of images out."""
+"""The shards of a tokenization, rows in, token ids and codes of images out, in one process or in several."""
 
 import functools
 import json
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, Features, IterableDataset
 from datasets.arrow_writer import ArrowWriter
+from tqdm.auto import tqdm
 
 from ..errors_moma import InputError
 from ..utils.atomic_files import path_aside
+from ..utils.errors import KilledProcessError
 from .encoding import DocumentEncoder, loaded_encoder
 from .jobs import Job, Task, done_report, read_job
 from .kinds.base import BATCH, Shard
@@ -40,9 +48,7 @@ def open_rows(name: str, fields: str, split: str) -> Dataset | IterableDataset:
     return read_sources({name: json.loads(fields)})[0].open(split)
 
 
-def tokenize_shard(
-    folder: str | Path, job: Job, task: Task, strict: bool = False, on_work: Callable[[int], object] | None = None
-) -> bool:
+def tokenize_shard(folder: str | Path, job: Job, task: Task, strict: bool = False) -> bool:
     """Write one shard, unless it is there: its tokens aside and renamed, and its report last.
 
     Args:
@@ -54,8 +60,6 @@ def tokenize_shard(
             one of `job.tasks()`.
         strict (`bool`, *optional*, defaults to `False`):
             stop at the first row that cannot be used.
-        on_work (`Callable[[int], object]`, *optional*):
-            is called with numbers of images that have been coded.
 
     Returns:
         Whether there was anything to do.
@@ -67,7 +71,7 @@ def tokenize_shard(
     folder = Path(folder)
     if done_report(folder, task) is not None:
         return False
-    shard = SourceShard(job, task, load_encoder(job.processor, job.fingerprint), strict, on_work)
+    shard = SourceShard(job, task, load_encoder(job.processor, job.fingerprint), strict)
     kind = shard.source.kind
     with ShardFiles(folder, task, job.output_splits(task), kind.features(shard)) as files:
         for split, document in kind.documents(shard):
@@ -115,14 +119,7 @@ class ShardFiles:
 class SourceShard(Shard):
     """A shard whose rows are read from its source."""
 
-    def __init__(
-        self,
-        job: Job,
-        task: Task,
-        encoder: DocumentEncoder,
-        strict: bool,
-        on_work: Callable[[int], object] | None = None,
-    ):
+    def __init__(self, job: Job, task: Task, encoder: DocumentEncoder, strict: bool):
         self.job, self.task = job, task
         self.source: Source = job.source(task.source)
         self.plan = plan = job.splits[task.source][task.split]
@@ -139,7 +136,6 @@ class SourceShard(Shard):
             root=self.source.image_root(),
             where=f"sources: {self.source.name!r}, split {plan['split']!r}",
             is_strict=strict,
-            on_work=on_work,
         )
 
     def rows(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
@@ -157,6 +153,141 @@ class SourceShard(Shard):
             split = VALIDATION if self.holds_out and self.source.is_held_out(place) else self.task.split
             self.report.rows += 1
             yield self.start + index, split, row
+
+
+def run_tasks(folder: str | Path, job: Job, processes: int, threads: int = 1, strict: bool = False) -> None:
+    """Write every shard that is missing, each by one process.
+
+    Args:
+        folder (`str | Path`):
+            of all tokens, begun by `write_job`.
+        job (`Job`):
+            what to do.
+        processes (`int`):
+            of this machine that work side by side, this one among them.
+        threads (`int`, *optional*, defaults to `1`):
+            of each process.
+        strict (`bool`, *optional*, defaults to `False`):
+            stop at the first row that cannot be used.
+
+    Raises:
+        ValueError: what a shard raised.
+        RuntimeError: a process was killed.
+    """
+    reports = {task: done_report(folder, task) for task in job.tasks()}
+    tasks = [task for task, report in reports.items() if report is None]
+    plans = [plan for splits in job.splits.values() for plan in splits.values()]
+    has_images = any(job.source(name).kind.has_images for name in job.sources)
+    # shards are counted where nothing has images or nobody knows how many
+    counts_images = has_images and all(plan["images"] is not None for plan in plans)
+
+    def size(report: dict[str, Any] | None) -> int:
+        return 0 if report is None else report["images"] if counts_images else 1
+
+    total = sum(plan["images"] for plan in plans) if counts_images else len(reports)
+    done, unit = sum(map(size, reports.values())), " images" if counts_images else " shards"
+    # of an earlier job of this process
+    open_rows.cache_clear()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with tqdm(total=total, initial=done, desc="tokenizing", unit=unit) as bar:
+
+            def on_done(task: Task) -> None:
+                bar.n += size(done_report(folder, task))
+                bar.total = max(total, bar.n)
+                bar.refresh()
+
+            others = min(processes, len(tasks)) - 1
+            if others > 0:
+                _share(folder, job, tasks, others, threads, strict, on_done)
+            else:
+                for task in tasks:
+                    tokenize_shard(folder, job, task, strict)
+                    on_done(task)
+            # some were left out, and some may have been an estimate
+            bar.total = bar.n
+    finally:
+        torch.set_num_threads(before)
+
+
+def _share(
+    folder: str | Path,
+    job: Job,
+    tasks: list[Task],
+    others: int,
+    threads: int,
+    strict: bool,
+    on_done: Callable[[Task], None],
+) -> None:
+    """Write shards in so many other processes and in this one."""
+    # a forked process would share the locks of threads that it does not have
+    pool = ProcessPoolExecutor(others, multiprocessing.get_context("spawn"), _begin_worker, (threads,))
+    strangers = set(multiprocessing.active_children())
+    try:
+        with _ctrl_c_ignored():
+            waiting = {pool.submit(_run_one, str(folder), task, strict): task for task in tasks}
+        # from the other end, whatever the workers have not begun, and at once: they may still be starting
+        for future, task in reversed(list(waiting.items())):
+            _raise_first(waiting)
+            if future.cancel():
+                del waiting[future]
+                tokenize_shard(folder, job, task, strict)
+                on_done(task)
+        for future in as_completed(waiting):
+            future.result()
+            on_done(waiting[future])
+    except BaseException as error:
+        for process in set(multiprocessing.active_children()) - strangers:
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise KilledProcessError(
+                "a process of `--processes` was killed, perhaps for want of memory. The shards that are done "
+                "are whole; the same command, with fewer `--processes`, goes on."
+            ) from error
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """Start processes that ignore Ctrl-C: this one, which hears of it as well, ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _raise_first(futures: Iterable[Future]) -> None:
+    for future in futures:
+        if future.done():
+            future.result()
+
+
+def _begin_worker(threads: int) -> None:
+    # the text tokenizer would start a thread for every core
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # what a shard has begun to write is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # a parent that is killed tells nobody
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _run_one(folder: str, task: Task, strict: bool) -> bool:
+    return tokenize_shard(folder, read_job(folder), task, strict)
 
 
 class TokenizeStep:

@@ -17,7 +17,6 @@ from helpers.hub_server import HubServer
 from helpers.tiny import noise_images, tiny_model, tiny_processor
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli.main import main
-from modeling_moma.data import workers
 
 
 def write_photos(folder):
@@ -176,12 +175,6 @@ def test_output_in_the_data_is_refused_before_anything_is_written(run, place, li
     said, output = run(line), line.split()[-1]
     assert f"`--output` {output!r} lies in the data of source {source}: its files would be read as data" in said
     assert sorted(place.rglob("*")) == before
-
-
-def test_the_other_processes_say_nothing_of_a_processor_that_cannot_be_read(place, monkeypatch, capfd):
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    workers._begin_worker(torch.get_num_threads(), str(place / "bad-proc"), None)
-    assert capfd.readouterr() == ("", "")
 
 
 SERVE = {

@@ -18,7 +18,7 @@ from modeling_moma.data.jobs import plan_job, write_job
 from modeling_moma.data.reports import write_manifest
 from modeling_moma.data.sources import read_sources, source_texts
 from modeling_moma.data.stream import DocumentExamples
-from modeling_moma.data.workers import run_tasks
+from modeling_moma.data.tokenizing import run_tasks
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training.audio_tokenizer import train_audio_tokenizer
 from modeling_moma.training.pretraining import training_stream

@@ -32,7 +32,7 @@ from modeling_moma.data.kinds.interleaved import Segment, read_messages, read_se
 from modeling_moma.data.reports import write_manifest
 from modeling_moma.data.sources import read_sources, source_texts
 from modeling_moma.data.stream import DocumentExamples
-from modeling_moma.data.workers import run_tasks
+from modeling_moma.data.tokenizing import run_tasks
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training.image_sources import candidates
 from tokenization.chat_template_moma import message_text

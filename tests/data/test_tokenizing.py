@@ -4,9 +4,9 @@
 import copy
 import csv
 import json
+import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import struct
@@ -14,7 +14,6 @@ import tarfile
 import time
 import zipfile
 import zlib
-from concurrent.futures.process import BrokenProcessPool
 from io import BytesIO
 
 import numpy as np
@@ -33,7 +32,7 @@ from modeling_moma.data.images import SkippedRow, read_image
 from modeling_moma.data.jobs import Job, plan_job, read_job, source_digest, write_job
 from modeling_moma.data.reports import read_manifest, write_manifest
 from modeling_moma.data.sources import read_sources
-from modeling_moma.data.workers import Workers, run_tasks
+from modeling_moma.data.tokenizing import run_tasks, tokenize_shard
 from modeling_moma.errors_moma import InputError
 from modeling_moma.utils.errors import KilledProcessError
 
@@ -635,40 +634,48 @@ def test_texts_of_another_column_are_refused_and_other_data_told(processor, tmp_
     assert "were made with data = " in caplog.text and "weight" not in caplog.text
 
 
-def test_an_error_does_not_wait_for_a_process_that_is_starting(processor):
-    def processor_seconds():
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
-
-    before = processor_seconds()
-    with pytest.raises(ValueError, match="no such source"), Workers(1, 1, processor):
-        raise ValueError("no such source")
-    # what it would import takes several
-    assert processor_seconds() - before < 2
+def kill_own_process(*_):
+    os._exit(9)
 
 
-def test_a_killed_process_is_told_in_a_line_and_the_same_command_goes_on(processor, tmp_path):
+def wait_with_ctrl_c_ignored(*_):
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    "work, error, expected",
+    [
+        (kill_own_process, None, pytest.raises(KilledProcessError, match="was killed.*goes on")),
+        # Ctrl-C is for the first process alone, which ends the others
+        (wait_with_ctrl_c_ignored, KeyboardInterrupt, pytest.raises(KeyboardInterrupt)),
+        (wait_with_ctrl_c_ignored, InputError("row 1"), pytest.raises(InputError, match="row 1")),
+    ],
+    ids=["killed", "stopped", "refused"],
+)
+def test_what_ends_one_process_ends_all_and_the_same_command_goes_on(
+    processor, tmp_path, monkeypatch, work, error, expected
+):
     (tmp_path / "t.txt").write_text("one\ntwo\nthree\n" * 20)
     sources = read_sources({"lines": {"data": str(tmp_path / "t.txt"), "text": "text", "held_out": 0}})
     job = plan_job(sources, processor, 64, True, seed=0, rows_per_shard=10)
     write_job(tmp_path / "tokens", job)
-    with pytest.raises(KilledProcessError, match="was killed.*goes on"), Workers(1, 1, processor) as workers:
-        with pytest.raises(BrokenProcessPool):
-            workers.submit(os._exit, 9).result()
-        run_tasks(tmp_path / "tokens", job, 2, workers=workers)
+    # a job of a shell without a terminal may ignore it
+    before = signal.getsignal(signal.SIGINT)
+
+    def tokenize_first(*args):
+        if error is not None:
+            raise error
+        return tokenize_shard(*args)
+
+    with monkeypatch.context() as patch, expected:
+        patch.setattr("modeling_moma.data.tokenizing._run_one", work)
+        patch.setattr("modeling_moma.data.tokenizing.tokenize_shard", tokenize_first)
+        run_tasks(tmp_path / "tokens", job, 2)
+    assert signal.getsignal(signal.SIGINT) == before and not multiprocessing.active_children()
     run_tasks(tmp_path / "tokens", job, 1)
     write_manifest(tmp_path / "tokens", job)
     assert len(documents(tmp_path / "tokens", "lines")) == 60
-
-
-def test_ctrl_c_is_for_the_first_process_alone_which_ends_the_others(processor):
-    # a job of a shell without a terminal may ignore it
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), Workers(1, 1, processor) as workers:
-        assert workers.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
-        workers.submit(time.sleep, 600)
-        raise KeyboardInterrupt
-    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_a_file_that_is_written_after_its_tokens_is_told(processor, tmp_path, caplog):

@@ -4,7 +4,7 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, time, timedelta
@@ -144,7 +144,6 @@ class Shard(ABC):
     root: str
     where: str
     is_strict: bool = False
-    on_work: Callable[[int], object] | None = None
 
     def __post_init__(self):
         self.processor, self.report = self.encoder.processor, ShardReport()
@@ -191,8 +190,6 @@ class Shard(ABC):
     def count_images(self, number: int) -> None:
         """Count images that have been coded."""
         self.report.images += number
-        if self.on_work is not None:
-            self.on_work(number)
 
     def document(self, row: int, split: str, ids: list[int], num_codes: int) -> tuple[str, dict[str, Any]] | None:
         """Return split and fields of a document of token ids, `None` where it is too long to be trained on."""
