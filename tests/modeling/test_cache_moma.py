@@ -113,7 +113,7 @@ def random_chosen(rng, num_rows):
     return chosen
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", KINDS)
 def test_layer_equals_plain_lists_through_random_calls(kind, seed):
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -154,16 +154,6 @@ def test_layer_equals_plain_lists_through_random_calls(kind, seed):
         assert layer.lengths == [len(row) for row in plain.rows]
         for row, expected in zip(found, plain.rows):
             assert_same_tokens(row, expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_length_counts_tokens_seen_also_when_nothing_is_stored(kind):
-    layer = new_layer(kind)
-    step(layer, [[False, False], [False, False]])
-    assert (layer.get_seq_length(), layer.lengths, layer.is_initialized) == (2, [], False)
-    step(layer, [[True], [False]])
-    step(layer, [[False] * 3, [False] * 3])
-    assert (layer.get_seq_length(), layer.lengths) == (6, [1, 0])
 
 
 @pytest.mark.parametrize(("count", "message"), [(1, "= 1: crop takes minus"), (-4, "= -4: .* of the 3")])
@@ -213,41 +203,6 @@ def random_ids(rows, length, seed):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_cropped_tokens_were_never_seen(kind):
-    model = make_model()
-    ids, rejected, then = random_ids(3, 12, 0), random_ids(3, 5, 1), random_ids(3, 4, 2)
-    caches = [new_cache(model, kind) for _ in range(2)]
-    for cache in caches:
-        model(ids, cache=cache)
-    for token in (rejected[:, :2], rejected[:, 2:]):
-        model(token, cache=caches[0])
-    caches[0].crop(-5)
-    assert int(caches[0].get_seq_length(0)) == 12
-    logits, expected = (model(then, cache=cache).logits for cache in caches)
-    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=0)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-def test_moved_rows_go_on_as_their_own_prompts(kind):
-    model = make_model()
-    ids, then = random_ids(3, 12, 0), random_ids(6, 1, 1)
-    calls = [
-        (lambda cache: cache.reorder_cache(torch.tensor([2, 2, 0])), [2, 2, 0]),
-        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
-        (lambda cache: cache.batch_select_indices(torch.tensor([0, 2])), [0, 2]),
-    ]
-    # the stock static layers know neither of the last two
-    for move, rows in calls if kind == "dynamic" else calls[:1]:
-        cache, whole = new_cache(model, kind), torch.cat([ids[rows], then[: len(rows)]], dim=1)
-        model(ids, cache=cache)
-        move(cache)
-        logits = model(then[: len(rows)], cache=cache).logits[:, -1]
-        torch.testing.assert_close(logits, model(whole).logits[:, -1], atol=4e-5, rtol=0)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
 def test_offloading_and_prefetching_change_nothing(kind):
     model = make_model()
     cache = new_cache(model, kind)
@@ -261,8 +216,7 @@ def test_offloading_and_prefetching_change_nothing(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("depth_layers", [None, [0, 2]], ids=["full", "depth"])
-@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize(("depth_layers", "length"), [(None, 5), ([0, 2], 1), ([0, 2], 5)])
 def test_a_static_cache_that_was_reset_is_as_a_fresh_one(depth_layers, length):
     model, ids = make_model(depth_layers=depth_layers), random_ids(2, length, 0)
     caches = [new_cache(model, "static") for _ in range(2)]
@@ -284,8 +238,9 @@ def crop_all(cache):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("forget", [forget_all, crop_all])
-@pytest.mark.parametrize("hidden, then_hidden", [(3, 3), (3, 0), (2, 3), (0, 2)])
+@pytest.mark.parametrize(
+    ("forget", "hidden", "then_hidden"), [(forget_all, 3, 3), (forget_all, 0, 2), (crop_all, 3, 0), (crop_all, 2, 3)]
+)
 def test_a_cache_that_was_emptied_knows_nothing_of_what_was_hidden(kind, forget, hidden, then_hidden):
     model, ids = make_model(), random_ids(2, 10, 0)
     for router in depth_routers(model):
@@ -430,24 +385,6 @@ def cache_chosen(layer, length):
     for row, tokens in enumerate(contents(layer)):
         chosen[row, [int(slot) for slot, _, _ in tokens]] = True
     return chosen
-
-
-@torch.no_grad()
-def test_step_with_some_rows_computes_on_these_alone():
-    model, ids = make_model(), random_ids(4, 13, 0)
-    layer, shapes = model.model.layers[2], []
-    cache = new_cache(model, "dynamic")
-    model(ids[:, :12], cache=cache)
-    hooks = [force(layer.depth_router, torch.tensor([[True], [False], [True], [False]]))]
-    hooks += [
-        layer.self_attn.q_proj.register_forward_hook(lambda m, arguments, out: shapes.append(arguments[0].shape))
-    ]
-    before = list(cache.layers[2].lengths)
-    model(ids[:, 12:], cache=cache)
-    for hook in hooks:
-        hook.remove()
-    assert shapes == [(2, 1, 32)]
-    assert [later - sooner for sooner, later in zip(before, cache.layers[2].lengths)] == [1, 0, 1, 0]
 
 
 def test_gradients_flow_back_through_steps():

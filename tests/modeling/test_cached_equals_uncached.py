@@ -23,22 +23,20 @@ STRATEGIES = {
     "beam_3": {"do_sample": False, "num_beams": 3},
     "sampling": {"do_sample": True, "top_k": 0},
 }
-MODELS = {
-    f"{name}-{norm}": {"num_experts": EXPERTS[name], "norm_placement": norm}
-    for name, norm in (("dense", "pre"), ("1t1i", "post"), ("8x", "pre"), ("4t4i", "post"))
-}
 AUXILIARY = {"auxiliary_routers": True, "inference_routing": "auxiliary"}
-MODELS["4t4i-untied"] = {"num_experts": EXPERTS["4t4i"], "untied_attention": True}
 POOL = {"num_experts": 8, "inference_routing": "token_choice", "balance_bias_by_modality": True}
-MODELS["8x-biases"] = POOL
-MODELS["4t4i-auxiliary"] = {"num_experts": EXPERTS["4t4i"], **AUXILIARY}
+MODELS = {
+    "1t1i-pre": {"num_experts": EXPERTS["1t1i"], "norm_placement": "pre"},
+    "4t4i-untied": {"num_experts": EXPERTS["4t4i"], "untied_attention": True},
+    "8x-biases": POOL,
+    "4t4i-auxiliary": {"num_experts": EXPERTS["4t4i"], **AUXILIARY},
+}
 DEPTH = {"num_hidden_layers": 4, "depth_layers": [0, 2]}
 MOD_4T4I = {"num_experts": EXPERTS["4t4i"], **DEPTH}
 BY_MODALITY = {"depth_capacity": {"text": 0.5, "image": 0.25}}
 DEPTH_MODELS = {
     "mod-dense": {"num_experts": EXPERTS["dense"], **DEPTH},
     "mod-1t1i": {"num_experts": EXPERTS["1t1i"], "norm_placement": "pre", **DEPTH},
-    "mod-4t4i": MOD_4T4I,
     # the layer that the stock code asks for the length is a full one here
     "mod-4t4i-odd": {**MOD_4T4I, "depth_layers": [1, 3], "norm_placement": "pre"},
     "mod-4t4i-all": {**MOD_4T4I, "num_hidden_layers": 2, "depth_layers": [0, 1]},
@@ -51,7 +49,7 @@ DEPTH_MODELS = {
 }
 # of each kind of cache and router one
 FEW_DEPTH_MODELS = ("mod-dense", "mod-4t4i-odd", "mod-4t4i-by-modality-auxiliary", "mod-8x-biases")
-FEW_MODELS = ("1t1i-post", "4t4i-auxiliary", *FEW_DEPTH_MODELS)
+FEW_MODELS = ("1t1i-pre", "4t4i-auxiliary", *FEW_DEPTH_MODELS)
 
 
 def make_model(**fields):

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from helpers.depth_reference import SelectionLog, pools_of, reference_choice, reference_cuts
+from helpers.depth_reference import SelectionLog, reference_choice, reference_cuts
 from helpers.reference import GROUPS, assert_near, fields_of
 from helpers.tiny import mixed_ids, randomize_auxiliary, tiny_config, tiny_model
 from modeling_moma.configuration_moma import RULES, rule_names
@@ -71,27 +71,8 @@ def test_every_rule_equals_plain_sorting(routing, capacity):
         assert_near(selection.scores_BT, scores_BT, 1e-6)
 
 
-@pytest.mark.parametrize("capacity", [0.01, 0.25, 0.5, 1.0, {"text": 0.33, "image": 0.9}])
-def test_expert_choice_takes_exactly_the_capacity_of_each_pool(capacity):
-    config, router = build_router(depth_capacity=capacity)
-    hidden_BTD, modality_BT, padding_BT = batch(config)
-    _, selection = router(hidden_BTD, context_of(config, modality_BT, padding_BT, "expert_choice"))
-    for index, members in pools_of(config, modality_BT, padding_BT).items():
-        share = capacity[config.modalities[index]] if isinstance(capacity, dict) else capacity
-        taken = sum(selection.chosen_BT[row, place].item() for row, place in members)
-        assert taken == math.ceil(share * len(members))
-
-
-def test_equal_scores_go_to_the_earlier_positions_of_all_rows():
-    config, router = build_router(depth_capacity=0.25)
-    hidden_BTD = torch.ones(2, 8, config.hidden_size)
-    modality_BT = torch.zeros(2, 8, dtype=torch.long)
-    _, selection = router(hidden_BTD, context_of(config, modality_BT, None, "expert_choice"))
-    assert selection.chosen_BT.tolist() == [[True] * 2 + [False] * 6] * 2
-
-
 @pytest.mark.parametrize("capacity", CAPACITIES)
-@pytest.mark.parametrize("rows, length, kinds", [(2, 7, 7), (3, 9, 9), (2, 11, 3), (5, 8, 2)])
+@pytest.mark.parametrize("rows, length, kinds", [(3, 9, 9), (5, 8, 2)])
 def test_equal_rows_fare_alike(capacity, rows, length, kinds):
     """Whether all positions of a row differ or, as in the first layer, tokens come more than once."""
     config, router = build_router(depth_capacity=CAPACITIES[capacity])
@@ -129,10 +110,7 @@ def test_a_share_of_tokens_is_that_of_its_decimal_number(share):
 @pytest.mark.parametrize("capacity", CAPACITIES)
 @pytest.mark.parametrize("routing", RULES)
 def test_the_threshold_is_the_running_mean_of_the_cuts(routing, capacity):
-    config, router = build_router(
-        depth_capacity=CAPACITIES[capacity],
-        **fields_of(routing),
-    )
+    config, router = build_router(depth_capacity=CAPACITIES[capacity], **fields_of(routing))
     num_pools = len(config.depth_pools)
     expected, updates = [0.5] * num_pools, [0] * num_pools
     for step in range(5):
@@ -156,22 +134,6 @@ def test_the_threshold_is_the_running_mean_of_the_cuts(routing, capacity):
         assert router.num_updates.tolist() == updates
 
 
-def test_a_model_moves_its_depth_thresholds_once_a_training_step():
-    model = tiny_model(**DEPTH)
-    log = SelectionLog(model)
-    expected = dict.fromkeys(DEPTH["depth_layers"], 0.0)
-    for step in range(4):
-        ids = mixed_ids(seed=step)
-        model(ids)
-        decay = min(0.5, step / (step + 1))
-        for index in expected:
-            (cut,) = reference_cuts(model.config, log.scores[index][-1], token_modalities(model.config, ids))
-            expected[index] = decay * expected[index] + (1 - decay) * cut
-            router = model.model.layers[index].depth_router
-            assert router.threshold.item() == pytest.approx(expected[index], abs=1e-6)
-            assert router.num_updates.tolist() == [step + 1]
-
-
 class ExpertLog:
     """(token, expert) pairs and scores of every expert router, call by call."""
 
@@ -189,15 +151,9 @@ class ExpertLog:
         self.scores[router].append(torch.sigmoid(logits_NE.detach()))
 
 
-@pytest.mark.parametrize("capacity", CAPACITIES)
-def test_threshold_selects_like_expert_choice_until_it_is_warm(capacity):
+def test_threshold_selects_like_expert_choice_until_it_is_warm():
     warmup = 3
-    fields = {
-        **GROUPS["4t4i"],
-        **DEPTH,
-        "depth_capacity": CAPACITIES[capacity],
-        "threshold_momentum": 0.5,
-    }
+    fields = {**GROUPS["4t4i"], **DEPTH, "depth_capacity": CAPACITIES["by_modality"], "threshold_momentum": 0.5}
     model = tiny_model(**fields, training_routing="threshold", routing_warmup_steps=warmup)
     oracle = tiny_model(**fields)
     log, oracle_log = SelectionLog(model), SelectionLog(oracle)
@@ -283,16 +239,6 @@ def test_a_bias_moves_under_its_own_routers_rule_alone():
                 assert value.any() == (rule == "token_choice"), key
 
 
-def test_the_bias_chooses_but_does_not_weigh():
-    config, router = build_router(depth_capacity=0.3)
-    hidden_BTD, modality_BT, padding_BT = batch(config)
-    weights = []
-    for bias in (0.0, 0.3):
-        router.balance_bias.fill_(bias)
-        weights.append(router(hidden_BTD, context_of(config, modality_BT, padding_BT, "token_choice"))[1].scores_BT)
-    assert torch.equal(*weights)
-
-
 def test_eval_changes_no_router():
     model = tiny_model(**GROUPS["4t4i"], **DEPTH, **fields_of(*RULES)).eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -301,11 +247,10 @@ def test_eval_changes_no_router():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["dense", "4t4i"])
 @pytest.mark.parametrize("routing", rule_names(may_train=True))
-def test_checkpointing_counts_once_and_selects_the_same(routing, name):
+def test_checkpointing_counts_once_and_selects_the_same(routing):
     # the warm-up ends between the second step's forward and its recomputation
-    fields = {**GROUPS[name], **DEPTH, "training_routing": routing, "routing_warmup_steps": 2}
+    fields = {**GROUPS["4t4i"], **DEPTH, "training_routing": routing, "routing_warmup_steps": 2}
     states, grads, logs = [], [], []
     for checkpointing in (False, True):
         model = tiny_model(**fields, router_bias_update_rate=0.2)
@@ -335,51 +280,20 @@ RESOLUTIONS = [
     # config fields, train(), arguments, routing of experts and of depth
     ({}, True, {}, (EXPERT, EXPERT)),
     ({}, False, {}, ("threshold", "threshold")),
-    ({"training_routing": "token_choice"}, True, {}, ("token_choice", "token_choice")),
     ({"inference_routing": "token_choice"}, False, {}, ("token_choice", "token_choice")),
     ({"depth_training_routing": "threshold"}, True, {}, (EXPERT, "threshold")),
-    ({"depth_training_routing": "token_choice"}, False, {}, ("threshold", "threshold")),
     ({"depth_inference_routing": "token_choice"}, False, {}, ("threshold", "token_choice")),
-    ({"depth_inference_routing": "token_choice"}, True, {}, (EXPERT, EXPERT)),
     ({"depth_training_routing": "threshold"}, True, {"routing": "token_choice"}, ("token_choice", "token_choice")),
     ({"depth_training_routing": "threshold"}, True, {"depth_routing": "token_choice"}, (EXPERT, "token_choice")),
     ({"depth_inference_routing": "token_choice"}, False, {"routing": EXPERT}, (EXPERT,) * 2),
-    ({"auxiliary_routers": True}, False, {}, ("threshold", "threshold")),
     ({"auxiliary_routers": True, "inference_routing": "auxiliary"}, False, {}, ("auxiliary", "auxiliary")),
-    ({"auxiliary_routers": True, "inference_routing": "auxiliary"}, True, {}, (EXPERT, EXPERT)),
-    ({"auxiliary_routers": True, "depth_inference_routing": "auxiliary"}, False, {}, ("threshold", "auxiliary")),
-    ({"auxiliary_routers": True}, False, {"depth_routing": "auxiliary"}, ("threshold", "auxiliary")),
     ({}, False, {"routing": "token_choice", "depth_routing": EXPERT}, ("token_choice", EXPERT)),
 ]
 
 
-@pytest.mark.parametrize("headless", [False, True])
 @pytest.mark.parametrize(("fields", "training", "arguments", "expected"), RESOLUTIONS)
-def test_routing_comes_from_the_call_then_the_config(fields, training, arguments, expected, headless):
+def test_routing_comes_from_the_call_then_the_config(fields, training, arguments, expected):
     model = tiny_model(**DEPTH, **fields).train(training)
     log = SelectionLog(model)
-    (model.model if headless else model)(mixed_ids(), **arguments)
+    model.model(mixed_ids(), **arguments)
     assert [(context.routing, context.depth_routing) for context in log.contexts] == [expected] * 2
-
-
-@pytest.mark.parametrize("name", ["routing", "depth_routing"])
-def test_an_unknown_routing_is_named(name):
-    for depth_layers in ([0, 2], None):
-        with pytest.raises(ValueError, match=f"`{name}`.*'soft'"):
-            tiny_model(**{**DEPTH, "depth_layers": depth_layers})(mixed_ids(), **{name: "soft"})
-
-
-def test_a_depth_layer_without_an_auxiliary_router_says_what_to_do():
-    for name in ("routing", "depth_routing"):
-        with pytest.raises(ValueError, match="auxiliary_routers=True.*train-auxiliary-routers"):
-            tiny_model(**DEPTH, num_experts=1).eval()(mixed_ids(), **{name: "auxiliary"})
-
-
-def test_each_pool_has_its_own_auxiliary_threshold():
-    config, router = build_router(depth_capacity=CAPACITIES["by_modality"], auxiliary_routers=True)
-    hidden_BTD, modality_BT, padding_BT = batch(config)
-    for pool in range(2):
-        router.auxiliary.threshold.fill_(2.0)
-        router.auxiliary.threshold[pool] = 0.0
-        _, selection = router(hidden_BTD, context_of(config, modality_BT, padding_BT, "auxiliary"))
-        assert torch.equal(selection.chosen_BT, (modality_BT == pool) & ~padding_BT)

@@ -109,9 +109,15 @@ def gradients(model, loss):
     return [torch.zeros_like(one) if grad is None else grad for one, grad in zip(parameters, found)]
 
 
-@pytest.mark.parametrize("name", ["full", "depth"])
-@pytest.mark.parametrize("given", ["positions", "lengths", "both"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+@pytest.mark.parametrize(
+    ("attention", "given", "name"),
+    [
+        ("sdpa", "lengths", "full"),
+        ("sdpa", "positions", "depth"),
+        ("eager", "both", "full"),
+        ("flash_attention_2", "lengths", "depth"),
+    ],
+)
 def test_two_documents_and_padding_in_two_rows(kernels, attention, given, name):
     model = double_model(name)
     rows = [[9, 8, 3], [7, 7, 6]]
@@ -169,8 +175,7 @@ def test_documents_are_what_they_are_alone(
         assert largest_difference(found, expected) < (1e-4 if is_single else 1e-5), attention
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
-@pytest.mark.parametrize("name", ["full", "depth"])
+@pytest.mark.parametrize(("name", "precision"), [("full", "bf16"), ("depth", "autocast")])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_the_second_document_does_not_move_in_other_precisions(kernels, attention, name, precision):
     layout = ROWS["padded"]
@@ -187,18 +192,21 @@ def test_the_second_document_does_not_move_in_other_precisions(kernels, attentio
                 outputs[implementation, seed] = model(**batch).logits.float()
     moved = (outputs[attention, 0] - outputs[attention, 1])[is_second].abs()
     differing = (outputs[attention, 0] - outputs["sdpa", 0])[is_second].abs()
-    if precision == "fp32":
-        assert moved.max() < 1e-5 and differing.max() < 1e-5
-    else:
-        # rounding may turn a choice of experts
-        assert moved.median() < 1e-5 and differing.median() < 0.05
+    # rounding may turn a choice of experts
+    assert moved.median() < 1e-5 and differing.median() < 0.05
     assert (outputs[attention, 0] - outputs[attention, 1])[~is_second].abs().max() > 0.1
 
 
-@pytest.mark.parametrize("has_positions", [True, False])
-@pytest.mark.parametrize("arguments", [{}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True}])
-@pytest.mark.parametrize("name", ["full", "depth"])
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    ("name", "arguments", "has_positions"),
+    [
+        ("full", {}, True),
+        ("depth", {"return_flash_attn_kwargs": True}, False),
+        ("depth", {"return_seq_idx": True}, True),
+        ("full", {"return_seq_idx": True}, False),
+    ],
+)
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2", "flex_attention"])
 def test_flattened_batches_of_transformers_stay_apart(kernels, attention, name, arguments, has_positions):
     model = model_of(name)
     model.set_attn_implementation(attention)
@@ -214,8 +222,7 @@ def test_flattened_batches_of_transformers_stay_apart(kernels, attention, name, 
     assert output.cache is None
 
 
-@pytest.mark.parametrize("name", ["full", "depth"])
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(("attention", "name"), [("sdpa", "full"), ("flash_attention_2", "depth")])
 def test_documents_are_refused_where_a_cache_takes_a_row_for_one(kernels, attention, name):
     model = model_of(name)
     model.set_attn_implementation(attention)
@@ -236,7 +243,7 @@ def test_documents_are_refused_where_a_cache_takes_a_row_for_one(kernels, attent
 
 
 @pytest.mark.parametrize("name", ["full", "depth"])
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", ["eager", "flash_attention_2", "flex_attention"])
 def test_chunks_of_a_prompt_are_what_the_prompt_is(kernels, attention, name):
     model = model_of(name)
     ids, mask = mixed_ids(3, 24), torch.ones(3, 24, dtype=torch.long)
@@ -274,8 +281,9 @@ def kept_masks(model, length, **inputs):
     return sorted(kept.values())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
-@pytest.mark.parametrize("rows", ["packed", "padded", "packed and padded", "a mask of pairs"])
+@pytest.mark.parametrize(
+    ("precision", "rows"), [("fp32", "packed and padded"), ("bf16", "a mask of pairs"), ("autocast", "packed")]
+)
 def test_full_layers_share_one_mask(precision, rows):
     length = 160
     model = tiny_model(num_hidden_layers=4, max_position_embeddings=length).train()

@@ -3,16 +3,11 @@
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError
-from transformers import StaticCache
 
 from helpers.depth_reference import assert_equals_plain_loop
 from helpers.reference import GROUPS, assert_near, fields_of, trainable
 from helpers.tiny import IMAGE_IDS, left_padding, mixed_ids, tiny_model
-from modeling_moma import MomaForCausalLM
 from modeling_moma.configuration_moma import RULES
-from modeling_moma.cpu_moma import use_cpu_layers
-from modeling_moma.modeling_moma import ByModality, MomaProjections
 from modeling_moma.token_groups_moma import token_modalities
 
 
@@ -56,12 +51,7 @@ def untied_model(name="4t4i", **fields):
     return model
 
 
-# each variant by one rule in training and by another in inference
-CASES = [
-    (name, list(RULES)[(index + 2 * training) % len(RULES)], training)
-    for index, name in enumerate(VARIANTS)
-    for training in (True, False)
-]
+CASES = [(name, list(RULES)[index % len(RULES)], index % 3 != 0) for index, name in enumerate(VARIANTS)]
 
 
 @pytest.mark.parametrize("name, routing, training", CASES)
@@ -75,11 +65,10 @@ def test_a_model_equals_the_plain_loop_forward_and_backward(name, routing, train
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", VARIANTS)
-def test_copies_of_one_projection_are_attention_that_all_share(name, dtype):
-    tied = untied_model(name, untied_attention=False).to(dtype).eval()
-    untied = untied_model(name).to(dtype).eval()
+@pytest.mark.parametrize("name", ["4t4i_pre", "gqa", "depth_three_modalities"])
+def test_copies_of_one_projection_are_attention_that_all_share(name):
+    tied = untied_model(name, untied_attention=False).eval()
+    untied = untied_model(name).eval()
     state = tied.state_dict()
     for key, value in untied.state_dict().items():
         parts = key.split(".")
@@ -92,30 +81,13 @@ def test_copies_of_one_projection_are_attention_that_all_share(name, dtype):
     ids = mixed_ids(3, 12)
     mask = left_padding(ids, 3, 0, 5)
     expected, logits = (each(ids, attention_mask=mask).logits[mask == 1] for each in (tied, untied))
-    if dtype == torch.float32:
-        assert_near(logits, expected, 1e-5)
-    else:
-        assert (logits - expected).abs().median() < 0.02 * expected.std()
+    assert_near(logits, expected, 1e-5)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", VARIANTS)
-def test_tokens_one_by_one_equal_whole_rows_with_growing_and_static_caches(name):
-    model = untied_model(name).eval()
-    ids = mixed_ids(2, 12)
-    expected = model(ids, use_cache=False).logits
-    for cache in (None, StaticCache(model.config, max_cache_len=16)):
-        outputs = model(ids[:, :5], cache=cache, use_cache=True)
-        logits = [outputs.logits]
-        for place in range(5, ids.shape[1]):
-            outputs = model(ids[:, place : place + 1], cache=outputs.cache, use_cache=True)
-            logits.append(outputs.logits)
-        assert_near(torch.cat(logits, dim=1), expected, 1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("ids", [torch.full((2, 4), 27), torch.arange(8, 16).view(2, 4)], ids=["text", "image"])
-@pytest.mark.parametrize("name", ["4t4i", "depth"])
+@pytest.mark.parametrize(
+    ("name", "ids"), [("4t4i", torch.full((2, 4), 27)), ("depth", torch.arange(8, 16).view(2, 4))]
+)
 def test_later_tokens_of_another_modality_move_no_earlier_logit(name, ids):
     model = untied_model(name).eval()
     other = torch.cat([ids, mixed_ids(2, 6)], dim=1)
@@ -142,37 +114,6 @@ def test_in_inference_modalities_without_a_token_do_not_run():
     assert any("modalities.text" in key for key in seen) and not any("modalities.image" in key for key in seen)
 
 
-@torch.no_grad()
-def test_saved_and_loaded_it_is_the_same_model(tmp_path):
-    model = untied_model("depth_three_modalities").eval()
-    model.save_pretrained(tmp_path)
-    loaded, info = MomaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    for key, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value), key
-    assert_near(loaded(mixed_ids()).logits, model(mixed_ids()).logits, 1e-6)
-
-
-def test_without_the_field_no_layer_is_by_modality():
-    model = tiny_model()
-    kinds = {type(module) for module in model.modules()}
-    assert ByModality not in kinds and MomaProjections not in kinds
-    assert model.model.layers[0].self_attn.q_proj.weight.shape == (16, 16)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_forms_for_cpus_compute_the_same(dtype):
-    model, ids = untied_model().to(dtype).eval(), mixed_ids()
-    found = model(ids).logits
-    built = {name: type(module).__name__ for name, module in model.named_modules()}
-    assert built["model.layers.0.self_attn"] == "CpuMomaUntiedAttention"
-    assert built["model.layers.0.self_attn.modalities.text.q_proj"] == "MomaCpuLinear"
-    assert built["model.layers.0.ffn_norm.image"] == "CpuMomaRMSNorm"
-    use_cpu_layers(model, False)
-    torch.testing.assert_close(model(ids).logits, found, rtol=0.05, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
-
-
 def test_a_token_meets_the_parameters_that_it_met():
     tied, untied = (untied_model(untied_attention=flag).config for flag in (False, True))
     for modality in tied.modalities:
@@ -180,9 +121,3 @@ def test_a_token_meets_the_parameters_that_it_met():
         assert counts[0] == counts[1]
     # a second attention of four matrices of [16, 16], four norms of 8 for queries and keys, and two of 16, in 2 layers
     assert untied.num_parameters() - tied.num_parameters() == 2 * (4 * 16 * 16 + 4 * 8 + 2 * 16)
-
-
-def test_one_group_of_experts_for_all_is_refused_by_name():
-    message = "`untied_attention` = True: needs num_experts by modality"
-    with pytest.raises(StrictDataclassClassValidationError, match=message):
-        tiny_model(num_experts=8, untied_attention=True)

@@ -12,7 +12,6 @@ from helpers.packed_rows import lengths_of
 from helpers.reference import GROUPS, fields_of
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma import devices_moma, experts_implementations_moma, modeling_moma
-from modeling_moma.configuration_moma import rule_names
 from modeling_moma.data.packing import PackedCollator
 from modeling_moma.token_groups_moma import DispatchLayout
 
@@ -69,13 +68,11 @@ def waits_of(forward):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("groups", ["dense", "1t1i", "8x", "4t4i"])
-@pytest.mark.parametrize("routing", rule_names(is_causal=True))
+@pytest.mark.parametrize(
+    "groups, routing", [("dense", "threshold"), ("1t1i", "threshold"), ("8x", "token_choice"), ("4t4i", "auxiliary")]
+)
 def test_inference_waits_once_a_forward_for_the_sizes_of_its_groups(device, groups, routing):
-    fields = {} if groups in ("dense", "1t1i") else fields_of(routing)
-    model = tiny_model(
-        **GROUPS[groups], **fields, inference_routing=routing if fields or "aux" not in routing else "threshold"
-    ).eval()
+    model = tiny_model(**GROUPS[groups], **fields_of(routing), inference_routing=routing).eval()
     ids = mixed_ids()
     cache = DynamicCache(config=model.config)
     assert waits_of(lambda: model(ids[:, :8], cache=cache)) == ["tolist"]
@@ -114,10 +111,17 @@ def kernel(monkeypatch):
 PRECISIONS = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "autocast": (torch.float32, True)}
 
 
-@pytest.mark.parametrize("skip_logits", [False, True])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("groups", ["8x", "4t4i"])
-@pytest.mark.parametrize("routing", rule_names(may_train=True))
+@pytest.mark.parametrize(
+    ("routing", "groups", "precision", "skip_logits"),
+    [
+        ("expert_choice", "8x", "bf16", True),
+        ("expert_choice", "4t4i", "fp32", False),
+        ("threshold", "4t4i", "bf16", False),
+        ("threshold", "8x", "autocast", True),
+        ("token_choice", "8x", "fp32", True),
+        ("token_choice", "4t4i", "autocast", False),
+    ],
+)
 def test_a_training_step_waits_once(device, routing, groups, precision, skip_logits):
     dtype, is_autocast = PRECISIONS[precision]
     fields = {"modality_loss_weights": {"text": 3.0}, "z_loss_coef": 0.01, "routing_warmup_steps": 2}
@@ -134,9 +138,17 @@ def test_a_training_step_waits_once(device, routing, groups, precision, skip_log
     assert [name for name in waits if name != "_local_scalar_dense"] == ["tolist"]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("form", ["sorted", "fixed", "counted"])
-@pytest.mark.parametrize("routing", rule_names(may_train=True))
+@pytest.mark.parametrize(
+    ("routing", "form", "checkpointing"),
+    [
+        ("expert_choice", "sorted", False),
+        ("threshold", "sorted", True),
+        ("expert_choice", "fixed", True),
+        ("token_choice", "fixed", False),
+        ("threshold", "counted", False),
+        ("token_choice", "counted", True),
+    ],
+)
 def test_training_without_waiting_is_the_same(monkeypatch, request, routing, form, checkpointing):
     fields = {**GROUPS["4t4i"], **fields_of(routing), "training_routing": routing, "gate_after_norm": True}
     found = []
@@ -167,8 +179,10 @@ def test_training_without_waiting_is_the_same(monkeypatch, request, routing, for
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("depth_routing", ["expert_choice", "threshold", "token_choice"])
-@pytest.mark.parametrize("capacity", [{"text": 0.5, "image": 0.7}, 0.5], ids=["by modality", "one"])
+@pytest.mark.parametrize(
+    ("depth_routing", "capacity"),
+    [("expert_choice", 0.5), ("threshold", {"text": 0.5, "image": 0.7}), ("token_choice", 0.5)],
+)
 def test_a_depth_layer_waits_once_more(device, capacity, depth_routing):
     fields = {**GROUPS["4t4i"], "training_routing": "expert_choice"}
     plain = tiny_model(**fields)
@@ -189,8 +203,7 @@ def test_a_depth_layer_waits_once_more(device, capacity, depth_routing):
             assert waits_of(lambda place=place: model(ids[:, place : place + 1], cache=cache)) == ["tolist"] * 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("routing", rule_names(is_causal=True))
+@pytest.mark.parametrize("routing, dtype", [("threshold", torch.bfloat16), ("token_choice", torch.float32)])
 def test_without_a_kernel_a_long_prompt_waits_twice_a_group_for_all_products(device, monkeypatch, routing, dtype):
     monkeypatch.setattr(experts_implementations_moma, "_FEW_TOKENS", 8)
     monkeypatch.setattr(experts_implementations_moma, "_has_kernel", lambda dtype, sizes: False)
@@ -206,8 +219,10 @@ def values_alone(module, query, key, value, attention_mask, **kwargs):
     return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
 
 
-@pytest.mark.parametrize("fields, num_rows", [({}, 1), ({"depth_layers": [0, 1]}, 3)], ids=["full", "depth"])
-@pytest.mark.parametrize("attention", ["by lengths", "sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("attention", "fields", "num_rows"),
+    [("by lengths", {}, 1), ("by lengths", {"depth_layers": [0, 1]}, 3), ("sdpa", {}, 3)],
+)
 def test_documents_of_packed_rows_cost_no_further_wait(device, monkeypatch, attention, num_rows, fields):
     for interface, function in ((AttentionInterface, values_alone), (AttentionMaskInterface, flash_attention_mask)):
         monkeypatch.setitem(interface._global_mapping, "by lengths", function)
@@ -229,8 +244,9 @@ def test_documents_of_packed_rows_cost_no_further_wait(device, monkeypatch, atte
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("normalize_gates", [True, False])
-@pytest.mark.parametrize("routing", rule_names(is_causal=True))
+@pytest.mark.parametrize(
+    ("routing", "normalize_gates"), [("threshold", True), ("token_choice", False), ("auxiliary", True)]
+)
 def test_without_waiting_the_outputs_are_the_same(monkeypatch, routing, normalize_gates):
     model = tiny_model(**GROUPS["4t4i"], **fields_of(routing), normalize_gates=normalize_gates).eval()
     ids, mask = mixed_ids(), torch.ones_like(mixed_ids())
@@ -246,8 +262,7 @@ def test_without_waiting_the_outputs_are_the_same(monkeypatch, routing, normaliz
     torch.testing.assert_close(found[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("is_training", [False, True])
-@pytest.mark.parametrize("routing", ["threshold", "token_choice"])
+@pytest.mark.parametrize(("routing", "is_training"), [("threshold", True), ("token_choice", False)])
 def test_experts_that_a_device_map_leaves_on_the_cpu_take_their_own_pairs(monkeypatch, routing, is_training):
     fields = {**GROUPS["4t4i"], **fields_of(routing), "training_routing": routing}
     ids, found = mixed_ids(), []
