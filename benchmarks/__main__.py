@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.speed.cases import CASES
-from benchmarks.speed.comparison import Outcome, dated_file, environment, report, run_case
-from benchmarks.speed.measures import BusyMachineError
+from benchmarks.speed.comparison import BusyMachineError, Outcome, dated_file, environment, report, run_case
 from modeling_moma.utils.hardware import keep_freed_memory
 
 
@@ -35,7 +34,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--list", action="store_true", help="list the cases and end")
     parser.add_argument("--threads", choices=["1", "all", "both"], default="both")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--no-details", action="store_true", help="times alone: no FLOPs, bytes, profile and memory")
+    parser.add_argument("--no-details", action="store_true", help="times alone: no bytes, launches and memory")
     parser.add_argument("--minutes", type=float, help="begin no further case after these; what is left out is named")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report", type=Path, help="folder for a dated report, which replaces none")
@@ -43,10 +42,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     unknown = [name for name in args.cases if name not in CASES]
     if unknown:
         parser.error(f"there is no case {unknown[0]!r}; --list names those that there are")
-    if args.rounds < 1:
-        parser.error(f"--rounds {args.rounds}: it must be at least 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here. Is this a build of torch for CPUs?")
     return args
 
 
@@ -58,18 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.device == "cpu":
         # else contenders are timed by which pages the others have left them
         keep_freed_memory()
-    numbers = {"1": [1], "all": [torch.get_num_threads()], "both": [1, torch.get_num_threads()]}[args.threads]
-    if args.device == "cuda":
-        numbers = numbers[-1:]
+    every = torch.get_num_threads()
+    numbers = {"1": [1], "all": [every], "both": [every] if args.device == "cuda" else [1, every]}[args.threads]
     command = " ".join(["python -m benchmarks", *(arguments if arguments is not None else sys.argv[1:])])
     outcomes: list[Outcome] = []
     status, not_measured, machine = 0, {}, environment(args.device)
     file = None if args.report is None else dated_file(args.report, f"speed-{args.device}")
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
 
     def page() -> str:
-        return report(outcomes, command, args.rounds, args.device, machine, not_measured)
+        text = report(outcomes, command, args.rounds, args.device, machine, not_measured)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        return text
 
     end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     for name in args.cases or [name for name, case in CASES.items() if args.device == "cuda" or not case.needs]:
@@ -100,10 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if missed := outcome.missed():
                 print(f"{name}, {number} threads: above what is wanted: {', '.join(missed)}", file=sys.stderr)
             # after every case, since they take long
-            if file is not None:
-                file.write_text(page())
-    if file is not None:
-        file.write_text(page())
+            page()
     print(page())
     for name, reason in not_measured.items():
         print(f"Not measured: {name}: {reason}", file=sys.stderr)

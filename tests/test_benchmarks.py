@@ -10,8 +10,8 @@ import torch
 from benchmarks.__main__ import main as compare_speed
 from benchmarks.speed import comparison, measures
 from benchmarks.speed.cases import CASES
-from benchmarks.speed.comparison import environment, report
-from benchmarks.speed.measures import BusyMachineError, PeakMemory, Quiet, count_calls
+from benchmarks.speed.comparison import report
+from benchmarks.speed.measures import PeakMemory, count_calls
 from benchmarks.speed.models import CONTENDERS, SHAPES, build, mixed_tokens
 from modeling_moma.depth_moma import MomaDepthRouter
 from modeling_moma.routing_moma import MomaRouter
@@ -28,11 +28,10 @@ def tiny_cases(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "figures"),
     [
-        ("train-4t4i", (5, 6, 8, 9)),
-        ("train-4t4i-packed", (5, 6, 8, 9)),
+        ("train-4t4i-packed", (5, 7)),
         ("optimizer-4t4i", ()),
-        ("prefill-depth", (6, 8)),
-        ("decode-token-choice", (5, 7, 8)),
+        ("prefill-depth", (5,)),
+        ("decode-token-choice", (5, 6)),
     ],
 )
 def test_a_case_is_checked_timed_and_reported(tiny_cases, tmp_path, capsys, name, figures):
@@ -45,9 +44,10 @@ def test_a_case_is_checked_timed_and_reported(tiny_cases, tmp_path, capsys, name
     assert float(lines[1][4]) == 1 and float(lines[0][4]) > 0
     cells = report.read_text().splitlines()[6].split("|")[1:-1]
     for place in figures:
-        # a number, without the bold of a bar that is not met and the bar of a floor; a busy machine reaches a share of
-        # 0.00 of so small a floor
-        assert float(cells[place].strip().strip("*%").split(" ")[0]) >= 0, (place, cells)
+        # a number, without the bold of a bar that is not met and the bar of a floor
+        assert float(cells[place].strip().strip("*").split(" ")[0]) >= 0, (place, cells)
+    for said in (f"torch {torch.__version__}", "Transformers 5.", "Python 3.", "CPU ("):
+        assert said in report.read_text()
 
 
 def test_every_case_names_contenders_and_shapes_that_there_are(capsys):
@@ -100,7 +100,6 @@ def test_contenders_begin_a_round_in_turn():
     [
         (0.7, 3.2, {"floor": 3.2}, "**1.3**"),
         (0.9, 1.2, {"ratio": 0.9}, "**0.75**"),
-        (0.9, None, {"ratio": 0.9}, "**0.75**"),
         (0.7, 1.2, {}, None),
     ],
 )
@@ -114,18 +113,10 @@ def test_the_bar_that_is_missed_is_bold(ratio, floor, missed, bold):
     assert "kept at most 0.00 cores" in page
 
 
-def test_a_figure_above_what_is_wanted_is_told(tiny_cases, monkeypatch, capsys):
-    monkeypatch.setitem(CASES, "optimizer-4t4i", replace(CASES["optimizer-4t4i"], bar=1e-6))
-    command = ["optimizer-4t4i", "--threads", "1", "--rounds", "1", "--device", "cpu", "--no-details"]
-    assert compare_speed(command) == 0 and "above what is wanted: ratio" in capsys.readouterr().err
-
-
 def test_figures_of_a_busy_machine_are_refused():
-    with Quiet() as quiet:
-        pass
-    quiet.load = 0.5
-    with pytest.raises(BusyMachineError, match=r"0\.50 cores"):
-        quiet.check()
+    comparison.check_quiet(0.1)
+    with pytest.raises(comparison.BusyMachineError, match=r"0\.50 cores"):
+        comparison.check_quiet(0.5)
 
 
 def test_tokens_have_the_share_of_words_that_was_asked_for():
@@ -203,12 +194,6 @@ def test_cases_for_a_gpu_are_left_out_without_one(capsys):
     assert f"- {names[0]}: needs a GPU" in capsys.readouterr().out
 
 
-def test_a_report_names_versions_and_machine():
-    said = environment("cpu")
-    for name in (f"torch {torch.__version__}", "Transformers 5.", "flash-attn ", "Python 3.", "CPU ("):
-        assert name in said
-
-
 def test_launches_and_waits_are_those_of_the_runtime():
     counts = {
         "cudaLaunchKernel": 7,
@@ -218,21 +203,3 @@ def test_launches_and_waits_are_those_of_the_runtime():
         "cudaMemcpyAsync": 4,
     }
     assert count_calls(SimpleNamespace(key=key, count=number) for key, number in counts.items()) == (9, 3)
-
-
-def test_a_gpu_that_is_not_there_is_named(capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit):
-        compare_speed(["--device", "cuda"])
-    assert "torch sees no GPU" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [(["--rounds", "0"], "--rounds 0"), (["--device", "gpu"], "--device: invalid choice: 'gpu'")],
-)
-def test_a_measurement_of_nothing_is_refused(arguments, message, capsys):
-    with pytest.raises(SystemExit):
-        compare_speed(arguments)
-    assert message in capsys.readouterr().err

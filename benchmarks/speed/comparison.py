@@ -22,12 +22,15 @@ from modeling_moma import MomaForCausalLM
 
 # a decoding is short, and how many experts its few tokens meet under `threshold` changes from round to round
 _DECODE_ROUNDS = 3
-HEADER = (
-    "| case | threads | ours | against | ratio of time | at most | FLOP/s over products' | over bytes' floor | "
-    "products and attention | peak MiB |"
-)
+HEADER = "| case | threads | ours | against | ratio of time | at most | over bytes' floor | peak MiB |"
+# cores that others keep busy above which figures of all threads say nothing: products wait for each other by spinning
+LARGEST_LOAD = 0.15
 # beside torch, what decides on the kernels that run
 _LIBRARIES = {"Transformers": "transformers", "flash-attn": "flash-attn", "kernels": "kernels", "Triton": "triton"}
+
+
+class BusyMachineError(RuntimeError):
+    """Something else runs on this machine."""
 
 
 @dataclass
@@ -39,9 +42,7 @@ class Row:
         name: the contender.
         seconds: median of the rounds.
         ratio: ours to this one, median of the rounds' ratios.
-        rate_share: FLOP/s over those of matrix products of the same shapes, where something is computed at length.
         floor_ratio: time over the bytes that decoding reads at the bandwidth of the run.
-        matmul_share: share of the operations' time that is matrix products and attention.
         peak_bytes: what a training step holds at once beside weights, gradients and optimizer.
         launches: kernels that a step starts on a GPU.
         waits: how often the host waits for the GPU in a step.
@@ -50,9 +51,7 @@ class Row:
     name: str
     seconds: float
     ratio: float
-    rate_share: float | None = None
     floor_ratio: float | None = None
-    matmul_share: float | None = None
     peak_bytes: int | None = None
     launches: float | None = None
     waits: float | None = None
@@ -84,8 +83,8 @@ class Outcome:
 
 def run_case(case: Case, num_threads: int, rounds: int, device: str, with_details: bool) -> Outcome:
     """
-    Compares what a case names, in so many rounds; `with_details` also counts FLOPs and bytes, profiles, and measures
-    the memory.
+    Compares what a case names, in so many rounds; `with_details` also counts bytes, profiles on a GPU, and
+    measures the memory.
 
     Raises `AssertionError` where ours is wrong, so that its time says nothing, and `BusyMachineError` where the
     machine did something else, and all threads of a CPU were asked for.
@@ -98,14 +97,14 @@ def run_case(case: Case, num_threads: int, rounds: int, device: str, with_detail
             times = in_turn(runners, rounds * (_DECODE_ROUNDS if case.kind == "decode" else 1))
         # beside a GPU the host has cores to spare, and a server is never quite idle: the load is told
         if num_threads > 1 and device == "cpu":
-            quiet.check()
+            check_quiet(quiet.load)
         outcome = Outcome(case, num_threads, quiet.load)
         for name, runner, own in zip(names, runners, times):
             # what both met in a round cancels
             ratio = statistics.median(mine / other for mine, other in zip(times[0], own))
             row = Row(name, statistics.median(own), ratio)
             if with_details:
-                _add_details(row, case, runner, shape, dtype, device)
+                _add_details(row, case, runner, device)
             outcome.rows.append(row)
     del runners
     gc.collect()
@@ -119,19 +118,22 @@ def _runner(case: Case, name: str, shape: Shape, dtype: torch.dtype, device: str
     return Runner(model, shape, case.kind, case.rows, case.length, dtype, case.text_share, case.packing)
 
 
-def _add_details(row: Row, case: Case, runner: Runner, shape: Shape, dtype: torch.dtype, device: str) -> None:
-    if case.kind in ("train", "prefill"):
-        rate = measures.matmul_rate(shape, runner.tokens_per_work, dtype, device)
-        row.rate_share = measures.flops(runner) / row.seconds / rate
+def check_quiet(load: float) -> None:
+    """Refuses what was timed beside other work, which kept so many cores busy."""
+    if load > LARGEST_LOAD:
+        raise BusyMachineError(
+            f"other processes kept {load:.2f} cores busy while this was timed; at most {LARGEST_LOAD} leave figures "
+            "that mean something. Stop them and begin again."
+        )
+
+
+def _add_details(row: Row, case: Case, runner: Runner, device: str) -> None:
     if case.kind == "decode":
         row.floor_ratio = row.seconds * measures.bandwidth(device) / measures.bytes_read(runner)
     if case.kind == "train":
         row.peak_bytes = measures.peak_bytes(runner)
-    if case.kind != "optimizer" or device == "cuda":
-        events = measures.profiled(runner)
-        launches, waits = measures.count_calls(events)
-        if case.kind != "optimizer":
-            row.matmul_share = measures.matmul_share(events, device == "cuda")
+    if device == "cuda":
+        launches, waits = measures.count_calls(measures.profiled(runner))
         # none where a GPU may not be profiled
         if launches:
             steps = DECODE_STEPS if case.kind == "decode" else 1
@@ -189,7 +191,7 @@ def report(
         + f"{machine}.",
         "",
         HEADER,
-        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---|---|---:|---:|---:|---:|",
     ]
     lines += [_line(outcome) for outcome in outcomes]
     more = " launches a step | waits a step |" if device == "cuda" else ""
@@ -225,9 +227,7 @@ def _line(outcome: Outcome) -> str:
         fastest.name,
         f"{outcome.ratio:.3f}",
         f"**{bar}**" if "ratio" in missed else bar,
-        "" if mine.rate_share is None else f"{mine.rate_share:.2f}",
         floor,
-        "" if mine.matmul_share is None else f"{mine.matmul_share:.0%}",
         "" if None in peaks else f"{peaks[0] / 2**20:.1f} ({peaks[0] / peaks[1]:.2f})",
     )
     return "| " + " | ".join(map(str, cells)) + " |"

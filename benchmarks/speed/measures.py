@@ -7,7 +7,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -15,7 +15,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.speed.models import PACKINGS, Shape, mixed_tokens
@@ -26,17 +25,9 @@ from modeling_moma import MomaForCausalLM
 DECODE_STEPS, PROMPT_LENGTH = 16, 128
 # of what is checked before it is timed: the prompt, and all tokens
 CHECKED_PREFIX, CHECKED_LENGTH = 64, 96
-# cores that others keep busy above which figures of all threads say nothing: products wait for each other by spinning
-LARGEST_LOAD = 0.15
-# aten names that hold one of these are matrix products or attention, forward or backward
-MATMUL_NAMES = ("mm", "linear", "matmul", "addmv", "dot_product", "flash_attention", "efficient_attention")
 _REPEATS = 9
 # beyond what caches hold
 _STREAMED_BYTES = 256 * 2**20
-
-
-class BusyMachineError(RuntimeError):
-    """Something else runs on this machine."""
 
 
 class Runner:
@@ -66,16 +57,12 @@ class Runner:
         packing: str | None = None,
     ):
         self.kind, self.dtype, self.device = kind, dtype, model.device
-        self.tokens_per_work = rows * (DECODE_STEPS if kind == "decode" else length)
         is_training = kind in ("train", "optimizer")
         self.model = model.train(is_training) if is_training else model.to(dtype).eval()
         self._shape, self._rows, self._text_share, self._seed = shape, rows, text_share, 0
         self._total = PROMPT_LENGTH + DECODE_STEPS if kind == "decode" else length
         self._next_tokens()
-        self.more: dict[str, Any] = {}
-        if packing:
-            position_ids = PACKINGS[packing](rows, length)
-            self.more = {"position_ids": position_ids.to(self.device)}
+        self.more = {"position_ids": PACKINGS[packing](rows, length).to(self.device)} if packing else {}
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) if kind == "optimizer" else None
         self.cache: DynamicCache | None = None
 
@@ -109,8 +96,7 @@ class Runner:
                 self._read(self.ids_BT[:, place : place + 1])
 
     def _step(self) -> None:
-        is_fp32 = self.dtype == torch.float32
-        with nullcontext() if is_fp32 else torch.autocast(self.device.type, self.dtype):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = self.model(input_ids=self.ids_BT, labels=self.ids_BT, use_cache=False, **self.more).loss
         loss.backward()
 
@@ -185,14 +171,6 @@ class Quiet:
         seconds = max(time.perf_counter() - self._began, 1e-9)
         self.load = max(0.0, self._others_busy() - self._others) / seconds
 
-    def check(self) -> None:
-        """Refuses what was timed beside other work."""
-        if self.load > LARGEST_LOAD:
-            raise BusyMachineError(
-                f"other processes kept {self.load:.2f} cores busy while this was timed; at most {LARGEST_LOAD} leave "
-                "figures that mean something. Stop them and begin again."
-            )
-
     @staticmethod
     def _others_busy() -> float:
         every, own = psutil.cpu_times(), psutil.Process().cpu_times()
@@ -223,37 +201,12 @@ def in_turn(runners: Sequence[Runner], rounds: int, warm_up: int = 2) -> list[li
     return times
 
 
-def _median_seconds(work: Callable[[], object], device: str) -> float:
-    return statistics.median([seconds(work, device) for _ in range(_REPEATS + 2)][2:])
-
-
-def matmul_rate(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of the products of a feed-forward network, forward and backward, as libraries call them."""
-    x_ND = torch.randn(tokens, shape.hidden_size, device=device, dtype=dtype)
-    weight_FD = torch.randn(2 * shape.intermediate_size, shape.hidden_size, device=device, dtype=dtype)
-    y_NF = torch.randn(tokens, 2 * shape.intermediate_size, device=device, dtype=dtype)
-
-    def products():
-        torch.nn.functional.linear(x_ND, weight_FD)
-        torch.mm(y_NF, weight_FD)
-        torch.mm(y_NF.t(), x_ND)
-
-    return 3 * 2 * tokens * weight_FD.numel() / _median_seconds(products, device)
-
-
 def bandwidth(device: str) -> float:
     """Bytes a second that a product with one vector reads of a matrix beyond the caches."""
     rows = _STREAMED_BYTES // 4 // 4096
     matrix, vector = torch.randn(rows, 4096, device=device), torch.randn(4096, device=device)
-    return _STREAMED_BYTES / _median_seconds(lambda: torch.mv(matrix, vector), device)
-
-
-def flops(runner: Runner) -> int:
-    """FLOPs of one piece of work, counted by operation."""
-    runner.prepare()
-    with FlopCounterMode(display=False) as counter:
-        runner.work()
-    return counter.get_total_flops()
+    times = [seconds(lambda: torch.mv(matrix, vector), device) for _ in range(_REPEATS + 2)]
+    return _STREAMED_BYTES / statistics.median(times[2:])
 
 
 def bytes_read(runner: Runner) -> float:
@@ -285,25 +238,11 @@ def bytes_read(runner: Runner) -> float:
 
 
 def profiled(runner: Runner) -> list:
-    """What torch's profiler says of a piece of work."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if runner.device.type == "cuda" else [])]
+    """What torch's profiler says of a piece of work on a GPU."""
     runner.prepare()
-    with profile(activities=activities) as profiler:
-        seconds(runner.work, runner.device.type)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        seconds(runner.work, "cuda")
     return list(profiler.key_averages())
-
-
-def matmul_share(events: Iterable, on_cuda: bool) -> float | None:
-    """The share of operations' time that is matrix products and attention; `None` where a GPU may not be profiled."""
-    own = {
-        event.key: event.self_device_time_total if on_cuda else event.self_cpu_time_total
-        for event in events
-        # kernels are counted with the operation that launched them
-        if event.device_type == torch.autograd.DeviceType.CPU
-    }
-    total = sum(own.values())
-    products = (value for name, value in own.items() if "::" in name and any(part in name for part in MATMUL_NAMES))
-    return sum(products) / total if total else None
 
 
 def count_calls(events: Iterable) -> tuple[int, int]:

@@ -14,13 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    PreTrainedModel,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 from modeling_moma import MomaConfig, MomaForCausalLM
 from modeling_moma.calibration.thresholds import calibrate_thresholds
@@ -73,6 +67,7 @@ _STUDY = {
     "modality_loss_weights": {"text": 5.0},
     "z_loss_coef": 1e-5,
 }
+_IDS = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 # seeds of batches that thresholds are computed from, other ones than those that are timed
 _SETTLING_SEEDS = range(1000, 1004)
 _ATTENTION_SCALE = 0.02
@@ -119,19 +114,18 @@ def _common(shape: Shape, length: int) -> dict:
         "intermediate_size": shape.intermediate_size,
         "num_hidden_layers": shape.num_layers,
         "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_heads,
         "max_position_embeddings": max(4096, length),
     }
 
 
 def _llama(shape: Shape, length: int) -> PreTrainedModel:
-    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-    return LlamaForCausalLM(LlamaConfig(**_common(shape, length), **ids, num_key_value_heads=shape.num_heads))
+    return LlamaForCausalLM(LlamaConfig(**_common(shape, length), **_IDS))
 
 
 def _olmoe(implementation: str, shape: Shape, length: int) -> PreTrainedModel:
-    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "num_key_value_heads": shape.num_heads}
     sizes = {"num_experts": NUM_EXPERTS, "num_experts_per_tok": 1}
-    model = OlmoeForCausalLM(OlmoeConfig(**_common(shape, length), **ids, **sizes))
+    model = OlmoeForCausalLM(OlmoeConfig(**_common(shape, length), **_IDS, **sizes))
     model.set_experts_implementation(implementation)
     return model
 
@@ -171,11 +165,14 @@ def _settled(config: MomaConfig, shape: Shape, length: int) -> MomaForCausalLM:
 
 
 def _moma(
-    experts: str, shape: Shape, length: int, change: Callable[[MomaForCausalLM], object] | None = None, **fields
+    experts: str,
+    shape: Shape,
+    length: int,
+    change: Callable[[MomaForCausalLM], object] = lambda model: None,
+    **fields,
 ) -> MomaForCausalLM:
     model = _settled(moma_config(experts, shape, length, **fields), shape, length)
-    if change is not None:
-        change(model)
+    change(model)
     return model
 
 
