@@ -72,7 +72,6 @@ logger = logging.get_logger(__name__)
 
 VQ_SUBFOLDER = "vq_model"
 LABEL_PAD_ID = -100
-_ANY_IMAGE = Image.new("L", (1, 1))
 PARTS = ("image_processor", "tokenizer", "vq_model", "chat_template", "codecs")
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 # Images in one pass of the VQ model, which bounds the memory of a large batch.
@@ -313,7 +312,7 @@ class MomaProcessor(ProcessorMixin):
             )
         if text is not None and not isinstance(text, str):
             text = _list_of_texts(text)
-        _check_texts([text] if text is None or isinstance(text, str) else text)
+        _check_texts([text] if isinstance(text, str) else text or [])
         return_labels = given.pop("return_labels", self.return_labels)
         if text is not None and given.get("add_special_tokens", True):
             text = self._fill_empty_texts(text)
@@ -358,7 +357,8 @@ class MomaProcessor(ProcessorMixin):
         if AUDIO not in self.codecs:
             return
         wanted = getattr(self.codecs[AUDIO], "sampling_rate", None)
-        for given in (kwargs.pop("sampling_rate", None), _rate_of_audio_kwargs(kwargs)):
+        of_audio = (kwargs.get("audio_kwargs") or {}).get("sampling_rate")
+        for given in (kwargs.pop("sampling_rate", None), of_audio):
             if None not in (given, wanted) and given != wanted:
                 raise InputError(
                     f"sampling_rate: {given} samples of a second, and the codec of {AUDIO} takes {wanted}; resample, "
@@ -410,7 +410,7 @@ class MomaProcessor(ProcessorMixin):
         self, images: Any = None, text: list[str] | None = None, videos: Any = None, audio: Any = None, **kwargs
     ):
         """Raise `ValueError` where the numbers of images, items and placeholders differ, row by row if nested."""
-        if videos is not None or audio is not None:
+        if videos is not None or audio is not None or "audios" in kwargs:
             raise InputError(
                 "videos, audio: this processor reads text and images only; give it a codec for more, "
                 "`codecs={'audio': codec}`."
@@ -419,39 +419,10 @@ class MomaProcessor(ProcessorMixin):
             raise InputError(
                 "text: it holds marks of `escape_special_tokens`, which need `sanitize_control_tokens=True`."
             )
-        for name, rows in {"images": images, **self._codec_items}.items():
-            _check_nesting(name, rows)
-        if not text and images is None:
+        if not text:
             raise InputError(f"text: you need to provide at least one text to call {type(self).__name__}.")
-        # the base class counts images, and would open each: it gets one small image that often
-        counted = None if images is None else [_ANY_IMAGE] * sum(1 for _ in iter_image_sources(images))
-        try:
-            super().validate_inputs(images=counted, text=text, **kwargs)
-        except ValueError as error:
-            raise InputError(f"text, images: {error}") from error
-        for modality in self.codecs:
-            rows = self._codec_items.get(modality, [])
-            passed, placed = len(_flatten(rows)), sum(sample.count(f"<{modality}>") for sample in text or [])
-            if passed != placed:
-                raise InputError(
-                    f"{modality}: the number of <{modality}> tokens in the prompts should be the same as the number "
-                    f"of items passed, got {placed} and {passed}."
-                )
-            self._check_rows(modality, rows, text or [])
-        self._check_rows("images", images, text or [])
-
-    def _check_rows(self, name: str, rows: Any, text: list[str]) -> None:
-        if not isinstance(rows, (list, tuple)) or not rows or not all(isinstance(row, (list, tuple)) for row in rows):
-            return
-        if len(rows) != len(text):
-            raise InputError(f"{name}: a nested list needs one list per text, got {len(rows)} for {len(text)} texts.")
-        placeholder = self.image_token if name == "images" else f"<{name}>"
-        for index, (row, sample) in enumerate(zip(rows, text)):
-            if len(row) != sample.count(placeholder):
-                raise InputError(
-                    f"text[{index}]: the number of {placeholder} tokens in the prompts should be the same as the "
-                    f"number of {name} passed, got {sample.count(placeholder)} and {len(row)}."
-                )
+        for modality in self.frames:
+            _check_items(modality, images if modality == IMAGE else self._codec_items.get(modality), text)
 
     def _process_images(self, images: Any, **kwargs) -> tuple[dict[str, list[list[int]]], list[str]]:
         codes = self.encode_images(images, **kwargs)
@@ -631,12 +602,12 @@ class MomaProcessor(ProcessorMixin):
             ValueError: the modality has no codec, or the number or a value of the codes is invalid.
         """
         frame = self._frame(modality)
-        if modality == IMAGE:
-            return self.decode_images(codes)
-        codes = [_as_list(item_codes) for item_codes in codes]
-        for item_codes in codes:
-            frame.check_codes(item_codes)
-        return [self.codecs[modality].decode(item_codes) for item_codes in codes]
+        rows = [_as_list(item_codes) for item_codes in codes]
+        for row in rows:
+            frame.check_codes(row)
+        if modality != IMAGE:
+            return [self.codecs[modality].decode(row) for row in rows]
+        return self._decode_images(rows)
 
     def image_ids(self, codes: torch.Tensor | list[int]) -> list[int]:
         """Return the token ids of one image: [`~MomaProcessor.frame_ids`] of `"image"`.
@@ -686,7 +657,6 @@ class MomaProcessor(ProcessorMixin):
             )
         return self.frames[modality]
 
-    @_own_threads()
     def decode_images(self, codes: torch.Tensor | list) -> list[Image.Image]:
         """Turn codes into images.
 
@@ -700,31 +670,15 @@ class MomaProcessor(ProcessorMixin):
         Raises:
             ValueError: the shape is wrong, or a code lies outside the codebook.
         """
-        if isinstance(codes, (list, tuple)):
-            # no images, as `encode_images` has no codes for
-            if not codes:
-                return []
-            codes = [row.tolist() if hasattr(row, "tolist") else row for row in codes]
-        code_table = torch.as_tensor(codes)
-        if code_table.is_floating_point() and code_table.numel():
-            raise InputError(f"codes: expected whole numbers, got {code_table.dtype}.")
-        code_table = code_table.long()
-        if code_table.ndim != 2 or code_table.shape[1] != self.image_seq_length:
-            raise InputError(
-                f"codes: expected the shape (num_images, {self.image_seq_length}), got {tuple(code_table.shape)}. "
-                "For whole sequences of token ids use `decode_parts`, or the model's `decode_image_tokens` first."
-            )
-        if code_table.numel() == 0:
-            return []
-        if code_table.min() < 0 or code_table.max() >= self.codebook_size:
-            raise InputError(
-                f"codes: values from {int(code_table.min())} to {int(code_table.max())} lie outside "
-                f"[0, {self.codebook_size}); subtract image_token_offset={self.image_token_offset} from token ids."
-            )
+        return self.decode_items(IMAGE, codes)
+
+    @_own_threads()
+    @torch.no_grad()
+    def _decode_images(self, codes: list[list[int]]) -> list[Image.Image]:
         images = []
-        for chunk in code_table.split(ENCODE_CHUNK):
-            with torch.no_grad():
-                pixel_values = self.vq_model.decode_image_tokens(chunk.to(self.vq_model.device))
+        for start in range(0, len(codes), ENCODE_CHUNK):
+            chunk = torch.tensor(codes[start : start + ENCODE_CHUNK], device=self.vq_model.device)
+            pixel_values = self.vq_model.decode_image_tokens(chunk)
             images.extend(self.image_processor.postprocess(pixel_values)["pixel_values"])
         return images
 
@@ -940,12 +894,10 @@ class MomaProcessor(ProcessorMixin):
 
 
 def _as_list(values: Any) -> list[int]:
-    """Return a list of numbers."""
-    return values.tolist() if hasattr(values, "tolist") else list(values)
-
-
-def _rate_of_audio_kwargs(kwargs: dict) -> Any:
-    return (kwargs.get("audio_kwargs") or {}).get("sampling_rate")
+    """Return a list of numbers; a single number stays one."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    return values if hasattr(values, "__index__") else list(values)
 
 
 def _refuse_second_texts(kwargs: dict) -> None:
@@ -969,16 +921,17 @@ def _list_of_texts(texts: Any) -> list:
 
 
 def _check_texts(texts: Any) -> None:
-    """Raise `ValueError` for half a pair of surrogates, of which no tokenizer can make tokens."""
+    """Raise `ValueError` for what is no text, and for half a pair of surrogates, which has no tokens."""
     for text in texts:
-        if isinstance(text, str) and not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise InputError(
-                    f"text: half a pair of surrogates (\\u{ord(text[error.start]):04x}) at character {error.start} of "
-                    f"{text[:40]!r} is no text."
-                ) from None
+        if not isinstance(text, str):
+            raise InputError(f"text: expected a string or a list of strings, got a list with {type(text).__name__}.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"text: half a pair of surrogates (\\u{ord(text[error.start]):04x}) at character {error.start} of "
+                f"{text[:40]!r} is no text."
+            ) from None
 
 
 def _with_read_sounds(conversation: Any, sampling_rate: int, where: str = "conversation") -> Any:
@@ -1016,13 +969,30 @@ def _read_part_sound(sound: Any, sampling_rate: int) -> np.ndarray:
             raise error from None
 
 
-def _check_nesting(name: str, rows: Any) -> None:
-    """Raise `ValueError` where only some rows are lists, from which the texts of the others would not be known."""
+def _check_items(modality: str, rows: Any, texts: list[str]) -> None:
+    """Raise `ValueError` where the number of items differs from that of placeholders, row by row if rows are lists."""
+    name, placeholder = "images" if modality == IMAGE else modality, f"<{modality}>"
     kinds = {isinstance(row, (list, tuple)) for row in rows} if isinstance(rows, (list, tuple)) else set()
+    # from some rows alone the texts of the others would not be known
     if len(kinds) > 1:
         raise InputError(
             f"{name}: some rows are lists and others are not; give one list for each text, or one flat list."
         )
+    is_nested = kinds == {True}
+    groups = rows if is_nested else [[] if rows is None else rows]
+    passed = [sum(1 for _ in iter_image_sources(group)) if modality == IMAGE else len(group) for group in groups]
+    placed = [text.count(placeholder) for text in texts]
+    if is_nested and len(passed) != len(placed) and sum(passed) == sum(placed):
+        raise InputError(f"{name}: a nested list needs one list per text, got {len(passed)} for {len(placed)} texts.")
+    numbers = [(name, sum(placed), sum(passed))]
+    if is_nested:
+        numbers += [(f"text[{index}]", *pair) for index, pair in enumerate(zip(placed, passed))]
+    for where, expected, given in numbers:
+        if given != expected:
+            raise InputError(
+                f"{where}: the number of {placeholder} tokens in the prompts should be the same as the number of "
+                f"{name} passed, got {expected} and {given}."
+            )
 
 
 def _flatten(rows: list) -> list:

@@ -50,11 +50,6 @@ class TokenFrame:
         return cls(modality, offset, num_codes, vocab[begin], vocab[end], length)
 
     @property
-    def placeholder(self) -> str:
-        """The text in place of which one frame is put."""
-        return f"<{self.modality}>"
-
-    @property
     def bounds(self) -> list[int]:
         """The half-open range of the ids of the codes."""
         return [self.offset, self.offset + self.num_codes]
@@ -65,6 +60,11 @@ class TokenFrame:
 
     def check_codes(self, codes: list[int]):
         """Raise an error where codes cannot be those of one frame."""
+        if not isinstance(codes, list):
+            raise InputError(
+                f"codes: expected a row of them for each {self.modality}, got {codes!r}; token ids of whole sequences "
+                "go through `decode_parts`."
+            )
         if len(codes) != self.length if self.length is not None else not codes:
             expected = "one code at least" if self.length is None else f"{self.length} codes"
             raise InputError(f"codes: one {self.modality} has {expected}, got {len(codes)}.")

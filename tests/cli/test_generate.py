@@ -161,7 +161,7 @@ def test_truncated_image_ends_with_a_message_and_no_traceback(model_folder, imag
         (["--prompt", "a", "--mode", "text", "--top-k", "5"], "--top-k 5: nothing is sampled here"),
         (["--prompt", "a", "--temperature", "0", "--top-p", "0.9"], "--top-p 0.9: nothing is sampled here"),
         (["--prompt", "a", "--candidates", "2", "--num-beams", "2"], "--candidates 2: they would be alike"),
-        (["--prompt", "<image>"], "no images were passed"),
+        (["--prompt", "<image>"], "images: the number of <image> tokens"),
         (["--prompt", "a", "--mode", "text", "--candidates", "2"], "--candidates 2: only images are chosen"),
         (["--prompt", "a", "--prompt", " ", "--candidates", "2"], "--candidates 2: images are chosen by the words"),
         (

@@ -298,12 +298,8 @@ def test_codes_and_sizes_that_do_not_fit_are_refused():
     tokenizer = library_processor("emu3", (16, 24)).vq_model
     with pytest.raises(ValueError, match=r"shape \(batch_size, 3, 16, 24\), got \(1, 3, 24, 16\)"):
         tokenizer.get_image_tokens(torch.zeros(1, 3, 24, 16))
-    with pytest.raises(ValueError, match=r"shape \(batch_size, 24\), got \(1, 16\)"):
-        tokenizer.decode_image_tokens(torch.zeros(1, 16, dtype=torch.long))
     with pytest.raises(TypeError, match="`model` is the Emu3VQVAE of Transformers: only a MomaVQModel is exported"):
         export_image_tokenizer(tokenizer, "nowhere")
-    with pytest.raises(ValueError, match=r"holds 24, but codes lie in \[0, 24\)"):
-        tokenizer.decode_image_tokens(torch.full((1, 24), 24))
 
 
 @pytest.fixture(scope="module")

@@ -216,7 +216,7 @@ def test_texts_may_be_what_is_read_once(processor, images):
     [
         (2, ["<image>"], "tokens in the prompts should be the same as the number of"),
         (1, ["<image><image>"], "tokens in the prompts should be the same as the number of"),
-        (0, ["<image>"], "no images were passed"),
+        (0, ["<image>"], "images: the number of <image> tokens .* got 1 and 0"),
         (1, None, "text=None"),
         (0, None, "at least one text"),
         (0, [], "at least one text"),
@@ -354,7 +354,13 @@ def test_codes_of_images_may_be_a_list_of_tensors(processor, images):
 
 
 @pytest.mark.parametrize(
-    ("codes", "message"), [([[0] * 5], "shape"), ([[CODES] * LENGTH], "lie outside"), ([[-1] * LENGTH], "lie outside")]
+    ("codes", "message"),
+    [
+        ([[0] * 5], "one image has 16 codes, got 5"),
+        ([[CODES] * LENGTH], "lie outside"),
+        ([[-1] * LENGTH], "lie outside"),
+        ([0] * LENGTH, "expected a row"),
+    ],
 )
 def test_codes_out_of_range_raise(processor, codes, message):
     with pytest.raises(ValueError, match=message):
