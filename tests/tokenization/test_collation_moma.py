@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from tokenization import MomaDataCollator, train_text_tokenizer
 
@@ -43,12 +42,6 @@ def test_end_of_text_is_learnt_even_when_it_is_the_padding_token(tokenizer):
 def test_padding_inside_an_example_is_no_label_and_predicts_none(tokenizer):
     rows = [{"input_ids": [5, 0, 6, 7], "attention_mask": [1, 0, 1, 1], "labels": [5, 0, 6, 7]}]
     assert MomaDataCollator(tokenizer)(rows)["labels"].tolist() == [[5, -100, -100, 7]]
-
-
-def test_works_in_worker_processes(tokenizer):
-    rows = [{"input_ids": [5] * n} for n in range(1, 5)]
-    batches = list(DataLoader(rows, batch_size=2, collate_fn=MomaDataCollator(tokenizer), num_workers=1))
-    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 2), (2, 4)]
 
 
 @pytest.mark.parametrize(

@@ -9,39 +9,19 @@ from tokenization.configuration_moma_vq import MomaVQConfig
 
 def test_defaults_are_those_of_chameleon():
     ours, theirs = MomaVQConfig(), ChameleonVQVAEConfig()
-    names = [
-        "embed_dim",
-        "num_embeddings",
-        "double_latent",
-        "latent_channels",
-        "resolution",
-        "in_channels",
-        "base_channels",
-        "channel_multiplier",
-        "num_res_blocks",
-        "attn_resolutions",
-        "dropout",
-        "attn_type",
-    ]
+    names = ChameleonVQVAEConfig.__annotations__.keys() & MomaVQConfig.__annotations__.keys()
+    assert len(names) == 12 and ours.downsample_factor == 16
     assert {name: getattr(ours, name) for name in names} == {name: getattr(theirs, name) for name in names}
-    assert ours.downsample_factor == 16
 
 
-def test_the_small_preset_gives_64_tokens_of_1024_codes():
-    config = MomaVQConfig.from_preset("small")
-    assert config.downsample_factor == 8
-    assert (config.resolution // config.downsample_factor) ** 2 == 64
-    assert config.num_embeddings == 1024
-
-
-@pytest.mark.parametrize(("name", "codes"), [("medium-256", 256), ("medium-1024", 1024)])
-def test_the_medium_presets_give_their_number_of_codes(name, codes):
-    config = MomaVQConfig.from_preset(name)
-    assert config.resolution == 256 and (config.resolution // config.downsample_factor) ** 2 == codes
-
-
-def test_overrides_win_over_the_preset():
-    assert MomaVQConfig.from_preset("small", num_embeddings=7).num_embeddings == 7
+@pytest.mark.parametrize(
+    ("name", "resolution", "codes"), [("small", 64, 64), ("medium-256", 256, 256), ("medium-1024", 256, 1024)]
+)
+def test_presets_give_their_number_of_codes(name, resolution, codes):
+    config = MomaVQConfig.from_preset(name, num_embeddings=7)
+    assert config.resolution == resolution and (config.resolution // config.downsample_factor) ** 2 == codes
+    # overrides win
+    assert config.num_embeddings == 7
 
 
 def test_an_unknown_preset_is_named_with_the_known_ones():

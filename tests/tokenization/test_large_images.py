@@ -155,26 +155,6 @@ def test_no_side_gets_short_and_ordinary_images_stay_as_they_are():
     assert shrink_factor((5_700, 5_700)) == shrink_factor((1, 1)) == 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size", [(16, 200), (201, 16), (16, 16)])
-def test_far_ends_are_cut_off_before_they_are_converted(backend, size):
-    image = Image.fromarray(scene(*size).astype(np.uint8))
-    processor = backend.for_resolution(16)
-    processed = processor.process_image(
-        image,
-        do_rescale=True,
-        do_convert_rgb=True,
-        do_resize=True,
-        size=processor.size,
-        do_center_crop=True,
-        crop_size=processor.crop_size,
-    )
-    assert max(processed.shape[-2:]) <= 8 * 16 + 1
-    array = np.asarray(image).transpose(2, 0, 1)
-    expected = processor([array], return_tensors="pt")["pixel_values"]
-    assert (processor([image], return_tensors="pt")["pixel_values"] == expected).all()
-
-
 def test_scans_of_a_jpeg_are_counted_and_nothing_else():
     usual = jpeg_scans(repeated_scan(0))
     assert 1 < usual < 20 and jpeg_scans(repeated_scan(7)) == usual + 7

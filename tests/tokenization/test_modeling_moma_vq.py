@@ -6,12 +6,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.chameleon.configuration_chameleon import ChameleonVQVAEConfig
 from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 
 from tokenization.configuration_moma_vq import MomaVQConfig
-from tokenization.modeling_moma_vq import ASSIGN_CHUNK, MomaVQModel, code_counts
+from tokenization.modeling_moma_vq import ASSIGN_CHUNK, MomaVQModel
 
 
 CHAMELEON_FIELDS = {
@@ -153,15 +152,6 @@ def test_the_position_of_a_code_is_its_raster_position():
     assert difference[:16, 16:].sum() > 0.5 * difference.sum()
 
 
-def test_each_code_can_see_the_whole_image(model, images):
-    for name, parameter in model.named_parameters():
-        if "encoder" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    pixel_values = images[:1].clone().requires_grad_()
-    model.encode(pixel_values)[0, :, 0, 0].sum().backward()
-    assert pixel_values.grad[0, :, -8:, -8:].abs().sum() > 0
-
-
 def test_forward_gives_the_weighted_sum_of_its_losses(model, images):
     model.config.perceptual_weight = 0.5
     output = model(images, torch.randn(4, 6), perceptual_distance=lambda a, b: (a - b).abs().mean())
@@ -190,11 +180,6 @@ def test_the_reconstruction_trains_the_encoder_straight_through_the_codes(model,
     model(images).reconstruction_loss.backward()
     assert model.encoder.conv_in.weight.grad.abs().sum() > 0
     assert model.quantize.embedding.weight.grad is None
-
-
-def test_the_semantic_loss_trains_the_encoder(model, images):
-    model(images, torch.randn(4, 6)).semantic_loss.backward()
-    assert model.encoder.conv_in.weight.grad.abs().sum() > 0
 
 
 def test_a_codebook_without_averages_is_trained_by_gradient(images):
@@ -260,9 +245,7 @@ def test_the_first_codebook_lies_where_the_latents_lie(model, images):
     model.initialize_codebook(images)
     assert error() < 0.5 * before
     assert model(images).codebook_usage > 10
-
-
-def test_fewer_latents_than_codes_still_give_a_codebook(model, images):
+    # fewer latents than codes
     model.initialize_codebook(images[:1, :, :8, :8])
     assert model.quantize.embedding.weight.isfinite().all()
 
@@ -318,39 +301,10 @@ def test_saving_and_loading_keep_codes_and_averages(model, images, tmp_path):
     assert torch.equal(loaded.get_image_tokens(images), model.get_image_tokens(images))
 
 
-def test_weights_of_chameleon_load_by_from_pretrained(tmp_path):
-    theirs = random_chameleon()
-    theirs.save_pretrained(tmp_path)
-    MomaVQConfig(**CHAMELEON_FIELDS).save_pretrained(tmp_path)
-    loaded = MomaVQModel.from_pretrained(tmp_path).eval()
-    images = torch.rand(2, 3, 32, 32) * 2 - 1
-    assert torch.equal(loaded.get_image_tokens(images).flatten(), theirs.encode(images).image_tokens.flatten())
-    assert loaded.decoder.conv_in.weight.isfinite().all()
-
-
 def test_a_bfloat16_model_tokenises_float32_images(model, images):
     half = model.to(torch.bfloat16)
     tokens = half.get_image_tokens(images)
     assert half.decode_image_tokens(tokens).dtype == torch.bfloat16
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(images):
-    torch.manual_seed(0)
-    model = MomaVQModel(MomaVQConfig.from_preset("small", **SMALL_FIELDS)).train()
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        model.zero_grad()
-        model(images).loss.backward()
-        gradients.append(model.encoder.conv_in.weight.grad.clone())
-    torch.testing.assert_close(*gradients)
-
-
-def test_the_small_preset_has_about_four_million_parameters():
-    with torch.device("meta"):
-        model = MomaVQModel(MomaVQConfig.from_preset("small"))
-    assert 3.5e6 < model.num_parameters() < 4.5e6
 
 
 SHAPES_WITHOUT_IMAGES = {
@@ -390,39 +344,10 @@ def test_no_images_give_empty_tensors_and_losses_of_zero(fields):
         model.initialize_codebook(none)
 
 
-class Operations(TorchDispatchMode):
-    """Counts what a device would launch."""
-
-    number = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.number += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_off_a_cpu_codes_are_found_in_few_operations(model):
-    vectors = torch.zeros(64 * 1024, 8, device="meta")
-    quantizer = copy.deepcopy(model.quantize).to("meta")
-    with Operations() as operations:
-        assert quantizer.assign(vectors).shape == (64 * 1024,)
-    assert operations.number < 40
-    # distances of a larger codebook are never there all at once
-    quantizer.embedding.weight = torch.nn.Parameter(torch.zeros(2**17, 8, device="meta"))
-    with Operations() as more:
-        quantizer.assign(vectors)
-    assert more.number > 5 * 64 * 1024 / 512
-
-
 def test_codes_do_not_depend_on_how_many_are_found_at_once(model):
     vectors = torch.randn(2 * ASSIGN_CHUNK + 5, 8)
     expected = torch.cat([model.quantize.assign(part) for part in vectors.split(7)])
     assert torch.equal(model.quantize.assign(vectors), expected)
-
-
-def test_counts_of_codes_are_those_of_bincount():
-    codes = torch.randint(0, 30, (5, 7))
-    assert torch.equal(code_counts(codes, 32), torch.bincount(codes.flatten(), minlength=32).float())
-    assert torch.equal(code_counts(codes[:0], 32), torch.zeros(32))
 
 
 class SaysCuda(torch.Tensor):

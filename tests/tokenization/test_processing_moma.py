@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import copy
-import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Value
-from datasets import Image as ImageFeature
+from datasets import Dataset
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer
@@ -73,11 +71,6 @@ def test_placeholder_becomes_the_real_codes_of_its_image(processor, images):
     assert [token - processor.image_token_offset for token in first[1:-1]] == expected[0].tolist()
 
 
-def test_returned_keys_equal_model_input_names(processor, images):
-    assert list(processor(images=images[0], text="<image>")) == processor.model_input_names
-    assert processor.model_input_names == ["input_ids", "attention_mask"]
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batch_of_rows_with_no_one_and_two_images(processor, images, side):
     images = [[], [images[0]], [images[1], images[2]]]
@@ -106,8 +99,7 @@ def test_batch_of_rows_with_no_one_and_two_images(processor, images, side):
         assert is_code.sum() == LENGTH * len(row_images)
 
 
-@pytest.mark.parametrize("return_tensors", [None, "np", "pt"])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side, return_tensors", [("left", None), ("right", "np"), ("left", "pt")])
 def test_labels_are_what_the_ids_are(processor, side, return_tensors):
     options = {"padding": True, "padding_side": side, "return_labels": True, "return_tensors": return_tensors}
     out = processor(text=["red apple", "red"], **options)
@@ -190,16 +182,12 @@ def test_the_tokenizer_names_the_placeholder(processor, tmp_path):
     assert processor.tokenizer.image_token_id == processor.image_token_id
     processor.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).image_token == "<image>"
-    # as processors were saved before
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    del settings["image_token"]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert MomaProcessor.from_pretrained(tmp_path).tokenizer.image_token_id == processor.image_token_id
 
 
 @pytest.mark.parametrize("images", [None, [], [[], []]])
 def test_text_alone(processor, images):
     out = processor(images=images, text=["red apple", ""])
+    assert list(out) == processor.model_input_names == ["input_ids", "attention_mask"]
     assert out["input_ids"][1] == [processor.tokenizer.bos_token_id]
     assert processor.decode(out["input_ids"][0], skip_special_tokens=True) == "red apple"
     assert processor.batch_decode(out["input_ids"], skip_special_tokens=True) == ["red apple", ""]
@@ -355,12 +343,7 @@ def test_codes_of_images_may_be_a_list_of_tensors(processor, images):
 
 @pytest.mark.parametrize(
     ("codes", "message"),
-    [
-        ([[0] * 5], "one image has 16 codes, got 5"),
-        ([[CODES] * LENGTH], "lie outside"),
-        ([[-1] * LENGTH], "lie outside"),
-        ([0] * LENGTH, "expected a row"),
-    ],
+    [([[0] * 5], "one image has 16 codes, got 5"), ([[CODES] * LENGTH], "lie outside"), ([0], "expected a row")],
 )
 def test_codes_out_of_range_raise(processor, codes, message):
     with pytest.raises(ValueError, match=message):
@@ -529,23 +512,6 @@ def test_loads_with_remote_code_where_the_package_is_missing(processor, images, 
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(processor(images=images[0], text="<image> red")["input_ids"][0])
     assert (tmp_path / "again" / "modeling_moma_vq.py").exists()
-
-
-def test_a_thousand_images_are_tokenised_by_a_batched_map(processor):
-    rng = np.random.default_rng(1)
-    images = [Image.fromarray(array) for array in rng.integers(0, 256, (1000, SIDE, SIDE, 3), dtype=np.uint8)]
-    features = Features({"image": ImageFeature(), "label": Value("string")})
-    data = Dataset.from_dict({"image": images, "label": [f"apple {n}" for n in range(1000)]}, features=features)
-
-    def tokenise(batch):
-        text = [f"<image> noto: {label}" for label in batch["label"]]
-        return dict(processor(images=batch["image"], text=text))
-
-    rows = data.map(tokenise, batched=True, batch_size=250, remove_columns=["image", "label"])
-    assert len(rows) == 1000 and set(rows.column_names) == {"input_ids", "attention_mask"}
-    assert rows[999]["input_ids"][1 : LENGTH + 3] == image_ids(processor, images[999])
-    codes = processor.encode_images(images)
-    assert len(codes) == 1000 and all(len(row) == LENGTH for row in codes)
 
 
 def test_forked_processes_code_images_after_their_parent_has(processor, tmp_path):
