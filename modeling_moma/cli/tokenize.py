@@ -82,8 +82,7 @@ def summary(manifest: dict) -> str:
 def run(args: Arguments) -> None:
     """Plan and write the tokens, and say what became of the rows."""
     with without_import_notices():
-        from ..data.jobs import plan_job, write_job
-        from ..data.reports import write_manifest
+        from ..data.jobs import plan_job, write_job, write_manifest
         from ..data.sources import refuse_output_in_data
         from ..data.tokenizing import run_tasks
         from ..hub.loading import PROCESSOR, check_saved

@@ -14,7 +14,7 @@ from tokenization import MomaProcessor
 from ..configuration_moma import MomaConfig
 from ..errors_moma import InputError
 from .encoding import DocumentEncoder, processor_fingerprint
-from .reports import read_manifest
+from .jobs import read_manifest
 from .sources import TRAIN, VALIDATION, Source, read_sources
 from .token_documents import Documents, ShardTable
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a tokenization has to do: a job of many shards, each of which anybody can write alone."""
+"""What a tokenization has to do, a job of many shards that anybody can write alone, and what became of it."""
 
 import dataclasses
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
@@ -17,6 +18,7 @@ from transformers.utils import logging
 from tokenization.audio_codecs_moma import AUDIO
 
 from ..errors_moma import InputError
+from ..hub.names import no_folder
 from ..utils.atomic_files import atomic_write, check_new_folder, check_writable
 from ..utils.digests import files_digest
 from ..utils.records import read_record
@@ -34,9 +36,12 @@ from .sources import (
 
 
 JOB_FILE = "job.json"
-# what to do about a damaged one
+# what to do about one that is damaged, or is another's
 DAMAGED = "Give a new folder, or delete this one."
 MANIFEST_FILE = "manifest.json"
+# rows of a manifest that are named; the shards' own reports name all
+NAMED = 20
+COUNTERS = ("left_out", "images_left_out", "changed")
 FORMAT = 3
 # rows of a shard grow with the data, so that the number of files stays in bounds
 SHARD_ROWS = (1024, 16384)
@@ -51,8 +56,6 @@ ROW_FILES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 OTHER_FILES = ("", ".md")
 # blocks that are read of all files of rows together, to tell whether they have changed
 BLOCKS = 4096
-# fields of a source on which no token depends
-_OF_TRAINING = ("weight", "image_first", "audio_first", "without_caption")
 # rows, spread over a split, that say what the others hold
 LOOKED_AT = 64
 
@@ -367,14 +370,11 @@ def _compare(folder: str | Path, then: dict, now: dict) -> None:
         if name.startswith("files: "):
             raise InputError(
                 f"--output {str(folder)!r} holds tokens of {name.removeprefix('files: ')!r}, whose files have changed "
-                "since: what is done would not be done again. Give a new folder, or delete this one."
+                f"since: what is done would not be done again. {DAMAGED}"
             )
-        ways, (where, _, field) = "Give a new folder, or delete this one.", name.rpartition(": ")
-        if where.startswith("sources: ") and field in _OF_TRAINING:
-            ways = "`moma pretrain` reads it from its recipe, whatever these tokens were made with: they can stay."
         raise InputError(
             f"--output {str(folder)!r} holds tokens that were begun with another {name}: {before!r} then, "
-            f"{after!r} now. {ways}"
+            f"{after!r} now. {DAMAGED}"
         )
 
 
@@ -420,8 +420,86 @@ def read_job(folder: str | Path) -> Job:
     content = read_record(path, DAMAGED)
     if content.pop("format", None) != FORMAT:
         raise InputError(f"{str(path)!r} is of another format than {FORMAT}; tokenize anew with this version.")
-    try:
-        return Job(**content)
-    except TypeError as error:
-        problem = f"{str(path)!r} is no record of a job ({error}); was it changed by hand?"
-        raise InputError(f"{problem} {DAMAGED}") from error
+    return Job(**content)
+
+
+def write_manifest(folder: str | Path, job: Job) -> dict[str, Any]:
+    """Add up the reports of all shards, once all are done.
+
+    Args:
+        folder (`str | Path`):
+            of the tokens.
+        job (`Job`):
+            that they were written for.
+
+    Returns:
+        `dict`: `fingerprint`, `sequence_length`, `packed`, and `sources`: for each source its fields and, by split,
+        what [`ShardReport`] counts.
+
+    Raises:
+        ValueError: a shard is not done, or nothing of a source is left to train on.
+    """
+    folder = Path(folder)
+    sources: dict[str, Any] = {}
+    for task in job.tasks():
+        report = done_report(folder, task)
+        if report is None:
+            raise InputError(
+                f"{str(folder)!r}: the shard {task.report_name()!r} is missing; start `moma tokenize` again."
+            )
+        entry = sources.setdefault(task.source, {"fields": job.sources[task.source], "read": {}, "splits": {}})
+        _add_up(entry, task, report, job.output_splits(task))
+    for name, entry in sources.items():
+        if entry["splits"][TRAIN]["documents"] == 0:
+            raise InputError(_nothing_left(name, entry["read"][TRAIN]))
+    manifest = {
+        "fingerprint": job.fingerprint,
+        "sequence_length": job.sequence_length,
+        "packed": job.packed,
+        "sources": sources,
+    }
+    text = json.dumps(manifest, indent=2) + "\n"
+    atomic_write(folder / MANIFEST_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
+    return manifest
+
+
+def _add_up(entry: dict, task: Task, report: dict, splits: list[str]) -> None:
+    read = entry["read"].setdefault(task.split, {"rows": 0, **{name: {} for name in COUNTERS}, "named": []})
+    read["rows"] += report["rows"]
+    for name in COUNTERS:
+        read[name] = dict(Counter(read[name]) + Counter(report[name]))
+    read["named"] += [{"shard": task.shard, **row} for row in report["named"]][: NAMED - len(read["named"])]
+    for split in splits:
+        total = entry["splits"].setdefault(split, {"documents": 0, "tokens": {"text": 0, "image": 0}, "files": []})
+        written = report["written"].get(split, 0)
+        total["documents"] += written
+        for modality, number in report["tokens"].get(split, {}).items():
+            total["tokens"][modality] = total["tokens"].get(modality, 0) + number
+        if written:
+            total["files"].append(task.file_name(split))
+
+
+def _nothing_left(name: str, read: dict) -> str:
+    counts = [f"{count} {reason}" for reason, count in read["left_out"].items()]
+    # all that is written is held out
+    if held_out := read["rows"] - sum(read["left_out"].values()):
+        counts.append(f"{held_out} held out (`held_out: 0` holds out none)")
+    reasons = ", ".join(counts) or "it has no rows"
+    first = f"; the first: {read['named'][0]['detail']!r}" if read["named"] else ""
+    return f"sources: {name!r} yields nothing to train on: of {read['rows']} rows {reasons}{first}."
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Return the manifest of a folder of tokens."""
+    path, where = Path(folder) / MANIFEST_FILE, f"`--tokens` {str(folder)!r}"
+    if not path.parent.is_dir():
+        raise InputError(f"{where}: {no_folder(str(folder))}.")
+    if not path.is_file():
+        likely = "`moma tokenize` writes one once all shards are done; is that the right folder?"
+        if (path.parent / JOB_FILE).is_file():
+            likely = "`moma tokenize` has not finished there; start it again, and it goes on."
+        raise InputError(f"{where} has no {MANIFEST_FILE}: {likely}")
+    manifest = read_record(path, "Remove it and tokenize again.")
+    if not {"fingerprint", "sequence_length", "packed", "sources"} <= manifest.keys():
+        raise InputError(f"{where}: {MANIFEST_FILE} is not one that `moma tokenize` wrote.")
+    return manifest

@@ -21,12 +21,11 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 
 from ..errors_moma import InputError
-from ..utils.atomic_files import path_aside
+from ..utils.atomic_files import atomic_write, path_aside
 from ..utils.errors import KilledProcessError
 from .encoding import DocumentEncoder, loaded_encoder
 from .jobs import Job, Task, done_report, read_job
 from .kinds.base import BATCH, Shard
-from .reports import write_report
 from .sources import TRAIN, VALIDATION, Source, read_sources, row_place, undecoded_rows
 
 
@@ -76,7 +75,9 @@ def tokenize_shard(folder: str | Path, job: Job, task: Task, strict: bool = Fals
     with ShardFiles(folder, task, job.output_splits(task), kind.features(shard)) as files:
         for split, document in kind.documents(shard):
             files.write(split, document)
-    write_report(folder / task.report_name(), shard.report)
+    report = json.dumps(vars(shard.report)) + "\n"
+    # the sign that the shard is done
+    atomic_write(folder / task.report_name(), lambda aside: aside.write_text(report, encoding="utf-8"))
     return True
 
 

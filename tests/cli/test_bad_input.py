@@ -114,7 +114,7 @@ BAD = {
     "tokenize typo.yaml --output out --processor proc": "'pics': there is no folder 'phots' (did you mean 'pho",
     "tokenize deep.yaml --output out --processor proc": f"'pics': there is no folder 'data/photos', {UNREACHED}",
     "upcycle --output out --model ./modle": "`--model` './modle': there is no folder './modle' (did you mean 'model'",
-    f"{PRETRAIN} tokens --model unfinished": "`--tokens` 'tokens': manifest.json: it cannot be read as JSON",
+    f"{PRETRAIN} tokens --model unfinished": "'tokens/manifest.json': it cannot be read as JSON",
     f"{PRETRAIN} tokns --model model": "`--tokens` 'tokns': there is no folder 'tokns' (did you mean 'tokens'?)",
     f"{PRETRAIN} half-tokens --model model": "`moma tokenize` has not finished there; start it again",
     f"{PRETRAIN} photos --model model": "`--tokens` 'photos' has no manifest.json",

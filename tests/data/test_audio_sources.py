@@ -14,8 +14,7 @@ from helpers.sounds import MELS, RATE, as_file, processor_of_sounds, tone
 from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.encoding import processor_fingerprint
-from modeling_moma.data.jobs import plan_job, write_job
-from modeling_moma.data.reports import write_manifest
+from modeling_moma.data.jobs import plan_job, write_job, write_manifest
 from modeling_moma.data.sources import read_sources, source_texts
 from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.data.tokenizing import run_tasks

@@ -16,7 +16,7 @@ from datasets import Dataset
 from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.data.images import SkippedRow
-from modeling_moma.data.jobs import plan_job, write_job
+from modeling_moma.data.jobs import plan_job, write_job, write_manifest
 from modeling_moma.data.kinds import (
     KINDS,
     AudioKind,
@@ -29,7 +29,6 @@ from modeling_moma.data.kinds import (
 )
 from modeling_moma.data.kinds.base import Shard, Template
 from modeling_moma.data.kinds.interleaved import Segment, read_messages, read_segments
-from modeling_moma.data.reports import write_manifest
 from modeling_moma.data.sources import read_sources, source_texts
 from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.data.tokenizing import run_tasks

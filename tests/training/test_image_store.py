@@ -19,8 +19,8 @@ from PIL import Image
 from helpers.tiny import tiny_processor
 from modeling_moma.cli import tokenize
 from modeling_moma.cli.train_image_tokenizer import main
+from modeling_moma.data.jobs import read_manifest
 from modeling_moma.data.kinds import ImageKind
-from modeling_moma.data.reports import read_manifest
 from modeling_moma.data.sources import Source
 from modeling_moma.training import image_store
 from modeling_moma.training.array_file import ArrayWriter, read_array
