@@ -26,7 +26,7 @@ from ..utils.errors import KilledProcessError
 from .encoding import DocumentEncoder, loaded_encoder
 from .jobs import Job, Task, done_report, read_job
 from .kinds.base import BATCH, Shard
-from .sources import TRAIN, VALIDATION, Source, read_sources, row_place, undecoded_rows
+from .sources import TRAIN, VALIDATION, read_sources, row_place, undecoded_rows
 
 
 def load_encoder(folder: str, fingerprint: str) -> DocumentEncoder:
@@ -70,8 +70,7 @@ def tokenize_shard(folder: str | Path, job: Job, task: Task, strict: bool = Fals
     folder = Path(folder)
     if done_report(folder, task) is not None:
         return False
-    shard = SourceShard(job, task, load_encoder(job.processor, job.fingerprint), strict)
-    kind = shard.source.kind
+    shard, kind = _open_shard(job, task, strict), job.source(task.source).kind
     with ShardFiles(folder, task, job.output_splits(task), kind.features(shard)) as files:
         for split, document in kind.documents(shard):
             files.write(split, document)
@@ -117,43 +116,38 @@ class ShardFiles:
                 aside.unlink(missing_ok=True)
 
 
-class SourceShard(Shard):
-    """A shard whose rows are read from its source."""
+def _open_shard(job: Job, task: Task, strict: bool) -> Shard:
+    """Return a shard whose rows are read from its source."""
+    source, plan = job.source(task.source), job.splits[task.source][task.split]
+    start = task.shard * (plan["rows_per_shard"] or 0)
+    return Shard(
+        source_rows=_source_rows(job, task, start),
+        encoder=load_encoder(job.processor, job.fingerprint),
+        packed=job.packed,
+        sequence_length=job.sequence_length,
+        list_columns=plan["list_columns"],
+        is_training=task.split == TRAIN,
+        start=start,
+        # where rows are streamed, nobody knows how many stand before a shard
+        seed=job.seed if plan["rows"] is not None else job.seed + task.shard,
+        root=source.image_root(),
+        where=f"sources: {source.name!r}, split {plan['split']!r}",
+        is_strict=strict,
+    )
 
-    def __init__(self, job: Job, task: Task, encoder: DocumentEncoder, strict: bool):
-        self.job, self.task = job, task
-        self.source: Source = job.source(task.source)
-        self.plan = plan = job.splits[task.source][task.split]
-        self.holds_out = job.holds_out(task)
-        super().__init__(
-            encoder=encoder,
-            packed=job.packed,
-            sequence_length=job.sequence_length,
-            list_columns=plan["list_columns"],
-            is_training=task.split == TRAIN,
-            start=task.shard * (plan["rows_per_shard"] or 0),
-            # where rows are streamed, nobody knows how many stand before a shard
-            seed=job.seed if plan["rows"] is not None else job.seed + task.shard,
-            root=self.source.image_root(),
-            where=f"sources: {self.source.name!r}, split {plan['split']!r}",
-            is_strict=strict,
-        )
 
-    def rows(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """Yield number, split and columns of every row that can be read."""
-        fields = json.dumps(self.job.sources[self.task.source])
-        rows = open_rows(self.task.source, fields, self.plan["split"])
-        if isinstance(rows, Dataset):
-            end = min(self.start + self.plan["rows_per_shard"], len(rows))
-            part = undecoded_rows(rows.select(range(self.start, end)))
-        else:
-            part = undecoded_rows(rows.shard(num_shards=self.task.shards, index=self.task.shard))
-        file = self.task.shard if self.plan["rows"] is None and self.task.shards > 1 else None
-        for index, row in enumerate(part):
-            place = row_place(self.start + index, file)
-            split = VALIDATION if self.holds_out and self.source.is_held_out(place) else self.task.split
-            self.report.rows += 1
-            yield self.start + index, split, row
+def _source_rows(job: Job, task: Task, start: int) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yield number, split and columns of the rows of a shard."""
+    source, plan, holds_out = job.source(task.source), job.splits[task.source][task.split], job.holds_out(task)
+    rows = open_rows(task.source, json.dumps(job.sources[task.source]), plan["split"])
+    if isinstance(rows, Dataset):
+        part = undecoded_rows(rows.select(range(start, min(start + plan["rows_per_shard"], len(rows)))))
+    else:
+        part = undecoded_rows(rows.shard(num_shards=task.shards, index=task.shard))
+    file = task.shard if plan["rows"] is None and task.shards > 1 else None
+    for number, row in enumerate(part, start):
+        is_held_out = holds_out and source.is_held_out(row_place(number, file))
+        yield number, VALIDATION if is_held_out else task.split, row
 
 
 def run_tasks(folder: str | Path, job: Job, processes: int, threads: int = 1, strict: bool = False) -> None:

@@ -80,7 +80,7 @@ def test_examples_are_those_of_the_plain_reference(processor):
 
 def test_each_pass_shows_every_image_once(processor, documents):
     begin, length = processor.begin_image_token_id, processor.image_seq_length
-    owner = {tuple(documents._codes(row, coding)): row for row in range(6) for coding in range(3)}
+    owner = {tuple(documents.codes(row, coding)): row for row in range(6) for coding in range(3)}
     for epoch in range(3):
         seen = set()
         for index in range(6 * epoch, 6 * epoch + 6):

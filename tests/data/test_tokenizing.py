@@ -442,8 +442,8 @@ def test_shards_are_as_if_there_were_one(processor, many, tmp_path):
     three, one = documents(tmp_path / "three", "many"), documents(tmp_path / "one", "many")
     assert len(three) == len(one)
     for row in range(len(one)):
-        assert [three._codes(row, coding).tolist() for coding in range(2)] == [
-            one._codes(row, coding).tolist() for coding in range(2)
+        assert [three.codes(row, coding).tolist() for coding in range(2)] == [
+            one.codes(row, coding).tolist() for coding in range(2)
         ]
 
 

@@ -4,7 +4,7 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, time, timedelta
@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Self, TypeVar
 import numpy as np
 import torch
 from datasets import Features, List, Value
-from transformers.utils import logging
 
 from tokenization.audio_codecs_moma import AUDIO
 
@@ -57,14 +56,15 @@ class Template:
         """Return the columns that hold nothing in a row."""
         return [name for name in self.columns if not is_something(row[name])]
 
-    def is_full(self, row: Mapping[str, Any]) -> bool:
-        """Return whether every column holds something in a row."""
-        return not self.empty_columns(row)
+    def refuse_empty(self, row: Mapping[str, Any], what: str) -> None:
+        """Raise [`SkippedRow`] where a column holds nothing in a row."""
+        if empty := self.empty_columns(row):
+            raise SkippedRow(f"{what} empty", f"nothing in {empty}")
 
     def texts(self, row: Mapping[str, Any]) -> Iterator[str]:
         """Yield the text of a row, unless a column holds nothing, or what is no text."""
         with suppress(SkippedRow):
-            if self.is_full(row):
+            if not self.empty_columns(row):
                 yield self.render(row)
 
     def render(self, row: Mapping[str, Any], rng: np.random.Generator | None = None) -> str:
@@ -102,6 +102,7 @@ def as_text(name: str, value: Any, rng: np.random.Generator | None = None) -> st
     raise SkippedRow("text not readable", f"column {name!r} holds a {kind}; a text is made of texts, numbers or lists")
 
 
+T = TypeVar("T")
 # images that are coded together; rows of a shard of captions are a multiple
 BATCH = 128
 
@@ -131,9 +132,10 @@ class ShardReport:
 
 
 @dataclass
-class Shard(ABC):
-    """What a kind of source makes its documents of."""
+class Shard:
+    """What a kind of source makes its documents of: number, split and columns of rows that are read one by one."""
 
+    source_rows: Iterator[tuple[int, str, dict[str, Any]]]
     encoder: DocumentEncoder
     packed: bool
     sequence_length: int
@@ -148,9 +150,21 @@ class Shard(ABC):
     def __post_init__(self):
         self.processor, self.report = self.encoder.processor, ShardReport()
 
-    @abstractmethod
     def rows(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
         """Yield number, split and columns of every row that can be read."""
+        for row in self.source_rows:
+            self.report.rows += 1
+            yield row
+
+    def read_rows(self, read: Callable[[int, dict[str, Any]], T]) -> Iterator[tuple[int, str, T]]:
+        """Yield number, split and what is read of every row, and leave out those that cannot be used."""
+        for index, split, row in self.rows():
+            try:
+                found = read(index, row)
+            except SkippedRow as error:
+                self.leave_out(index, error)
+                continue
+            yield index, split, found
 
     def leave_out(self, row: int, error: SkippedRow, is_whole: bool = True) -> None:
         """Count a row that cannot be used, or an image of it."""
@@ -203,9 +217,6 @@ class Shard(ABC):
         others = {name: number for name, number in others.items() if number}
         self.report.write_document(split, len(ids) - num_codes - sum(others.values()), num_codes, **others)
         return split, {"row": row, "input_ids": ids}
-
-
-logger = logging.get_logger(__name__)
 
 
 class SourceKind(ABC):
@@ -361,27 +372,6 @@ def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = ()) -
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     return read
-
-
-def check_changed_texts(
-    source: str, item: str, rows: Iterable[tuple[int, bool, int]], columns: Sequence[str], longest: int
-) -> None:
-    """Warn of rows without a text, and raise where one is too long, as only a tokenization leaves rows out."""
-    num_rows = num_empty = 0
-    for number, is_full, length in rows:
-        num_rows, num_empty = num_rows + 1, num_empty + (not is_full)
-        if length > longest:
-            raise InputError(
-                f"sources: {source!r}, row {number}: a text of the recipe has {length} tokens with its {item}, over "
-                f"{longest}; those that were tokenized were others. Tokenize anew, which leaves such rows out, or "
-                "take a longer `sequence_length`."
-            )
-    if num_empty:
-        logger.warning(
-            f"sources: {source!r}: {num_empty} of {num_rows} rows hold nothing in a column of {list(columns)}, their "
-            "texts being others than those that were tokenized: they are trained on all the same. Tokenizing anew "
-            "leaves them out."
-        )
 
 
 def _as_json(value: Any) -> Any:

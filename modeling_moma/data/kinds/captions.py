@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images and sounds with texts: what is stored of a row, and documents of it that are drawn for every example."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Features, List, Value
+from transformers.utils import logging
 
+from tokenization.audio_codecs_moma import AUDIO
 from tokenization.augmentation_moma import NUM_DRAWS, augment_images
 
 from ...errors_moma import InputError
@@ -18,8 +23,10 @@ from ...utils.hardware import gains_by_bf16
 from ..encoding import DocumentEncoder
 from ..images import SkippedRow
 from ..token_documents import HeldOutPairs, ShardTable
-from .base import BATCH, Shard, SourceKind, Template, check_changed_texts, source_kind
+from .base import BATCH, Shard, SourceKind, Template, source_kind
 
+
+logger = logging.get_logger(__name__)
 
 # random numbers that are passed over at once
 _SKIPPED_DRAWS = 1 << 22
@@ -76,6 +83,7 @@ class CaptionKind(SourceKind):
     discriminator_fields = ("image",)
     hint = "`image` and `text` of captions"
     has_images = has_captions = True
+    item = "image"
     # shards of whole batches
     batch_multiple = BATCH
 
@@ -117,65 +125,43 @@ class CaptionKind(SourceKind):
         return self.codings if shard.is_training else 1
 
     def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
-        return _CaptionWriter(self, shard).documents()
+        # changed images have random numbers behind those that other shards change
+        generator = augmentation_generator(shard.seed, shard.start * (self.num_codings(shard) - 1))
+        rows = shard.read_rows(partial(self._read_row, shard))
+        while batch := list(islice(rows, BATCH)):
+            images = torch.cat([pixel_values for _, _, (_, _, pixel_values) in batch])
+            codes = self._code(shard, images, generator)
+            shard.count_images(len(batch))
+            for (index, split, (columns, length, _)), row_codes in zip(batch, codes.tolist(), strict=True):
+                shard.report.write_document(split, length, shard.processor.image_seq_length)
+                yield split, {"row": index, "codes": row_codes, **columns}
 
-    def stored_documents(
-        self, source: str, table: ShardTable, encoder: DocumentEncoder, longest: int
-    ) -> "CaptionDocuments":
-        return CaptionDocuments.from_table(source, self, table, encoder, longest)
-
-
-class _CaptionWriter:
-    """Codes the images of a shard in batches, beside the columns of their captions."""
-
-    def __init__(self, kind: CaptionKind, shard: Shard):
-        self.kind, self.shard, self.num_codings = kind, shard, kind.num_codings(shard)
-        self.generator = augmentation_generator(shard.seed, shard.start * (self.num_codings - 1))
-
-    def documents(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        waiting: list[tuple[int, str, dict, int]] = []
-        images: list[torch.Tensor] = []
-        for index, split, row in self.shard.rows():
-            try:
-                columns, length = self._columns(row)
-                pixel_values = self.shard.pixel_values(row[self.kind.image], self.kind.min_side)
-            except SkippedRow as error:
-                self.shard.leave_out(index, error)
-                continue
-            images.append(pixel_values)
-            waiting.append((index, split, columns, length))
-            if len(waiting) == BATCH:
-                yield from self._coded(waiting, images)
-                waiting, images = [], []
-        if waiting:
-            yield from self._coded(waiting, images)
-
-    def _columns(self, row: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """Return the columns of a row's captions, and the text tokens of the first one with what stands around it."""
-        shard, first = self.shard, Template(self.kind.text)
-        columns = {name: shard.stored_text(name, row[name]) for name in self.kind.stored_columns()}
-        if empty := first.empty_columns(columns):
-            raise SkippedRow("caption empty", f"nothing in {empty}")
-        lengths = self.kind.caption_lengths(columns, shard.encoder)
+    def _read_row(self, shard: Shard, index: int, row: dict[str, Any]) -> tuple[dict[str, Any], int, torch.Tensor]:
+        """Return the columns of a row's captions, the tokens of the first one without the image, and pixel values."""
+        columns = {name: shard.stored_text(name, row[name]) for name in self.stored_columns()}
+        Template(self.text).refuse_empty(columns, "caption")
+        lengths = self.caption_lengths(columns, shard.encoder)
         if (longest := max(lengths)) > shard.sequence_length:
             raise SkippedRow("caption too long", f"{longest} tokens with its image, over {shard.sequence_length}")
-        return columns, lengths[0] - shard.processor.image_seq_length
+        length = lengths[0] - shard.processor.image_seq_length
+        return columns, length, shard.pixel_values(row[self.image], self.min_side)
 
     @torch.inference_mode()
-    def _coded(self, waiting: list[tuple[int, str, dict, int]], images: list[torch.Tensor]) -> Iterator:
-        shard, batch = self.shard, torch.cat(images)
-        codings = [shard.codes(batch)]
+    def _code(self, shard: Shard, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Return the codes `[B, num_codings * image_seq_length]` of images as they are, and of changed ones."""
+        codings = [shard.codes(images)]
         device = shard.processor.vq_model.device.type
         # codings of changed images are noise by intent, so the faster precision serves
         is_fast = torch.autocast(device, dtype=torch.bfloat16) if gains_by_bf16(device) else nullcontext()
         with is_fast:
-            while len(codings) < self.num_codings:
-                codings.append(shard.codes(augment_images(batch, self.generator, 1.0)))
-        codes = torch.stack(codings, dim=1).flatten(1)
-        shard.count_images(len(waiting))
-        for (index, split, columns, length), row_codes in zip(waiting, codes.tolist(), strict=True):
-            shard.report.write_document(split, length, shard.processor.image_seq_length)
-            yield split, {"row": index, "codes": row_codes, **columns}
+            while len(codings) < self.num_codings(shard):
+                codings.append(shard.codes(augment_images(images, generator, 1.0)))
+        return torch.stack(codings, dim=1).flatten(1)
+
+    def stored_documents(
+        self, source: str, table: ShardTable, encoder: DocumentEncoder, longest: int
+    ) -> "CaptionDocuments":
+        return CaptionDocuments(source, self, table, encoder, longest)
 
 
 def augmentation_generator(seed: int, images: int) -> torch.Generator:
@@ -189,70 +175,111 @@ def augmentation_generator(seed: int, images: int) -> torch.Generator:
     return generator
 
 
-class CaptionDocuments:
-    """Captions and images, in the order, with the caption and with the coding that are drawn."""
+class PairDocuments(ABC):
+    """Items, such as images or sounds, with texts: what is drawn of a row is an example."""
 
     can_be_cut, has_choice = False, True
+    kind: Any
+
+    def __init__(
+        self, name: str, kind: SourceKind, table: "ShardTable | _Rows", encoder: DocumentEncoder, longest: int | None
+    ):
+        self.name, self.kind, self.table, self.encoder, self.longest = name, kind, table, encoder, longest
+        self._text, *self._others = self.kind.templates()
+        self._names = kind.stored_columns()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @abstractmethod
+    def ids(self, row: int, rng: np.random.Generator) -> list[int]:
+        """One example of a row."""
+
+    @abstractmethod
+    def _plain_ids(self, row: int, item_first: bool) -> list[int]:
+        """Return an example without chance."""
+
+    @abstractmethod
+    def _longest_example(self, row: int) -> int:
+        """Return the tokens of the longest of a row's texts with its item."""
+
+    def lengths(self) -> None:
+        """Return nothing: each example of a row has a text of its own."""
+        return None
+
+    def row_number(self, row: int) -> int:
+        """Where a row stood in the split that was tokenized."""
+        return int(self.table.value("row", row))
+
+    def held_out(self, rows: Sequence[int] | None = None) -> HeldOutPairs:
+        """Both orders of every item as it is, with its first text; all items first come before the rest."""
+        return HeldOutPairs(self._plain_ids, range(len(self)) if rows is None else rows)
+
+    def check_texts(self, longest: int) -> None:
+        """Warn of rows without a text, and raise where one is too long, as only a tokenization leaves rows out."""
+        num_empty = 0
+        for row in range(len(self)):
+            num_empty += bool(self._text.empty_columns(self._columns(row)))
+            if (length := self._longest_example(row)) > longest:
+                raise InputError(
+                    f"sources: {self.name!r}, row {self.row_number(row)}: a text of the recipe has {length} tokens "
+                    f"with its {self.kind.item}, over {longest}; those that were tokenized were others. Tokenize "
+                    "anew, which leaves such rows out, or take a longer `sequence_length`."
+                )
+        if num_empty:
+            logger.warning(
+                f"sources: {self.name!r}: {num_empty} of {len(self)} rows hold nothing in a column of "
+                f"{self._text.columns}, their texts being others than those that were tokenized: they are trained on "
+                "all the same. Tokenizing anew leaves them out."
+            )
+
+    def _columns(self, row: int) -> dict[str, Any]:
+        return {name: self.table.value(name, row) for name in self._names}
+
+
+class CaptionDocuments(PairDocuments):
+    """Captions and images, in the order, with the caption and with the coding that are drawn."""
+
+    kind: CaptionKind
 
     def __init__(
         self,
         name: str,
         kind: CaptionKind,
-        codes: Callable[[int, int], np.ndarray],
-        num_codings: int,
-        columns: Callable[[int], Mapping[str, Any]],
-        length: int,
+        table: "ShardTable | _Rows",
         encoder: DocumentEncoder,
-        row_number: Callable[[int], int] = int,
         longest: int | None = None,
     ):
-        self.name, self.kind, self.encoder, self._length = name, kind, encoder, length
-        self._codes, self.num_codings, self._columns = codes, num_codings, columns
-        self._row_number, self._longest = row_number, longest
-        self._text, *others = kind.templates()
-        self._alternatives = [(entry, part.share) for entry, part in zip(others, kind.alternatives)]
+        super().__init__(name, kind, table, encoder, longest)
+        self._alternatives = [(entry, part.share) for entry, part in zip(self._others, kind.alternatives)]
+        self._num_codes = encoder.processor.image_seq_length
+        self.num_codings = len(table.numbers("codes", 0)) // self._num_codes if len(table) else 1
 
     @classmethod
     def from_rows(
         cls, name: str, kind: CaptionKind, rows: Sequence[Mapping[str, Any]], encoder: DocumentEncoder
     ) -> "CaptionDocuments":
         """Of rows in memory, with `codes` `[num_codings, image_seq_length]` and the columns of the captions."""
-        reader = _CaptionRows(rows)
-        return cls(name, kind, reader.codes, reader.num_codings, reader.columns, len(rows), encoder)
-
-    @classmethod
-    def from_table(
-        cls, name: str, kind: CaptionKind, table: ShardTable, encoder: DocumentEncoder, longest: int | None = None
-    ) -> "CaptionDocuments":
-        """Of a source's shards."""
-        reader = _CaptionTable(table, kind, encoder.processor.image_seq_length)
-        parts = (reader.codes, reader.num_codings, reader.columns, len(table), encoder, reader.number)
-        return cls(name, kind, *parts, longest)
-
-    def __len__(self) -> int:
-        return self._length
+        return cls(name, kind, _Rows(rows), encoder)
 
     def ids(self, row: int, rng: np.random.Generator) -> list[int]:
         """One example of a row."""
         columns = self._columns(row)
-        codes = self._codes(row, int(rng.integers(self.num_codings)))
+        codes = self.codes(row, int(rng.integers(self.num_codings)))
         image_first = rng.random() < self.kind.image_first
         template, text = self._draw_text(columns, image_first, rng)
         ids = self.encoder.caption(text, codes, image_first)
-        if self._longest is None or len(ids) <= self._longest:
+        if self.longest is None or len(ids) <= self.longest:
             return ids
         # that a document fits was found with lists as they are
         return self.encoder.caption(template.render(columns), codes, image_first)
 
-    def lengths(self) -> None:
-        """Return nothing: each example of a row has a text of its own."""
-
     def expected_length(self, row: int) -> float:
         """Return the mean number of tokens of a row's examples, with lists as they are."""
-        columns, codes = self._columns(row), self._codes(row, 0)
+        columns, codes = self._columns(row), self.codes(row)
         likely, text_tokens = 1.0, 0.0
         for template, share in self._alternatives:
-            if template.is_full(columns):
+            if not template.empty_columns(columns):
                 text_tokens += likely * share * len(self.encoder.text_ids(template.render(columns)))
                 likely *= 1 - share
         text_tokens += likely * len(self.encoder.text_ids(self._text.render(columns)))
@@ -266,76 +293,42 @@ class CaptionDocuments:
         """Return a template and its text, lists in random order; the text is empty where there is to be no caption."""
         drawn, text = self._text, None
         for template, share in self._alternatives:
-            if text is None and template.is_full(columns) and rng.random() < share:
+            if text is None and not template.empty_columns(columns) and rng.random() < share:
                 drawn, text = template, template.render(columns, rng)
         if not image_first and rng.random() < self.kind.without_caption:
             return drawn, ""
         return drawn, drawn.render(columns) if text is None else text
 
-    def check_texts(self, longest: int) -> None:
-        """Check captions that are others than those tokenized, see [`check_changed_texts`]."""
-        columns = map(self._columns, range(len(self)))
-        rows = (
-            (
-                self.row_number(row),
-                self._text.is_full(values),
-                max(self.kind.caption_lengths(values, self.encoder), default=0),
-            )
-            for row, values in enumerate(columns)
-        )
-        check_changed_texts(self.name, "image", rows, self._text.columns, longest)
-
     def caption(self, row: int) -> str:
         """Return the caption of a row by the first template."""
         return self._text.render(self._columns(row))
 
-    def codes(self, row: int) -> np.ndarray:
-        """Return the codes `[image_seq_length]` of a row's image as it is."""
-        return self._codes(row, 0)
+    def codes(self, row: int, coding: int = 0) -> np.ndarray:
+        """Return the codes `[image_seq_length]` of a row's image, as it is or changed."""
+        start = coding * self._num_codes
+        return self.table.numbers("codes", row)[start : start + self._num_codes].astype(np.int64)
 
-    def row_number(self, row: int) -> int:
-        """Where a row stood in the split that was tokenized."""
-        return self._row_number(row)
+    def _plain_ids(self, row: int, item_first: bool) -> list[int]:
+        return self.encoder.caption(self.caption(row), self.codes(row), item_first)
 
-    def held_out(self, rows: Sequence[int] | None = None) -> HeldOutPairs:
-        """Both orders of every image as it is, with its first caption; all images first come before the rest."""
-        return HeldOutPairs(self._plain_ids, range(len(self)) if rows is None else rows)
-
-    def _plain_ids(self, row: int, image_first: bool) -> list[int]:
-        return self.encoder.caption(self.caption(row), self.codes(row), image_first)
+    def _longest_example(self, row: int) -> int:
+        return max(self.kind.caption_lengths(self._columns(row), self.encoder), default=0)
 
 
-class _CaptionRows:
-    """Captions in memory."""
+class _Rows:
+    """Rows in memory, read as those of a [`ShardTable`]."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]):
         self.rows = rows
-        self.table = np.asarray([row["codes"] for row in rows], dtype=np.int64)
-        self.num_codings = self.table.shape[1]
 
-    def codes(self, row: int, coding: int) -> np.ndarray:
-        return self.table[row, coding]
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    def columns(self, row: int) -> Mapping[str, Any]:
-        return self.rows[row]
+    def numbers(self, column: str, row: int) -> np.ndarray:
+        return np.asarray(self.rows[row][column]).flatten()
 
-
-class _CaptionTable:
-    """Captions in shards."""
-
-    def __init__(self, table: ShardTable, kind: CaptionKind, num_codes: int):
-        self.table, self.names, self.num_codes = table, kind.stored_columns(), num_codes
-        self.num_codings = len(table.numbers("codes", 0)) // num_codes if len(table) else 1
-
-    def codes(self, row: int, coding: int) -> np.ndarray:
-        start = coding * self.num_codes
-        return self.table.numbers("codes", row)[start : start + self.num_codes].astype(np.int64)
-
-    def number(self, row: int) -> int:
-        return self.table.value("row", row)
-
-    def columns(self, row: int) -> dict[str, Any]:
-        return {name: self.table.value(name, row) for name in self.names}
+    def value(self, column: str, row: int) -> Any:
+        return row if column == "row" else self.rows[row][column]
 
 
 @source_kind
@@ -360,6 +353,7 @@ class AudioKind(SourceKind):
     discriminator_fields = ("audio",)
     hint = "`audio` and `text` of sounds"
     has_sounds = True
+    item = "sound"
 
     def tokenized_fields(self) -> dict[str, Any]:
         return {"audio": self.audio}
@@ -385,24 +379,21 @@ class AudioKind(SourceKind):
         return Features({"row": Value("int64"), "codes": List(Value("int32")), **columns})
 
     def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
-        template = Template(self.text)
-        for index, split, row in shard.rows():
-            try:
-                if empty := template.empty_columns(row):
-                    raise SkippedRow("text empty", f"nothing in {empty}")
-                columns = {name: shard.stored_text(name, row[name]) for name in self.stored_columns()}
-                num_text = len(shard.encoder.text_ids(template.render(columns)))
-                codes = shard.sound_codes(row[self.audio])
-                # beginning and end of the document and of the sound
-                around = len(shard.encoder.beginning) + 3
-                if num_text + len(codes) + around > shard.sequence_length:
-                    length = num_text + len(codes) + around
-                    raise SkippedRow("sound too long", f"{length} tokens with its text, over {shard.sequence_length}")
-            except SkippedRow as error:
-                shard.leave_out(index, error)
-                continue
-            shard.report.write_document(split, num_text + around, audio=len(codes))
+        for index, split, (columns, num_text, codes) in shard.read_rows(partial(self._read_row, shard)):
+            shard.report.write_document(split, num_text, audio=len(codes))
             yield split, {"row": index, "codes": codes, **columns}
+
+    def _read_row(self, shard: Shard, index: int, row: dict[str, Any]) -> tuple[dict[str, Any], int, list[int]]:
+        """Return the columns of a row's text, the tokens of its document without the codes, and the codes."""
+        template = Template(self.text)
+        template.refuse_empty(row, "text")
+        columns = {name: shard.stored_text(name, row[name]) for name in self.stored_columns()}
+        # beginning and end of the document and of the sound
+        num_text = len(shard.encoder.text_ids(template.render(columns))) + len(shard.encoder.beginning) + 3
+        codes = shard.sound_codes(row[self.audio])
+        if (length := num_text + len(codes)) > shard.sequence_length:
+            raise SkippedRow("sound too long", f"{length} tokens with its text, over {shard.sequence_length}")
+        return columns, num_text, codes
 
     def stored_documents(
         self, source: str, table: ShardTable, encoder: DocumentEncoder, longest: int
@@ -410,48 +401,24 @@ class AudioKind(SourceKind):
         return AudioDocuments(source, self, table, encoder, longest)
 
 
-class AudioDocuments:
+class AudioDocuments(PairDocuments):
     """Sounds and their texts, in the order that is drawn."""
 
-    can_be_cut, has_choice = False, True
-
-    def __init__(self, name: str, kind: AudioKind, table: ShardTable, encoder: DocumentEncoder, longest: int):
-        self.longest = longest
-        self.name, self.kind, self.table, self.encoder = name, kind, table, encoder
-        self.template, self.names = Template(kind.text), kind.stored_columns()
-
-    def __len__(self) -> int:
-        return len(self.table)
+    kind: AudioKind
 
     def ids(self, row: int, rng: np.random.Generator) -> list[int]:
         """One example of a row."""
         audio_first = rng.random() < self.kind.audio_first
-        ids = self._ids(row, audio_first, rng)
+        ids = self._plain_ids(row, audio_first, rng)
         # that a document fits was found with lists as they are
-        return ids if len(ids) <= self.longest else self._ids(row, audio_first)
+        return ids if self.longest is None or len(ids) <= self.longest else self._plain_ids(row, audio_first)
 
-    def lengths(self) -> None:
-        """Return nothing: each example of a row has a text of its own."""
+    def _plain_ids(self, row: int, item_first: bool, rng: np.random.Generator | None = None) -> list[int]:
+        text = self._text.render(self._columns(row), rng)
+        return self.encoder.pair(AUDIO, text, self.table.numbers("codes", row), item_first)
 
-    def _columns(self, row: int) -> Mapping[str, Any]:
-        return {name: self.table.value(name, row) for name in self.names}
-
-    def _ids(self, row: int, audio_first: bool, rng: np.random.Generator | None = None) -> list[int]:
-        columns = self._columns(row)
-        text = self.template.render(columns) if rng is None else self.template.render(columns, rng)
-        return self.encoder.pair("audio", text, self.table.numbers("codes", row), audio_first)
-
-    def check_texts(self, longest: int) -> None:
-        """Check texts that are others than those tokenized, see [`check_changed_texts`]."""
-        rows = (
-            (int(self.table.value("row", row)), self.template.is_full(self._columns(row)), len(self._ids(row, True)))
-            for row in range(len(self))
-        )
-        check_changed_texts(self.name, "sound", rows, self.template.columns, longest)
-
-    def held_out(self, rows: Sequence[int] | None = None) -> HeldOutPairs:
-        """Both orders of every sound; all sounds first come before the rest."""
-        return HeldOutPairs(self._ids, range(len(self)) if rows is None else rows)
+    def _longest_example(self, row: int) -> int:
+        return len(self._plain_ids(row, True))
 
 
 @dataclass(frozen=True)

@@ -41,18 +41,15 @@ class TextKind(SourceKind):
         yield from Template(self.text).texts(row)
 
     def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
-        template = Template(self.text)
-        for index, split, row in shard.rows():
-            try:
-                if empty := template.empty_columns(row):
-                    raise SkippedRow("text empty", f"nothing in {empty}")
-                text = template.render(row)
-            except SkippedRow as error:
-                shard.leave_out(index, error)
-                continue
+        for index, split, text in shard.read_rows(self._read_row):
             document = shard.document(index, split, shard.encoder.document([text]), 0)
             if document is not None:
                 yield document
+
+    def _read_row(self, index: int, row: dict[str, Any]) -> str:
+        template = Template(self.text)
+        template.refuse_empty(row, "text")
+        return template.render(row)
 
 
 # of an image and its caption, in either order
@@ -163,14 +160,9 @@ class _InterleavedWriter:
     def documents(self) -> Iterator[tuple[str, dict[str, Any]]]:
         waiting: list[tuple[int, str, list[Any]]] = []
         num_images = 0
-        for index, split, row in self.shard.rows():
-            try:
-                parts = self._read_chat(row) if self.kind.has_chats else self._read_segments(index, row)
-            except SkippedRow as error:
-                self.shard.leave_out(index, error)
-                continue
-            waiting.append((index, split, parts))
-            num_images += sum(isinstance(part, torch.Tensor) for part in parts)
+        for read in self.shard.read_rows(self._read_chat if self.kind.has_chats else self._read_segments):
+            waiting.append(read)
+            num_images += sum(isinstance(part, torch.Tensor) for part in read[2])
             if num_images >= BATCH or len(waiting) >= BATCH:
                 yield from self._coded(waiting)
                 waiting, num_images = [], 0
@@ -214,7 +206,7 @@ class _InterleavedWriter:
                 f"{what} too long", f"{length} tokens and one before them, over {self.shard.sequence_length}"
             )
 
-    def _read_chat(self, row: dict[str, Any]) -> list[Any]:
+    def _read_chat(self, index: int, row: dict[str, Any]) -> list[Any]:
         """Return the ids of a chat in the form of the processor's template, and pixel values where an image stands."""
         processor = self.shard.processor
         text, segments = read_messages(self.kind, row, processor)
