@@ -28,7 +28,6 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from datasets.inspect import SplitsNotFoundError
-from datasets.table import CastError
 from pydantic import Field
 from transformers.utils import logging
 
@@ -248,11 +247,8 @@ class Source:
     def _loading(self) -> tuple[str, dict[str, Any]]:
         path = Path(self.data)
         if (sounds := self._list_of_sounds()) is not None:
-            return READERS[sounds.suffix], {
-                **self._reading(sounds.suffix),
-                **self.load,
-                "data_files": escape(str(sounds)),
-            }
+            options = {**self._reading(sounds.suffix), **self.load, "data_files": escape(str(sounds))}
+            return READERS[sounds.suffix], options
         if path.is_dir():
             if self._goes_by_folders() and (saved := saved_files(path)):
                 return READERS[".arrow"], {**self.load, "data_files": saved}
@@ -260,7 +256,7 @@ class Source:
             # `datasets` calls what it prepares by the folder's name, which "." has none of
             folder = self.data if path.name not in ("", "..") else str(path.resolve())
             return ("imagefolder", {**self.load, "data_files": files}) if files else (folder, dict(self.load))
-        is_pattern = _has_pattern_letters(self.data)
+        is_pattern = any(letter in self.data for letter in "*?[")
         is_local = is_pattern or path.is_file() or path.suffix in READERS
         if is_local and not is_pattern and not path.is_file():
             raise InputError(f"sources: {self.name!r}: there is no file {self.data!r}.")
@@ -268,10 +264,8 @@ class Source:
             raise InputError(f"sources: {self.name!r}: the file {self.data!r} is empty.")
         if not is_local:
             # a reader's own name, such as `parquet`, comes with its files
-            problem = (
-                None if {"data_files", "data_dir"} & self.load.keys() else not_found_message(self.data, "dataset")
-            )
-            if problem is not None:
+            has_files = {"data_files", "data_dir"} & self.load.keys()
+            if not has_files and (problem := not_found_message(self.data, "dataset")) is not None:
                 raise InputError(f"sources: {self.name!r}: {problem}.")
             return self.data, {**(self._reading(".csv") if self.data == READERS[".csv"] else {}), **self.load}
         if path.suffix not in READERS:
@@ -296,16 +290,9 @@ class Source:
         # readers of files fail in any way
         except Exception as error:
             reason = _telling(error)
-            hints = {
-                UnicodeDecodeError: "; is a file there not in UTF-8?",
-                CastError: "; do all of its files have the same columns?",
-            }
-            hint = next((text for kind, text in hints.items() if isinstance(reason, kind)), "")
-            if "must be present as dictionary key in metadata" in str(reason):
-                hint = "; does its first line name `file_name`, with commas between the columns?"
             raise InputError(
                 f"sources: {self.name!r}: `datasets` cannot open {self.data!r} "
-                f"({type(reason).__name__}: {one_line(reason, 300)}{hint})."
+                f"({type(reason).__name__}: {one_line(reason, 300)})."
             ) from error
 
 
@@ -318,19 +305,12 @@ def _without_metadata(files: Sequence[str]) -> Sequence[str]:
     return [file for file in files if Path(file).name not in METADATA] or files
 
 
-def _has_pattern_letters(name: str) -> bool:
-    """Return whether a name is read as a pattern of files."""
-    return any(letter in name for letter in "*?[")
-
-
 def _telling(error: BaseException) -> BaseException:
     """Return what an error comes from, where it says no more itself than that there was another error."""
-    while isinstance(error, (DatasetGenerationError, SplitsNotFoundError)):
-        deeper = error.__cause__ or error.__context__
-        if deeper is None:
-            break
-        error = deeper
-    return error
+    deeper = error.__cause__ or error.__context__
+    if deeper is None or not isinstance(error, (DatasetGenerationError, SplitsNotFoundError)):
+        return error
+    return _telling(deeper)
 
 
 def placed_rows(rows: Dataset | IterableDataset) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -419,18 +399,14 @@ def read_sources(section: Any) -> list[Source]:
             for key, value in fields.items()
             if key in COMMON_FIELDS
         }
-        _refuse_dates(where, common.get("load", {}))
+        for key, value in common.get("load", {}).items():
+            # YAML makes one of a text, and neither a reader nor JSON takes it
+            if isinstance(value, date):
+                raise InputError(f"{where}: load: {key} = {value} is a date in YAML: put quotes around it.")
         own = {key: value for key, value in fields.items() if key not in COMMON_FIELDS}
         kind = read_kind(name, own, COMMON_FIELDS)
         sources.append(Source(name=str(name), kind=kind, **common))
     return sources
-
-
-def _refuse_dates(where: str, load: dict[str, Any]) -> None:
-    """Raise `ValueError` for a date, which YAML makes of a text: no reader takes it, and no job in JSON holds it."""
-    for name, value in load.items():
-        if isinstance(value, date):
-            raise InputError(f"{where}: load: {name} = {value} is a date in YAML: put quotes around it.")
 
 
 def source_texts(sources: Sequence[Source], rows: int) -> Iterator[str]:

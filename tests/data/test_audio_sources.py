@@ -86,8 +86,7 @@ def test_sounds_with_texts_go_from_the_recipe_to_the_stream(folder, processor, t
     assert DocumentExamples([documents], [1.0], 8, 0)[3] == stream[3]
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_other_texts_than_the_tokenized_ones_have_to_fit(folder, processor, tmp_path, caplog, packed):
+def test_other_texts_than_the_tokenized_ones_have_to_fit(folder, processor, tmp_path, caplog):
     write_sounds(tmp_path / "words.parquet", [{"bytes": as_file(sound), "path": None} for sound in sounds()])
     source = {"data": str(tmp_path / "words.parquet"), "audio": "audio", "text": "{word}", "held_out": 0}
     tokenize({"words": source}, folder, tmp_path / "tokens")
@@ -95,7 +94,7 @@ def test_other_texts_than_the_tokenized_ones_have_to_fit(folder, processor, tmp_
 
     def stream(text, length=64):
         sources = read_sources({"words": {**source, "text": text}})
-        return training_stream(DataFields(length, packed=packed), tokens, sources, 4, seed=0)
+        return training_stream(DataFields(length), tokens, sources, 4, seed=0)
 
     with pytest.raises(ValueError, match="'words', row 0: a text of the recipe has .* with its sound, over 64"):
         stream("{word} " + "of many more words than there were " * 3)

@@ -67,19 +67,6 @@ def test_documents_of_several_parts_begin_as_the_prompt_does(processor):
     assert encoder.document(["red apple"]) == [*processor(text="red apple")["input_ids"][0], encoder.eos]
 
 
-def test_a_tokenizer_that_adds_bos_gives_the_ids_it_always_gave(processor):
-    """`<bos> ... <eos>` written out, as it was before the tokenizer was asked."""
-    encoder = DocumentEncoder(processor)
-    bos, eos = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
-    codes = list(range(processor.image_seq_length))
-    image, words = processor.image_ids(codes), encoder.text_ids(TEXTS[0])
-    first = [bos] if beginning_ids(processor.tokenizer) else []
-    assert encoder.caption(TEXTS[0], codes, True) == [*first, *image, *words, eos]
-    assert encoder.caption(TEXTS[0], codes, False) == [*first, *words, *image, eos]
-    # without a caption there is nothing else for the image's first token to follow
-    assert encoder.caption("", codes, False) == [bos, *image, eos]
-
-
 def test_the_released_tokenizer_begins_with_its_bos():
     tokenizer = AutoTokenizer.from_pretrained(RELEASED)
     assert beginning_ids(tokenizer) == [tokenizer.bos_token_id]
