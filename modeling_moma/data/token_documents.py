@@ -3,6 +3,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -138,38 +139,28 @@ class TokenDocuments:
         """Return as much of a document as a sequence holds, no image of it cut in two."""
         return ids[: cut_place(ids, self.longest, self.frames)]
 
-    def held_out(self, rows: Sequence[int] | None = None) -> "HeldOutTokens":
+    def held_out(self, rows: Sequence[int] | None = None) -> "LazyDocuments":
         """Return the beginning of every document, as long as a sequence may be."""
-        return HeldOutTokens(self, range(len(self)) if rows is None else rows)
+        rows = range(len(self)) if rows is None else rows
+        return LazyDocuments(partial(self._held_out_ids, rows), len(rows))
+
+    def _held_out_ids(self, rows: Sequence[int], index: int) -> list[int]:
+        return self.beginning(self.table.numbers("input_ids", rows[index])).tolist()
 
 
-class HeldOutTokens(Sequence):
-    """Ids of the beginnings of all documents, read when they are asked for."""
+class LazyDocuments(Sequence):
+    """Token ids of documents, made when they are asked for."""
 
-    def __init__(self, documents: TokenDocuments, rows: Sequence[int]):
-        self.documents, self.rows = documents, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.documents.beginning(self.documents.table.numbers("input_ids", self.rows[index])).tolist()
-
-
-class HeldOutPairs(Sequence):
-    """Ids of both orders of pairs, such as images and captions, made when they are asked for."""
-
-    def __init__(self, make: Callable[[int, bool], list[int]], rows: Sequence[int]):
-        self.make, self.rows = make, rows
+    def __init__(self, make: Callable[[int], list[int]], length: int):
+        self.make, self.length = make, length
 
     def __len__(self) -> int:
-        return 2 * len(self.rows)
+        return self.length
 
     def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(f"{index} of {len(self)}")
-        second, place = divmod(index, len(self.rows))
-        return self.make(self.rows[place], not second)
+        if not 0 <= index < self.length:
+            raise IndexError(f"{index} of {self.length}")
+        return self.make(index)
 
 
 def cut_place(ids: Sequence[int] | np.ndarray, room: int, frames: Sequence[tuple[int, int]]) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Own data as people have them: folders sorted into splits, missing images, misspelt fields."""
+"""Own data as people have them: folders sorted into splits, tables, missing images, misspelt fields."""
 
 import csv
 import errno
@@ -496,3 +496,46 @@ def test_sampled_images_are_spread(images, expected):
     sampling = SampleCallback(SampleFields(every=1, images=images), processor, [documents], MomaMetricsCallback())
     assert sampling.references == [documents.caption(row) for row in expected]
     assert len(sampling.codes) == len(expected)
+
+
+def table_texts(data, **load):
+    (source,) = read_sources({"mine": {"data": str(data), "text": "text", "load": load}})
+    return list(source.open("train")["text"])
+
+
+@pytest.mark.parametrize("name, separator", [("d.csv", ","), ("d.tsv", "\t")])
+def test_a_table_whose_first_row_is_longer_than_its_header_is_refused(tmp_path, name, separator):
+    lines = "id,text\n\n1,Hello, world\n2,plain\n".replace(",", separator)
+    (tmp_path / name).write_text(lines)
+    with pytest.raises(InputError, match=r"first row of '.*d\..sv' has 3 fields, and its header names 2, .*index_col"):
+        table_texts(tmp_path / name)
+    with pytest.raises(InputError, match="has 3 fields"):
+        table_texts(tmp_path / f"*.{name[2:]}")
+
+
+def test_a_table_that_says_what_its_rows_begin_or_end_with_is_read(tmp_path):
+    (tmp_path / "d.csv").write_text("text,size\nfirst,red,1\nsecond,blue,2\n")
+    assert table_texts(tmp_path / "d.csv", index_col=0) == ["red", "blue"]
+    (tmp_path / "d.csv").write_text("text,size\nred,1,\nblue,2,\n")
+    assert table_texts(tmp_path / "d.csv", index_col=False) == ["red", "blue"]
+
+
+@pytest.mark.parametrize("form", ["folder", "reader", "stream"])
+def test_texts_of_tables_in_a_folder_are_the_characters_that_stand_there(tmp_path, form):
+    words = ["007", "NA", "1.50"]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.csv").write_text("\n".join(["text", *words]) + "\n")
+    data, load = str(tmp_path / "rows"), {"streaming": True} if form == "stream" else {}
+    if form == "reader":
+        data, load = "csv", {"data_files": f"{tmp_path}/rows/train.csv"}
+    assert table_texts(data, **load) == words
+    (tmp_path / "rows" / "train.csv").write_text("id,text\n1,Hello, world\n")
+    with pytest.raises(InputError, match="has 3 fields"):
+        table_texts(data, **load)
+
+
+def test_commas_in_quotes_and_other_separators_are_no_further_fields(tmp_path):
+    (tmp_path / "d.csv").write_text('text,size\n"red, round",1\n"two\nlines",2\n')
+    assert table_texts(tmp_path / "d.csv") == ["red, round", "two\nlines"]
+    (tmp_path / "d.csv").write_text("text;size\nred, round;1\n")
+    assert table_texts(tmp_path / "d.csv", sep=";") == ["red, round"]

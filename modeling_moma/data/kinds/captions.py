@@ -22,7 +22,7 @@ from ...utils.fields import Count, Share
 from ...utils.hardware import gains_by_bf16
 from ..encoding import DocumentEncoder
 from ..images import SkippedRow
-from ..token_documents import HeldOutPairs, ShardTable
+from ..token_documents import LazyDocuments, ShardTable
 from .base import BATCH, Shard, SourceKind, Template, source_kind
 
 
@@ -211,9 +211,14 @@ class PairDocuments(ABC):
         """Where a row stood in the split that was tokenized."""
         return int(self.table.value("row", row))
 
-    def held_out(self, rows: Sequence[int] | None = None) -> HeldOutPairs:
+    def held_out(self, rows: Sequence[int] | None = None) -> LazyDocuments:
         """Both orders of every item as it is, with its first text; all items first come before the rest."""
-        return HeldOutPairs(self._plain_ids, range(len(self)) if rows is None else rows)
+        rows = range(len(self)) if rows is None else rows
+        return LazyDocuments(partial(self._held_out_ids, rows), 2 * len(rows))
+
+    def _held_out_ids(self, rows: Sequence[int], index: int) -> list[int]:
+        is_second, place = divmod(index, len(rows))
+        return self._plain_ids(rows[place], not is_second)
 
     def check_texts(self, longest: int) -> None:
         """Warn of rows without a text, and raise where one is too long, as only a tokenization leaves rows out."""

@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,22 +112,16 @@ class InterleavedKind(SourceKind):
         return [name for name in (self.segments, self.messages, self.images, self.audios) if name is not None]
 
     def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
-        if self.segments is not None:
-            try:
+        # `moma tokenize` names rows that cannot be read
+        with suppress(SkippedRow):
+            if self.segments is not None:
                 yield from (part for part in read_segments(self, row) if isinstance(part, str))
-            except SkippedRow:
-                # `moma tokenize` names it
                 return
-            return
-        try:
-            messages = _listed_messages(self, row)
-        except SkippedRow:
-            return
-        for message in messages:
-            content = message["content"]
-            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            texts = (part.get("text") for part in parts if isinstance(part, dict))
-            yield from (text for text in texts if isinstance(text, str) and text)
+            for message in _listed_messages(self, row):
+                content = message["content"]
+                parts = [{"text": content}] if isinstance(content, str) else content
+                texts = (part.get("text") for part in parts if isinstance(part, dict))
+                yield from (text for text in texts if isinstance(text, str) and text)
 
     def row_images(self, row: dict[str, Any]) -> list[Any]:
         return self._row_items(row, IMAGE, self.images)
@@ -136,12 +131,10 @@ class InterleavedKind(SourceKind):
 
     def _row_items(self, row: dict[str, Any], modality: str, column: str | None) -> list[Any]:
         if self.segments is not None:
-            try:
+            with suppress(SkippedRow):
                 parts = [part for part in read_segments(self, row) if isinstance(part, Segment)]
-            except SkippedRow:
-                # `moma tokenize` names it
-                return []
-            return [part.value for part in parts if part.modality == modality]
+                return [part.value for part in parts if part.modality == modality]
+            return []
         messages = _mappings(row[str(self.messages)])
         parts = [part for message in messages for part in _mappings(message.get("content"))]
         own = [item for part in parts if part.get("type") == modality for item in _part_items(part, modality)]
