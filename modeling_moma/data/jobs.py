@@ -255,14 +255,14 @@ def source_files(source: Source) -> list[Path]:
 
     Hidden files are left out, as `datasets` does.
     """
+
+    def is_hidden(name: str) -> bool:
+        return name.startswith(".")
+
     files = []
     for found in {Path(path) for pattern in _file_patterns(source) for path in glob(pattern, recursive=True)}:
-        if found.is_file():
-            files.append(found)
-            continue
-        for parent, folders, names in os.walk(found):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            files += [Path(parent, name) for name in names if not name.startswith(".")]
+        inside = [found] if found.is_file() else found.rglob("*")
+        files += [file for file in inside if not any(map(is_hidden, file.relative_to(found).parts))]
     # a link may lead nowhere
     return sorted(file for file in files if file.suffix.lower() not in OTHER_FILES and file.is_file())
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,49 +71,40 @@ def tokenize_shard(folder: str | Path, job: Job, task: Task, strict: bool = Fals
     if done_report(folder, task) is not None:
         return False
     shard, kind = _open_shard(job, task, strict), job.source(task.source).kind
-    with ShardFiles(folder, task, job.output_splits(task), kind.features(shard)) as files:
+    paths = {split: folder / task.file_name(split) for split in job.output_splits(task)}
+    with _shard_files(paths, kind.features(shard)) as write:
         for split, document in kind.documents(shard):
-            files.write(split, document)
+            write(split, document)
     report = json.dumps(vars(shard.report)) + "\n"
     # the sign that the shard is done
     atomic_write(folder / task.report_name(), lambda aside: aside.write_text(report, encoding="utf-8"))
     return True
 
 
-class ShardFiles:
-    """The Arrow files of a shard, one for each split, which are there whole or not at all."""
+@contextmanager
+def _shard_files(paths: dict[str, Path], features: Features) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """Yield what writes a document into the Arrow file of a split; all files are there whole or not at all."""
+    aside = {split: path_aside(path) for split, path in paths.items()}
+    writers = {
+        split: ArrowWriter(path=str(path), features=features, writer_batch_size=BATCH) for split, path in aside.items()
+    }
+    counts = dict.fromkeys(paths, 0)
 
-    def __init__(self, folder: Path, task: Task, splits: list[str], features: Features):
-        self.paths = {split: folder / task.file_name(split) for split in splits}
-        self.features = features
+    def write(split: str, document: dict[str, Any]) -> None:
+        writers[split].write(document)
+        counts[split] += 1
 
-    def __enter__(self) -> "ShardFiles":
-        self.aside = {split: path_aside(path) for split, path in self.paths.items()}
-        self.writers = {
-            split: ArrowWriter(path=str(path), features=self.features, writer_batch_size=BATCH)
-            for split, path in self.aside.items()
-        }
-        self.counts = dict.fromkeys(self.paths, 0)
-        return self
-
-    def write(self, split: str, document: dict[str, Any]) -> None:
-        """Add a document to the file of a split."""
-        self.writers[split].write(document)
-        self.counts[split] += 1
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        try:
-            for split, writer in self.writers.items():
-                if self.counts[split] and kind is None:
-                    writer.finalize()
-                # writes what it still holds, for which a full disk has no room
-                with suppress(OSError) if kind is not None else nullcontext():
-                    writer.close()
-                if kind is None and self.counts[split]:
-                    os.replace(self.aside[split], self.paths[split])
-        finally:
-            for aside in self.aside.values():
-                aside.unlink(missing_ok=True)
+    try:
+        yield write
+        for split in [split for split, count in counts.items() if count]:
+            writers[split].finalize()
+            os.replace(aside[split], paths[split])
+    finally:
+        for split, writer in writers.items():
+            # writes what it still holds, for which a full disk has no room
+            with suppress(OSError):
+                writer.close()
+            aside[split].unlink(missing_ok=True)
 
 
 def _open_shard(job: Job, task: Task, strict: bool) -> Shard:
