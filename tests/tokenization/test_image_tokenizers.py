@@ -187,7 +187,7 @@ def test_saved_processor_is_loaded_with_the_package_and_without(name, images, tm
     code = """
 import json, sys
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoProcessor
 
 trust = {"trust_remote_code": True}
 processor = AutoProcessor.from_pretrained("saved", **trust)
@@ -195,12 +195,15 @@ model = AutoModelForCausalLM.from_pretrained("saved", **trust)
 inputs = processor(images=[Image.open("image.png")], text=["<image>"], return_tensors="pt")
 ids = model.generate(**processor(text=["red"], return_tensors="pt"), generation_mode="image", do_sample=False)
 drawn = processor.decode_images(model.decode_image_tokens(ids))[0]
+assert AutoImageProcessor.from_pretrained("saved", **trust).crop_size.width == 24
+processor.save_pretrained("again")
 assert not {"modeling_moma", "tokenization"} & set(sys.modules)
 json.dump([processor.encode_images([Image.open("image.png")])[0], drawn.size], open("out.json", "w"))
 """
     result = run_python(["-c", WITHOUT_PACKAGES + code], cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "out.json").read_text()) == [codes[0], [24, 16]]
+    assert (tmp_path / "again" / "modeling_moma_vq.py").exists()
 
 
 def test_page_shows_rectangles_in_their_shape(images):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import copy
-import os
 from pathlib import Path
 
 import numpy as np
@@ -488,30 +487,6 @@ def test_own_chat_template_is_kept(tmp_path):
     processor = MomaProcessor(make_image_processor(), make_tokenizer(), tiny_vq_model(), chat_template="{{ 'hi' }}")
     processor.save_pretrained(tmp_path)
     assert MomaProcessor.from_pretrained(tmp_path).apply_chat_template([{"role": "user", "content": "x"}]) == "hi"
-
-
-def test_loads_with_remote_code_where_the_package_is_missing(processor, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(MomaProcessor, "_auto_class", "AutoProcessor")
-    monkeypatch.setattr(MomaImageProcessor, "_auto_class", "AutoImageProcessor")
-    folder = tmp_path / "saved"
-    processor.save_pretrained(folder)
-    images[0].save(tmp_path / "image.png")
-    script = (
-        "import sys\n"
-        "from transformers import AutoImageProcessor, AutoProcessor\n"
-        "p = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "assert 'tokenization' not in sys.modules and 'transformers_modules' in type(p).__module__\n"
-        "assert AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True).crop_size.height == 16\n"
-        "p.save_pretrained(sys.argv[3])\n"
-        "print(p(images=sys.argv[2], text='<image> red')['input_ids'][0])\n"
-    )
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    command = ["-P", "-c", script, folder, tmp_path / "image.png", tmp_path / "again"]
-    done = run_python(command, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(processor(images=images[0], text="<image> red")["input_ids"][0])
-    assert (tmp_path / "again" / "modeling_moma_vq.py").exists()
 
 
 def test_forked_processes_code_images_after_their_parent_has(processor, tmp_path):
