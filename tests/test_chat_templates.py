@@ -9,7 +9,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from helpers.tiny import noise_images, tiny_processor
 from modeling_moma.data.encoding import DocumentEncoder, caption_chat_template
-from tokenization.chat_template_moma import DEFAULT_CHAT_TEMPLATE
+from tokenization.text_tokenizer_moma import DEFAULT_CHAT_TEMPLATE
 
 
 CARD = Path(__file__).resolve().parent.parent / "model_cards" / "moma-emoji"

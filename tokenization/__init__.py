@@ -6,7 +6,6 @@ Nothing here depends on the model.
 
 from .audio_codecs_moma import LibraryAudioCodec, MelCodec, load_audio_codec
 from .augmentation_moma import augment_images
-from .chat_template_moma import DEFAULT_CHAT_TEMPLATE
 from .codecs_moma import ModalityCodec, register_codec
 from .collation_moma import MomaDataCollator
 from .configuration_moma_vq import MomaVQConfig
@@ -14,7 +13,7 @@ from .image_processing_moma import MomaImageProcessor, MomaImageProcessorPil
 from .modeling_moma_vq import MomaVQModel, MomaVQOutput
 from .perceptual_moma_vq import MomaVQPerceptualNetwork
 from .processing_moma import MomaProcessor
-from .text_tokenizer_moma import add_image_tokens, add_modality_tokens, train_text_tokenizer
+from .text_tokenizer_moma import DEFAULT_CHAT_TEMPLATE, add_image_tokens, add_modality_tokens, train_text_tokenizer
 
 
 __all__ = [

@@ -4,6 +4,8 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .processor_errors_moma import InputError
@@ -93,10 +95,7 @@ class MomaDataCollator:
         return row
 
     def _pad(self, rows: list[torch.Tensor], length: int, value: int) -> torch.Tensor:
-        batch = torch.full((len(rows), length), value, dtype=torch.long)
-        for index, row in enumerate(rows):
-            if self.tokenizer.padding_side == "left":
-                batch[index, length - len(row) :] = row
-            else:
-                batch[index, : len(row)] = row
-        return batch
+        side = self.tokenizer.padding_side
+        batch = pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+        more = length - batch.shape[1]
+        return F.pad(batch, (more, 0) if side == "left" else (0, more), value=value)

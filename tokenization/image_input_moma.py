@@ -149,10 +149,10 @@ def clean_pil_image(image: Image.Image, is_own: bool = False) -> Image.Image:
     averaged. Neither side gets shorter than 2,048 pixels by that.
     """
     try:
-        if is_own:
-            load_reduced(image)
-        else:
-            image.load()
+        if is_own and (factor := shrink_factor(image.size)) > 1:
+            # only JPEG is decoded at a smaller size, other formats ignore it
+            image.draft(None, (image.width // factor, image.height // factor))
+        image.load()
         factor = shrink_factor(image.size)
         if factor == 1:
             image = apply_orientation(image)
@@ -210,15 +210,6 @@ def shrink_factor(size: tuple[int, int]) -> int:
     """Return the factor by which the sides of an image are divided, 1 for most images."""
     wanted = math.ceil(math.sqrt(size[0] * size[1] / MOST_PIXELS))
     return max(1, min(wanted, min(size) // LEAST_SIDE))
-
-
-def load_reduced(image: Image.Image) -> None:
-    """Decode an image in place; a large JPEG to a half, a quarter or an eighth of its sides."""
-    factor = shrink_factor(image.size)
-    if factor > 1:
-        # only JPEG is decoded at a smaller size, other formats ignore it
-        image.draft(None, (image.width // factor, image.height // factor))
-    image.load()
 
 
 def jpeg_scans(content: bytes) -> int:

@@ -23,7 +23,6 @@ from PIL import Image
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, SizeDict, is_pil_image, is_valid_image
-from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .image_input_moma import clean_array_image, clean_pil_image, open_image, shrink_factor
 from .processor_errors_moma import InputError
@@ -276,9 +275,6 @@ class MomaImageProcessor(MomaImageInputMixin, TorchvisionBackend):
             Standard deviation per channel.
     """
 
-    def __init__(self, **kwargs: Unpack[ImagesKwargs]):
-        super().__init__(**kwargs)
-
 
 # trf-ignore: TRF057, documented by hand
 class MomaImageProcessorPil(MomaImageInputMixin, PilBackend):
@@ -286,9 +282,6 @@ class MomaImageProcessorPil(MomaImageInputMixin, PilBackend):
 
     Arguments and pixels are those of [`MomaImageProcessor`].
     """
-
-    def __init__(self, **kwargs: Unpack[ImagesKwargs]):
-        super().__init__(**kwargs)
 
 
 __all__ = ["MomaImageProcessor", "MomaImageProcessorPil"]

@@ -42,7 +42,6 @@ from transformers.utils import is_torchvision_available, logging, resolve_revisi
 # registers its classes: a saved processor of sounds is loaded with no module of its own
 from .audio_codecs_moma import AUDIO
 from .audio_input_moma import SoundError, read_sound
-from .chat_template_moma import default_chat_template
 from .codecs_moma import ModalityCodec, check_codec, check_registered, codec_types, load_codecs, save_codecs
 from .image_input_moma import holds_items, iter_image_sources
 from .image_processing_moma import MomaImageInputMixin, MomaImageProcessor, MomaImageProcessorPil
@@ -59,6 +58,7 @@ from .processor_errors_moma import InputError
 from .text_tokenizer_moma import (
     IMAGE,
     beginning_ids,
+    default_chat_template,
     escape_special_tokens,
     is_escaped,
     name_image_token,
@@ -246,7 +246,7 @@ class MomaProcessor(ProcessorMixin):
     @property
     def image_token_ids(self) -> list[int]:
         """Ids of all image codes, from `image_token_offset` on."""
-        return list(range(self.image_token_offset, self.image_token_offset + self.codebook_size))
+        return list(range(*self.frames[IMAGE].bounds))
 
     @property
     def unused_input_names(self) -> list[str]:

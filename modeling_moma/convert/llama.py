@@ -12,8 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from tokenization import MomaProcessor, add_image_tokens
-from tokenization.chat_template_moma import with_image_parts
-from tokenization.text_tokenizer_moma import beginning_ids
+from tokenization.text_tokenizer_moma import beginning_ids, with_image_parts
 
 from ..configuration_moma import MomaConfig
 from ..errors_moma import InputError

@@ -15,9 +15,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tokenization import MomaProcessor
-from tokenization.chat_template_moma import message_text
 from tokenization.codecs_moma import save_codecs
-from tokenization.text_tokenizer_moma import IMAGE, beginning_ids, with_beginning
+from tokenization.text_tokenizer_moma import IMAGE, beginning_ids, message_text, with_beginning
 
 from ..errors_moma import InputError
 from ..hub.loading import open_processor

@@ -11,7 +11,7 @@ from modeling_moma import MomaForCausalLM
 from modeling_moma.data.kinds.interleaved import read_messages
 from modeling_moma.data.sources import read_sources
 from tokenization import MomaProcessor
-from tokenization.chat_template_moma import with_image_parts
+from tokenization.text_tokenizer_moma import with_image_parts
 
 
 INDENTED = "  {% for message in messages %}\n    {{ message.content }}\n  {% endfor %}\nend"

@@ -34,7 +34,7 @@ from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.data.tokenizing import run_tasks
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training.image_sources import candidates
-from tokenization.chat_template_moma import message_text
+from tokenization.text_tokenizer_moma import message_text
 
 
 @dataclass(frozen=True)
