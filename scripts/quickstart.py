@@ -47,20 +47,13 @@ SAMPLING = {"do_sample": True, "top_k": 0}
 def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=RELEASED, help="folder of a model and its processor")
-    parser.add_argument(
-        "--recipe", default="recipes/moma-icons.yaml", help="its first source has the images and their captions"
-    )
+    parser.add_argument("--recipe", default="recipes/moma-icons.yaml", help="its first source has images and captions")
     parser.add_argument("--data", help="folder of the data set, by default the recipe's")
     parser.add_argument("--output", default="quickstart", help="folder for the images and the fine-tuned model")
     parser.add_argument("--images", type=int, default=12, help="held-out images to name and to draw")
     parser.add_argument("--query", default="arrow", help="words to look for among held-out images")
     parser.add_argument("--name-prompt", default="", help="what the model's captions have before a name")
     parser.add_argument("--tag-prompt", default="tags:", help="what they have before tags")
-    parser.add_argument(
-        "--drawing-prompt",
-        help=f"what is drawn, by the columns of an image: by default {TYPICAL!r} of the released model of icons, and "
-        "the captions of others",
-    )
     parser.add_argument("--fine-tune-steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=32, help="examples of a fine-tuning step")
     parser.add_argument("--seed", type=int, default=0)
@@ -82,17 +75,11 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
             parser.error(f"--data: there is no folder {args.source.data!r}; run from the root of the repository.")
         # one of them is read only after some minutes
         splits = list(args.source.split_names().values())
-        for split in SPLITS:
-            if split not in splits:
-                parser.error(f"--data {args.source.data!r} has no split {split!r}, but {splits}.")
+        if missing := [split for split in SPLITS if split not in splits]:
+            parser.error(f"--data {args.source.data!r} has no split {missing[0]!r}, but {splits}.")
         args.learns_new = NEW_SPLIT in splits
-        prompt = args.drawing_prompt
-        if prompt is None and Path(args.model).resolve() == Path(RELEASED).resolve():
-            prompt = TYPICAL
-        args.drawing = args.source.kind.templates()[0] if prompt is None else Template(prompt)
-        columns = args.source.open("test").column_names
-        if missing := [column for column in args.drawing.columns if column not in columns]:
-            parser.error(f"--drawing-prompt {prompt!r}: the data has no column {missing[0]!r}, but {columns}.")
+        is_released = Path(args.model).resolve() == Path(RELEASED).resolve()
+        args.drawing = Template(TYPICAL) if is_released else args.source.kind.templates()[0]
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -113,11 +100,7 @@ def pick_rows(source: Source, split: str, count: int, seed: int) -> Dataset:
 
 def captions_of(source: Source, rows: Dataset) -> list[str]:
     """The caption of each row by the recipe's first form."""
-    return rendered(source.kind.templates()[0], rows)
-
-
-def rendered(template: Template, rows: Dataset) -> list[str]:
-    """A text of each row."""
+    template = source.kind.templates()[0]
     return [template.render(row) for row in rows.select_columns(template.columns)]
 
 
@@ -160,7 +143,7 @@ def show_both_ways(
     print(f"{len(images)} held-out images captioned in {time.time() - start:.1f} s:")
     heads = ("true caption", "model's caption") if before is None else ("true caption", "before", "after")
     print_table(heads, list(zip(*filter(None, (captions, before, model_captions)), strict=True)))
-    prompts = rendered(args.drawing, rows)
+    prompts = [args.drawing.render(row) for row in rows.select_columns(args.drawing.columns)]
     start = time.time()
     drawn = draw(model, processor, prompts, args.seed)
     print(f"{len(drawn)} images drawn from words such as {prompts[0]!r} in {time.time() - start:.1f} s")

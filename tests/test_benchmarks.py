@@ -165,10 +165,13 @@ def test_contenders_give_every_expert_and_depth_layer_its_share():
     assert shares["depth"] == pytest.approx(model.config.depth_capacity, abs=0.05)
 
 
-def test_cases_that_the_time_does_not_suffice_for_are_named(tiny_cases, capsys):
-    assert compare_speed(["train-4t4i", "--device", "cpu", "--minutes", "-1"]) == 0
-    output = capsys.readouterr()
-    assert "- train-4t4i: the time was over" in output.out and "train-4t4i: the time was over" in output.err
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [(["train-4t4i", "--minutes", "-1"], "the time was over"), (["train-4t4i-large"], "needs a GPU")],
+)
+def test_cases_that_are_left_out_are_named(tiny_cases, capsys, words, reason):
+    assert compare_speed([*words, "--device", "cpu"]) == 0
+    assert f"- {words[0]}: {reason}" in capsys.readouterr().out
 
 
 def test_a_case_that_fails_ends_no_other_and_stands_in_the_report(tiny_cases, tmp_path, monkeypatch, capsys):
@@ -185,13 +188,6 @@ def test_a_case_that_fails_ends_no_other_and_stands_in_the_report(tiny_cases, tm
     assert all("- train-4t4i: OutOfMemoryError: no room for it" in page for page in reports)
     assert sum("| train-16t16i | 1 | 16t16i | 4t4i |" in page for page in reports) == 1
     assert "Written: " in capsys.readouterr().err
-
-
-def test_cases_for_a_gpu_are_left_out_without_one(capsys):
-    names = [name for name, case in CASES.items() if case.needs]
-    assert names and CASES["train-4t4i"].missing("cpu") is None
-    assert compare_speed([*names[:1], "--device", "cpu"]) == 0
-    assert f"- {names[0]}: needs a GPU" in capsys.readouterr().out
 
 
 def test_launches_and_waits_are_those_of_the_runtime():

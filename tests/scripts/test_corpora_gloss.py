@@ -46,8 +46,3 @@ def test_files_are_read_in_order_and_split_by_their_keys(tmp_path):
     assert rows == split_glosses(glosses, 0.5)
     assert sorted(row["text"] for part in rows.values() for row in part) == sorted(gloss.text for gloss in glosses)
     assert "| all | 8 |" in count_table(rows, "1-1")
-
-
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.noun"):
-        list(read_glosses(tmp_path))

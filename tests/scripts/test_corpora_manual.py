@@ -84,11 +84,6 @@ def test_headings_alone_are_no_text():
     assert body("<h1>Filters</h1><p>Blur</p>").has_text
 
 
-def test_images_follow_one_another_without_empty_texts():
-    page = body("<p><img src='a.png'/> <img src='b.png'/></p>")
-    assert [segment["image"] for segment in page.segments] == ["a.png", "b.png"]
-
-
 @pytest.fixture
 def pages(tmp_path):
     folder = tmp_path / "pages"
@@ -173,8 +168,3 @@ def test_split_depends_on_the_name_alone_and_has_about_the_share():
     held_out = [name for name in names if split_of(name, {"validation": 0.05}) == "validation"]
     assert 60 < len(held_out) < 140
     assert all(split_of(name, {"validation": 0.1}) == "validation" for name in held_out)
-
-
-def test_folder_without_pages_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no pages"):
-        read_manual(tmp_path, 0.05)

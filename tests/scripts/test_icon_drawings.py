@@ -15,8 +15,8 @@ from image_sets import icon_images as drawing
 from image_sets.groups import HeldOutEmoji, linked_groups, merge_alike, near_pairs
 from image_sets.icon_images import settle
 from image_sets.icon_rows import Row
-from image_sets.icon_sets import maker_family, read_set_files
-from image_sets.packages import ICONIFY, archive_path, read_files
+from image_sets.icon_sets import maker_family
+from image_sets.packages import ICONIFY, archive_path
 
 
 pytest.importorskip("resvg_py")
@@ -32,13 +32,6 @@ def test_icons_are_drawn_in_black_in_the_middle_of_white():
     wide = drawing.render_icon(ICON_SET, SQUARE | {"width": 48, "left": -12})
     assert wide[32, 32].tolist() == [0, 0, 0]
     assert (wide == 0).sum() == pytest.approx((pixels == 0).sum() / 4, rel=0.1)
-
-
-def test_painting_replaces_black_and_keeps_shades():
-    painted = drawing.paint(np.array([[[0, 0, 0], [255, 255, 255], [128, 128, 128]]], dtype=np.uint8), "red")
-    assert tuple(painted[0, 0]) == drawing.COLOURS["red"]
-    assert tuple(painted[0, 1]) == (255, 255, 255)
-    assert painted[0, 2, 0] > painted[0, 2, 1] > drawing.COLOURS["red"][1]
 
 
 @pytest.mark.parametrize("colour", sorted(drawing.COLOURS))
@@ -100,18 +93,6 @@ def test_sets_are_rendered_once_without_withdrawn_icons_and_equal_again(tmp_path
     drawing.render_sets(first, {"some-set": {}, "other": {"palette": True}}, 1)
     assert path.stat().st_mtime_ns == kept
     assert pq.read_metadata(path.with_name("other.parquet")).num_rows == 1
-
-
-def test_no_sets_are_read_where_none_is_named(tmp_path):
-    make_archive(tmp_path, {"some-set": ICON_SET})
-    assert not list(read_set_files(tmp_path, []))
-    assert [prefix for prefix, _ in read_set_files(tmp_path, ["some-set"])] == ["some-set"]
-
-
-def test_archive_without_the_file_is_refused(tmp_path):
-    make_archive(tmp_path, {"some-set": ICON_SET})
-    with pytest.raises(ValueError, match="no file"):
-        read_files(tmp_path, ICONIFY, r"icons\.json")
 
 
 def test_near_pairs_are_those_of_the_plain_loop():

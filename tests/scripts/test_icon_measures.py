@@ -78,15 +78,6 @@ def test_icons_that_came_after_a_sample_are_read(tmp_path, monkeypatch):
     assert len(open_split(str(folder), "train")) == 24
 
 
-def test_data_that_are_not_there_are_named(data, tmp_path, parts):
-    with pytest.raises(ValueError, match="nowhere"):
-        open_split(str(tmp_path / "nowhere"), "test")
-    with pytest.raises(ValueError, match="test_other"):
-        open_split(str(data), "test_other")
-    with pytest.raises(ValueError, match="0 icons of 'test'"):
-        take_sample(str(data), "test", 9, parts[1], mean_colour, 4, lambda row: row["name"] == "dragon")
-
-
 def test_names_are_compared_by_their_words():
     rows = [icon(0), icon(1), icon(3), icon(3)]
     found = [["home"], ["key", "Red-Apple"], ["clouds", *"abcd", "cloud off"], []]

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,7 +19,6 @@ from icon_evaluation.typical import (
     in_black,
     name_scores,
     typical_caption,
-    typical_icons,
 )
 from image_sets.icon_images import COLOURS, paint, unpaint
 from modeling_moma.data.encoding import DocumentEncoder
@@ -134,27 +133,3 @@ def test_drawings_that_are_nearly_known_ones_are_told(built):
     assert known.shares(images, ["no such name"] * len(names)) == {"of_their_name": 0.0, "any": 1.0}
     blank = [Image.new("RGB", images[0].size, "white")] * len(names)
     assert known.shares(blank, names) == {"of_their_name": 0.0, "any": 0.0}
-
-
-def test_icons_of_two_makers_are_none_that_are_typical(model):
-    rows = Dataset.from_list(
-        [{"name": "cog", "family": name, "colour": "red", "set": name, "icon": "cog"} for name in "ab"]
-    )
-    with pytest.raises(ValueError, match="none of 2 training icons has a name that 3 makers draw"):
-        typical_icons(model, PROCESSOR, rows, 2)
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["--data", "nowhere"], "--data 'nowhere' is no folder"),
-        (["--model", "nowhere"], "--model"),
-    ],
-)
-def test_what_cannot_be_read_is_told_in_one_line(built, words, message, tmp_path, capsys):
-    given = {"--model": str(built / "model"), "--data": str(built / "data"), "--output": str(tmp_path / "new")}
-    given |= dict([words])
-    assert build_typical_icons.main([word for pair in given.items() for word in pair]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert not (tmp_path / "new" / "train.parquet").exists()

@@ -5,7 +5,7 @@ from PIL import Image, ImageColor
 from helpers.tiny import tiny_config
 from modeling_moma.demo.routing_view import SIDE, RoutedExample, RoutingView
 from modeling_moma.evaluation.routing_images import UNCOVERED, RoutedTokens
-from routing_image import CHIP_HEIGHT, LINE_HEIGHT, draw_routing, shown_layers
+from routing_image import CHIP_HEIGHT, LINE_HEIGHT, draw_routing
 from sheet import GAP, MARGIN
 
 
@@ -35,12 +35,3 @@ def test_every_layer_shows_patches_and_words_in_the_colours_of_their_experts():
         band = top + SIDE + GAP + CHIP_HEIGHT - 6
         shown = {sheet.getpixel((x, band)) for x in range(left, left + SIDE)}
         assert {ImageColor.getrgb(color) for color in (view.colors["text", 1], UNCOVERED)} <= shown
-
-
-def test_shown_layers_are_first_middle_and_last():
-    assert [shown_layers(count) for count in (1, 2, 3, 6, 24)] == [[0], [0, 1], [0, 1, 2], [0, 2, 5], [0, 11, 23]]
-
-
-def test_every_example_has_its_row():
-    one, two = (draw_routing([routed()] * count, CONFIG) for count in (1, 2))
-    assert two.height - one.height > SIDE

@@ -54,7 +54,3 @@ def test_lines_are_no_wider_than_asked_and_lose_no_letter():
 def test_characters_that_the_font_lacks_are_replaced():
     assert printable("flag: São Tomé &\nPríncipe") == "flag: Sao Tome & Principe"
     assert printable("woman\u2019s \u201chat\u201d \U0001f452") == 'woman\'s "hat" ?'
-
-
-def test_a_caption_of_nothing_is_drawn():
-    assert draw_contact_sheet([entry(model_caption="")]).size == draw_contact_sheet([entry()]).size

@@ -24,7 +24,7 @@ from modeling_moma.planning.costs import flops_per_token
 from modeling_moma.training.pretraining import training_stream
 from modeling_moma.training.recipe import read_recipe
 from modeling_moma.training.stage_trainer import StageTrainer, StopAt
-from study import PLAN, RECIPES, Counts, Run, count_stream, flops_a_token
+from study import RECIPES, Counts, Run, count_stream, flops_a_token
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,11 +239,6 @@ def test_rows_of_many_processes_are_all_kept(tmp_path):
     assert sorted(entry["value"] for entry in study.read_rows(path)) == list(range(12))
 
 
-def test_names_of_the_plan_are_those_of_one_run_each():
-    assert len({run.name for run in PLAN}) == len(PLAN)
-    assert all(list(run.budgets) == sorted(run.budgets) for run in PLAN)
-
-
 def test_tokens_needed_lie_on_the_curve_between_and_beyond_its_points():
     # a loss that falls by 1 with every tenfold
     points = [(1e6, 5.0), (1e7, 4.0), (1e8, 3.0)]
@@ -269,10 +264,6 @@ def result(recipe, millions, image, text, seed=1, flops=6e6, data="all"):
     }
 
 
-def read_table(text):
-    return [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in text.splitlines()[2:]]
-
-
 def test_a_saving_is_denses_tokens_over_the_recipes_at_equal_flops():
     dense = [result("dense", 10, 4.0, 2.0), result("dense", 100, 3.0, 1.0)]
     other = result("4t4i", 10, 3.5, 2.0, flops=7.5e6)
@@ -288,38 +279,6 @@ def test_a_saving_is_denses_tokens_over_the_recipes_at_equal_flops():
     assert study_report.partners(other, rows) == dense
     # where dense has not come as far there is nothing to compare with
     assert study_report.partners({**other, "budget": 200}, rows) == []
-
-
-def test_seeds_of_a_recipe_stand_in_one_line_with_eta_by_flops_and_by_seconds():
-    rows = [
-        result("dense", millions, loss, loss, seed) for seed in (1, 2) for millions, loss in ((10, 3.0), (20, 2.8))
-    ]
-    rows += [result("4t4i", 10, 2.7, 2.7, 1), result("4t4i", 10, 2.9, 2.9, 2), result("8x", 10, 2.8, 2.8, 1)]
-    seconds = {"dense": [1.0, 2.0, 4.0], "4t4i": [2.0, 2.5, 5.0]}
-    lines = {line[4]: line for line in read_table(study_report.loss_table(rows, seconds))}
-    # half of a doubling, and a half more than one, in the logarithm
-    assert lines["4t4i"][:8] == ["all", "0.5M", "1", "10M", "4t4i", "1, 2", "2.800 ± 0.141", "2.800 ± 0.141"]
-    assert lines["4t4i"][9:] == ["-0.200 ± 0.141"] * 3 + ["2.12 ± 1.00 *"] * 3 + ["1.70 ± 0.80"]
-    assert lines["8x"][12:] == ["2.00"] * 3 + [""]
-    assert ["4t4i", "2500", "1.25"] in read_table(study_report.time_table(seconds))
-
-
-def test_a_lever_stands_beside_what_it_changes_and_beside_dense():
-    rows = [result(recipe, 10, loss, loss) for recipe, loss in (("dense", 3.0), ("4t4i", 2.9), ("4t4i-c2", 2.7))]
-    # of another seed there is no control
-    rows.append(result("4t4i-c2", 10, 9.0, 9.0, seed=2))
-    found = read_table(study_report.lever_table(rows))
-    assert found == [
-        ["10M", "1", "4t4i-c2", "4t4i", *["-0.200"] * 3, *["-0.300"] * 3],
-        ["10M", "2", "4t4i-c2", "4t4i", *[""] * 6],
-    ]
-
-
-def test_what_a_token_costs_is_compared_with_dense_of_its_own_seed():
-    rows = [result("dense", 10, 3.0, 3.0, 0, 5e6), result("dense", 10, 3.0, 3.0, 1, 6e6)]
-    rows += [result("4t4i", 10, 3.0, 3.0, 1, 6.4e6), result("8x", 10, 3.0, 3.0, 2, 9e6)]
-    ratios = {line[0]: line[-1] for line in read_table(study_report.cost_table(rows))}
-    assert ratios == {"dense": "1.000", "4t4i": "1.100"}
 
 
 def test_the_page_shows_what_the_rows_say(tmp_path):
