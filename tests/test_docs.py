@@ -217,15 +217,6 @@ def test_python_of_the_page_runs(page, workplace, monkeypatch):
         Image.open(image).load()
 
 
-def test_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
-
-
-def test_readme_and_quick_start_show_code_that_runs():
-    for page in (ROOT / "README.md", DOCS / "quick-start.md"):
-        assert sum(block.reason is None for block in blocks(page, "python")) >= 3
-
-
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_blocks_that_are_not_run_say_why(page):
     for language in ("python", "bash"):

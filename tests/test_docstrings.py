@@ -141,19 +141,9 @@ GOOD = """Read.
         (GOOD, []),
         (GOOD.replace(" (`int`)", ""), ["f: a has no type"]),
         (GOOD.replace("b (", "c ("), ["f: b has no type", "f: c is no argument"]),
-        (
-            GOOD.replace("`):\n            A num", "`): A num"),
-            ["f: 'a (`int`): A number.': its text belongs below", "f: a has no type"],
-        ),
         ("Read.", ["f: it has no Args"]),
     ],
 )
 def test_missing_types_and_missing_arguments_are_found(docstring, expected):
     source = f'def f(a, b="x"):\n    """{docstring}"""\n'
     assert faults(source, {"f"}, set()) == expected
-
-
-def test_only_the_reference_has_sections():
-    source = f'def f(a, b="x"):\n    """{GOOD}"""\n'
-    assert faults(source, set(), set()) == ["f: Args of a name that no page of the reference lists"]
-    assert faults('def f(a):\n    """Read."""\n', set(), set()) == []

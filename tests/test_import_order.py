@@ -11,7 +11,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FAULTS = {
-    "upwards": ({"modeling_moma/frames_moma.py": "from .modeling_moma import MomaModel\n"}, "frames_moma -> "),
     "upwards for types alone": (
         {"modeling_moma/routing_moma.py": "if TYPE_CHECKING:\n    from .modeling_moma import MomaModel\n"},
         "routing_moma -> ",

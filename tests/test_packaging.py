@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -84,18 +83,6 @@ def test_workflow_calls_targets_of_the_makefile():
     assert commands == ["make browser", "make ${{ matrix.target }}"]
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert {*job["strategy"]["matrix"]["target"], "browser"} <= targets
-
-
-def test_no_script_takes_the_name_of_an_installed_package():
-    # what `make quickstart` writes lies in the root
-    own = (ROOT, ROOT / "scripts")
-    others = [entry for entry in sys.path if entry and Path(entry).resolve() not in own]
-    names = {path.stem for path in (ROOT / "scripts").iterdir() if path.suffix == ".py" or path.is_dir()} - {
-        "__pycache__"
-    }
-    taken = {name for name in names if PathFinder.find_spec(name, others) is not None}
-    # Transformers imports `emoji` where it is installed
-    assert not taken and "emoji" not in names
 
 
 def test_import_twice_and_beside_another_moma_does_not_raise():

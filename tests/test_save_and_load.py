@@ -77,7 +77,6 @@ def processor():
 
 DEPTH = {"num_hidden_layers": 4, "depth_layers": [0, 2], "depth_capacity": {"text": 0.5, "image": 0.25}}
 FIELDS = {
-    "plain": {},
     "untied": {**DEPTH, "untied_attention": True},
     # routed by networks of their own, and with gates that add up to 1
     "auxiliary": {**DEPTH, "auxiliary_routers": True, "inference_routing": "auxiliary", "normalize_gates": True},
@@ -193,16 +192,7 @@ def test_a_processor_beside_a_model_needs_no_package_of_the_model(folder, proces
     assert "moma" not in run.stderr, run.stderr
 
 
-def test_saving_twice_keeps_every_output(folder, model, processor, image, tmp_path):
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert (tmp_path / "config.json").read_text() == (folder / "config.json").read_text()
-    assert again.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
-    assert_same_results(expected_results(again, processor, image), expected_results(model, processor, image))
-
-
-@pytest.mark.parametrize("sizes", [("5GB", "20KB"), ("20KB", "5GB"), ("20KB", "30KB"), ("5GB", "5GB")])
+@pytest.mark.parametrize("sizes", [("5GB", "20KB"), ("20KB", "5GB")])
 def test_what_was_saved_last_is_loaded_whatever_the_number_of_files(model, tmp_path, sizes):
     changed = copy.deepcopy(model)
     changed.save_pretrained(tmp_path, max_shard_size=sizes[0])
@@ -222,13 +212,6 @@ def test_embeddings_below_the_ids_of_the_grammar_cannot_be_saved(model, tmp_path
     resized.resize_token_embeddings(20)
     with pytest.raises((ValueError, StrictDataclassError), match="vocab_size"):
         resized.save_pretrained(tmp_path)
-
-
-def test_routers_stay_in_fp32_in_a_bf16_model(folder, model):
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    assert loaded.lm_head.weight.dtype == torch.bfloat16
-    for router, saved in zip(routers(loaded), routers(model), strict=True):
-        assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in router.state_dict().items())
 
 
 def test_configuration_alone_loads_with_the_package(tmp_path, model):
@@ -266,10 +249,9 @@ torch.save(rows, output)
 """
 
 
-@pytest.mark.parametrize("fields", [{}, {"depth_layers": [0]}])
-def test_a_second_copy_of_the_code_leaves_the_first_models_alone(fields, tmp_path):
+def test_a_second_copy_of_the_code_leaves_the_first_models_alone(tmp_path):
     for name in ("first", "second"):
-        tiny_model(**fields).save_pretrained(tmp_path / name)
+        tiny_model(depth_layers=[0]).save_pretrained(tmp_path / name)
     first, *later = run_stranger(TWO_COPIES, tmp_path / "first", tmp_path / "second", tmp_path=tmp_path)
     for row in later:
         assert torch.equal(row, first)

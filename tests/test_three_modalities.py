@@ -1,31 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Three modalities, given in another order than that of their names: what each has learnt stays its own."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from helpers.depth_reference import SelectionLog
-from helpers.hub_server import HubServer, run_client
 from helpers.tiny import IMAGE_IDS, tiny_model
 from modeling_moma import MomaForCausalLM
 
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 60
-PUSH_AND_LOAD = """
-import sys
-import torch
-from transformers import AutoModelForCausalLM
-import modeling_moma
-
-folder, inputs, output = sys.argv[1:]
-AutoModelForCausalLM.from_pretrained(folder).push_to_hub("someone/three")
-model = AutoModelForCausalLM.from_pretrained("someone/three")
-with torch.no_grad():
-    torch.save(model(torch.load(inputs)).logits, output)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -75,27 +59,3 @@ def test_saved_and_loaded_modalities_keep_their_cuts(model, ids, tmp_path):
     (shares, logits), (expected_shares, expected) = depth_shares(loaded, ids), depth_shares(model, ids)
     assert shares == expected_shares
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
-
-
-def test_types_of_embeddings_mean_the_same_after_loading(model, ids, tmp_path):
-    model.save_pretrained(tmp_path)
-    loaded = MomaForCausalLM.from_pretrained(tmp_path)
-    types = torch.zeros_like(ids)
-    types[(ids >= IMAGE_IDS[0]) & (ids < IMAGE_IDS[1])] = 1
-    types[(ids >= 30) & (ids < 40)] = 2
-    for each in (model, loaded):
-        with torch.no_grad():
-            embeds = each.get_input_embeddings()(ids)
-            logits = each(inputs_embeds=embeds, mm_token_type_ids=types).logits
-            torch.testing.assert_close(logits, each(ids).logits, rtol=0, atol=1e-5)
-
-
-def test_pushed_and_loaded_from_the_hub_it_gives_the_same_logits(model, ids, tmp_path):
-    model.save_pretrained(tmp_path / "saved")
-    torch.save(ids, tmp_path / "ids.pt")
-    arguments = (tmp_path / "saved", tmp_path / "ids.pt", tmp_path / "logits.pt")
-    with HubServer(tmp_path / "hub").running() as server:
-        result = run_client(server, tmp_path / "home", "-c", PUSH_AND_LOAD, *arguments, folder=ROOT)
-    assert result.returncode == 0, result.stderr[-3000:]
-    _, expected = depth_shares(model, ids)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=0, atol=1e-5)

@@ -161,20 +161,6 @@ def test_an_example_and_an_upload_are_captioned(page, says):
     page.wait_for_function(f"words => {WORDS} === words", arg=says(UPLOAD))
 
 
-def test_a_pasted_image_is_captioned(visit, says):
-    page = visit(permissions=["clipboard-read", "clipboard-write"])
-    data = list((UPLOAD).read_bytes())
-    page.evaluate(
-        "data => navigator.clipboard.write([new ClipboardItem({'image/png': new Blob([new Uint8Array(data)], "
-        "{type: 'image/png'})})])",
-        data,
-    )
-    page.get_by_label("Paste from clipboard").first.click()
-    page.locator("#caption-image img").wait_for()
-    page.locator("#caption-button").click()
-    page.wait_for_function(f"words => {WORDS} === words", arg=says(UPLOAD))
-
-
 def test_an_image_is_named_and_found_by_words(page):
     open_tab(page, "Names")
     page.locator("#label-image input[type=file]").set_input_files(UPLOAD)
@@ -258,19 +244,6 @@ def test_a_request_made_by_hand_reads_no_file_of_the_server(address, visit):
         event = page.request.post(calls, data=body).json()["event_id"]
         answer = page.request.get(f"{calls}/{event}").text()
         assert "event: error" in answer and "usb" not in answer, answer
-
-
-def test_empty_prompts_are_refused_on_the_page(visit):
-    page = visit()
-    for tab, button, told in (
-        ("Caption", "caption", "no image yet"),
-        ("Draw", "draw", "no words yet"),
-        ("Interleaved", "interleaved", "prompt is empty"),
-        ("Routing", "routing", "image or words"),
-    ):
-        open_tab(page, tab)
-        page.locator(f"#{button}-button").click()
-        page.locator(".toast-body", has_text=told).wait_for()
 
 
 def test_two_browsers_at_once_get_their_own_answers(visit):

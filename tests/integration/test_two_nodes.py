@@ -135,16 +135,6 @@ def test_pre_training_on_two_nodes_equals_one_process_that_accumulates(launcher,
             torch.testing.assert_close(two[key], value, atol=1e-5, rtol=1e-5, msg=key)
 
 
-@slow
-@pytest.mark.parametrize(("config", "kind"), [("ddp", None), ("fsdp2", WHOLE)], ids=["ddp", "fsdp2"])
-def test_bf16_on_two_nodes_is_near_one_process_that_accumulates(config, kind, nodes, inputs, tmp_path):
-    launcher = partial(accelerate, config=config, precision="bf16")
-    for two, one in train_on_both_and_alone(launcher, kind, nodes, inputs, tmp_path, "on"):
-        for key in ("loss", "eval_loss"):
-            if key in one:
-                assert two[key] == pytest.approx(one[key], rel=1e-2), (key, one["step"])
-
-
 # on every node, so that whatever ends a training begins it anew
 FOREVER = ["bash", "-c", 'until "$@"; do sleep 1; done', "forever"]
 # the node that all meet at, the cable between them, the other node, a process alone
