@@ -69,6 +69,7 @@ def encode_many_images(folder):
     paths = [folder / f"small-{index}.png" for index in range(MANY)]
     codes = processor.encode_images(paths)
     assert len(codes) == MANY
+    assert len(processor.decode_images(codes)) == MANY
     inputs = processor(images=[[path] for path in paths], text=["<image>"] * len(paths))
     offset = processor.image_token_offset
     assert [[token - offset for token in row[2:-1]] for row in inputs["input_ids"]] == codes

@@ -307,6 +307,17 @@ def test_a_bfloat16_model_tokenises_float32_images(model, images):
     assert half.decode_image_tokens(tokens).dtype == torch.bfloat16
 
 
+def test_pixels_of_a_patch_lie_in_the_order_of_pixel_unshuffle():
+    config = MomaVQConfig.from_preset("small", **{**SMALL_FIELDS, "patch_size": 4, "channel_multiplier": (1,)})
+    model, seen = MomaVQModel(config).eval(), []
+    model.encoder.conv_in.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    model.decoder.conv_out.register_forward_hook(lambda module, given, output: seen.append(output))
+    pixels_BCHW = torch.rand(2, 3, 32, 32)
+    reconstruction = model(pixels_BCHW).reconstruction
+    assert torch.equal(seen[0], F.pixel_unshuffle(pixels_BCHW, 4))
+    assert torch.equal(reconstruction, F.pixel_shuffle(seen[1], 4))
+
+
 @pytest.mark.parametrize(
     "fields",
     [{}, {"norm_type": "group", "base_channels": 32, "latent_channels": 32}, {"codebook_decay": None}],
