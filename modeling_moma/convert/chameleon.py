@@ -22,14 +22,18 @@ from .chameleon_processor import (
     convert_vq_model,
     vq_config_of,
 )
-from .output_comparison import (
+from .reading import CheckpointError, CheckpointReader
+from .transfer import (
+    HEAD,
+    SAME_NAMED_FIELDS,
+    Receipt,
+    check_tied_head,
+    decoder_entries,
+    probe_logits,
     relative_difference,
     rounded_weights,
-    streamed_model,
-    text_batch,
+    transfer,
 )
-from .reading import CheckpointError, CheckpointReader
-from .transfer import HEAD, SAME_NAMED_FIELDS, Receipt, check_tied_head, decoder_entries, transfer
 from .vqgan import has_decoder, read_vqgan
 
 
@@ -150,22 +154,15 @@ def _save_vq_model(vq_model: MomaVQModel, folder: Path) -> None:
     vq_model.save_pretrained(folder / VQ_SUBFOLDER)
 
 
-@torch.no_grad()
 def _compare_logits(
     reader: CheckpointReader, config: MomaConfig, dtype: torch.dtype | None, written: CheckpointReader
 ) -> dict[str, float]:
     images = [token_id for bounds in config.modality_token_ranges["image"] for token_id in range(*bounds)]
     texts = sorted(set(range(config.vocab_size)).difference(images))
-    # equal numbers of images and texts, so that both experts are tested
-    batch = text_batch(images + texts[: len(images)])
-    real = batch["attention_mask"].bool()
-    logits = []
-    weights = rounded_weights(reader, dtype)
-    for model_class, own_config, tensors in (
-        (ChameleonForConditionalGeneration, _source_config(reader.config), weights),
+    logits = probe_logits(
+        # equal numbers of images and texts, so that both experts are tested
+        images + texts[: len(images)],
+        (ChameleonForConditionalGeneration, _source_config(reader.config), rounded_weights(reader, dtype)),
         (MomaForCausalLM, config, written),
-    ):
-        model = streamed_model(model_class, own_config, tensors)
-        # the source's own forward masks the images' logits
-        logits.append(model.lm_head(model.model(**batch, use_cache=False).last_hidden_state)[real])
+    )
     return {"relative_difference": relative_difference(*logits)}

@@ -16,13 +16,11 @@ import torch.nn.functional as F
 
 from ..configuration_moma import MomaConfig
 from ..modeling_moma import MomaForCausalLM
-from .output_comparison import streamed_model
+from .transfer import ROWS_AT_ONCE, streamed_model
 
 
 # new rows lie around the mean of the old ones, at this share of their spread, to be told apart
 NEW_ROW_SPREAD = 0.1
-# of an embedding, for statistics and comparisons
-ROWS_AT_ONCE = 1024
 # codes of an image in the texts for the fit; longer ones look the same to a model that learnt none
 MOST_CODES = 64
 # fits in a row with a tied head: each moves the embedding, and with it the states that the next one sees

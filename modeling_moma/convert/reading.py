@@ -5,7 +5,7 @@ import functools
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,22 @@ class TensorSource(Mapping):
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """Read one tensor."""
         raise NotImplementedError
+
+
+class LazyWeights(Mapping):
+    """Weights by name, each made when it is asked for."""
+
+    def __init__(self, names: Collection[str], make: Callable[[str], torch.Tensor]):
+        self.names, self.make = names, make
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 class CheckpointReader(TensorSource):

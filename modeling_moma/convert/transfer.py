@@ -10,9 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from accelerate import init_empty_weights
+from accelerate.hooks import attach_align_device_hook
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 from transformers.utils.hub import convert_file_size_to_int
@@ -21,9 +24,7 @@ from ..configuration_moma import MomaConfig
 from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
 from ..utils.atomic_files import LEFT_OVER, check_writable, write_folder_aside
-from .embedding_rows import ROWS_AT_ONCE
-from .output_comparison import LARGEST_DIFFERENCE
-from .reading import DTYPES, CheckpointError, CheckpointReader, TensorSource, read_json
+from .reading import DTYPES, CheckpointError, CheckpointReader, LazyWeights, TensorSource, read_json
 
 
 # fields with the same name in `MomaConfig` and in decoder configurations of Transformers
@@ -46,6 +47,11 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # names of the layer norms here, and in the sources
 _LAYER_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 RECEIPT_FILE = "conversion.json"
+# of an embedding, for statistics and comparisons
+ROWS_AT_ONCE = 1024
+# bound of the relative difference of logits in fp32 on a probe batch, and the batch's sizes
+LARGEST_DIFFERENCE = 1e-3
+NUM_ROWS, ROW_LENGTH, NUM_PADDED = 2, 16, 5
 # of weights that a model computes with
 WRITTEN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -284,6 +290,58 @@ def check_tied_head(reader: TensorSource, config: MomaConfig) -> None:
                 f"{reader.files[HEAD]}: {HEAD!r} differs from the embedding, but config.json has "
                 "`tie_word_embeddings` = True. Set it to False there if the head is right, or remove the key."
             )
+
+
+def rounded_weights(weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> Mapping[str, torch.Tensor]:
+    """Return weights in the type that a conversion writes, so that a probe shows its errors, not the rounding."""
+
+    def rounded(name: str) -> torch.Tensor:
+        tensor = weights[name]
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return weights if dtype is None else LazyWeights(weights.keys(), rounded)
+
+
+def streamed_model(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: Mapping[str, torch.Tensor]
+) -> Any:
+    """Return a model in eval mode that computes in fp32 and holds the weights of one module at a time."""
+    # buffers that are not saved, as rotary frequencies, have to be real
+    with init_empty_weights(include_buffers=False):
+        model = model_class(config).float()
+    tied = model.all_tied_weights_keys
+    attach_align_device_hook(
+        model.eval(),
+        execution_device=torch.device("cpu"),
+        offload=True,
+        weights_map=LazyWeights({*weights, *tied}, lambda name: weights[tied.get(name, name)]),
+        offload_buffers=True,
+    )
+    return model
+
+
+@torch.no_grad()
+def probe_logits(
+    token_ids: list[int], *models: tuple[type[PreTrainedModel], PreTrainedConfig, Mapping[str, torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Return each model's logits of a probe batch of these ids, one row of which is padded on the left."""
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(token_ids), (NUM_ROWS, ROW_LENGTH), generator=generator)
+    attention_mask = torch.ones_like(picks)
+    attention_mask[0, :NUM_PADDED] = 0
+    logits = []
+    for kind, config, weights in models:
+        model = streamed_model(kind, config, weights)
+        states = model.model(torch.tensor(token_ids)[picks], attention_mask=attention_mask, use_cache=False)
+        # Chameleon's own forward masks the logits of images
+        logits.append(model.lm_head(states.last_hidden_state)[attention_mask.bool()])
+    return logits
+
+
+def relative_difference(source: torch.Tensor, converted: torch.Tensor) -> float:
+    """Return `max |a - b| / max |a|` of the source's logits `a` and the converted model's logits `b`."""
+    difference = (source.float() - converted.float()).abs().max()
+    return float(difference / source.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _with_dtypes(reader: TensorSource, entries: Collection[Entry], dtype: torch.dtype | None) -> list[TypedEntry]:

@@ -21,22 +21,8 @@ from modeling_moma.convert.reading import CheckpointError
         ({"mlp_bias": True}, "mlp_bias"),
         ({"model_type": "smollm3"}, "smollm3.*rotary"),
         ({"model_type": "gemma2"}, "model_type.*gemma2"),
-        (
-            {"model_type": "gemma3_text", "tie_word_embeddings": True},
-            "gemma3_text.*both before and after.*times 5.66 at the input",
-        ),
-        (
-            {"model_type": "gemma3", "text_config": {"sliding_window": 512, "final_logit_softcapping": 30.0}},
-            "gemma3.*`sliding_window` = 512.*`final_logit_softcapping` = 30.0",
-        ),
-        (
-            {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 2},
-            "qwen3_moe.*softmax over 8 experts, of which the best 2 are kept, not scaled.*layers without experts",
-        ),
-        (
-            {"model_type": "qwen3_moe", "num_experts_per_tok": 1, "norm_topk_prob": True},
-            "qwen3_moe.*a conversion of several experts has not been written",
-        ),
+        ({"model_type": "gemma3_text"}, "gemma3_text.*both before and after.*scaled.*`sliding_window`"),
+        ({"model_type": "qwen3_moe"}, "qwen3_moe.*softmax over all experts.*layers without experts"),
         ({"model_type": "mistral", "sliding_window": 16}, "sliding_window"),
         ({"model_type": "mistral"}, "sliding_window"),
         (
