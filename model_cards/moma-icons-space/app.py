@@ -4,8 +4,7 @@
 import os
 from pathlib import Path
 
-from modeling_moma.demo.inputs import Examples
-from modeling_moma.demo.page import build_page, open_page
+from modeling_moma.demo.page import Examples, build_page, open_page
 from modeling_moma.demo.studio import load_studio
 
 

@@ -69,8 +69,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 def run(args: Arguments) -> int:
     with needs_extra("the page needs Gradio", "demo"), without_import_notices():
         importlib.import_module("gradio")
-    from ..demo.inputs import Examples
-    from ..demo.page import build_page, open_page
+    from ..demo.page import Examples, build_page, open_page
     from ..demo.studio import load_studio
     from ..labelling.images import folder_files
     from ..labelling.labeler import CaptionForm

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, set_seed
-from transformers.generation.streamers import BaseStreamer
 
 from tokenization.audio_codecs_moma import AUDIO
 
@@ -32,11 +31,11 @@ from ..labelling.folder import CodedFolder, shown
 from ..labelling.guesses import Guess
 from ..labelling.labeler import CaptionForm, ImageLabeler
 from ..labelling.memory import memory_of
-from . import PROMPTS
-from .partial_images import PartialImages
 from .routing_view import RoutedExample
 
 
+# of a folder of examples: words to draw, a line each
+PROMPTS = "prompts.txt"
 # new tokens of a caption, and of the words in an interleaved answer
 MOST_WORDS = 32
 # new codes of a sound
@@ -45,11 +44,55 @@ MOST_CODES = 256
 MOST_FOUND = 12
 # longest side in pixels that it sends of each
 LARGEST_SHOWN = 320
-MODES_OF_PNG = ("1", "L", "LA", "P", "RGB", "RGBA")
 # logits are divided by it, and would become infinite, or all alike
 MIN_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 100.0
 # number of views of an image while it is drawn
 VIEWS = 16
+# the colour of patches that have no code yet
+PAPER = (226, 230, 232)
+
+
+class PartialImages:
+    """Shows what codes in raster order make of an image before the last of them is there.
+
+    The decoder wants all codes, so those of a white image stand for the missing ones; their patches are then covered
+    with [`PAPER`], which is told apart from the drawing.
+    """
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+        height, width = processor.image_size
+        (self.white,) = processor.encode_images([Image.new("RGB", (width, height), "white")])
+
+    def decode(self, rows: list[list[int]]) -> list[Image.Image]:
+        """Return the images of rows of codes, complete or not."""
+        images = self.processor.decode_images([row + self.white[len(row) :] for row in rows])
+        num_rows, num_columns = self.processor.image_grid
+        for image, codes in zip(images, rows, strict=True):
+            patch = image.width // num_columns
+            for place in range(len(codes), num_rows * num_columns):
+                row, column = divmod(place, num_columns)
+                image.paste(PAPER, (column * patch, row * patch, (column + 1) * patch, (row + 1) * patch))
+        return images
+
+    def parts(self, ids: list[int]) -> list[str | Image.Image | np.ndarray]:
+        """Return words, images and whole sounds of token ids that may end inside an image or a sound."""
+        frames = self.processor.frames
+        if AUDIO in frames:
+            ids = ids[: _open_place(ids, frames[AUDIO])]
+        begin = _open_place(ids, frames["image"])
+        if begin is None:
+            return self.processor.decode_parts(ids)
+        codes = [token - self.processor.image_token_offset for token in ids[begin + 1 :]]
+        return [*self.processor.decode_parts(ids[:begin]), *self.decode([codes])]
+
+
+def _open_place(ids: list[int], frame: Any) -> int | None:
+    """Return the place of the last begin of a frame that has no end."""
+    if frame.begin not in ids:
+        return None
+    last = len(ids) - 1 - ids[::-1].index(frame.begin)
+    return None if frame.end in ids[last:] else last
 
 
 @dataclass
@@ -73,11 +116,6 @@ class DemoSession:
         if self.library is not None:
             prompts = os.path.join(self.library, PROMPTS)
             self.coded = CodedFolder.read(self.library, self.labeler, "--search", prompts)
-
-    @property
-    def codes_between_views(self) -> int:
-        """Codes after which an image that is being drawn is shown anew."""
-        return max(1, self.processor.image_seq_length // VIEWS)
 
     def caption(self, image: Image.Image) -> str:
         """Return what the model says of an image, greedily."""
@@ -106,8 +144,8 @@ class DemoSession:
         for image, _ in images:
             # a page that shows small images need not send large ones
             image.thumbnail((LARGEST_SHOWN, LARGEST_SHOWN))
-        # it takes PNG, and names that are text
-        return [(image if image.mode in MODES_OF_PNG else image.convert("RGB"), shown(name)) for image, name in images]
+        # it takes modes that PNG has, and names that are text
+        return [(image.convert("RGBA"), shown(name)) for image, name in images]
 
     @property
     def sampling_rate(self) -> int | None:
@@ -191,12 +229,11 @@ class DemoSession:
             raise InputError(f"These are {len(ids)} tokens, but the model reads {most} at most: shorten the words.")
         with self._lock:
             routed = record_routing(self.model, ids)
-        shown = None if image is None else self._as_cropped(image)
-        return RoutedExample(shown, token_pieces(self.processor, ids), routed)
-
-    def _as_cropped(self, image: Image.Image) -> Image.Image:
-        pixel_values = self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
-        return self.processor.image_processor.postprocess(pixel_values)["pixel_values"][0]
+        cropped = None
+        if image is not None:
+            images = self.processor.image_processor
+            cropped = images.postprocess(images([image], return_tensors="pt")["pixel_values"])["pixel_values"][0]
+        return RoutedExample(cropped, token_pieces(self.processor, ids), routed)
 
     def _inputs(
         self, words: str, images: list[Image.Image], sounds: Sequence[np.ndarray] = ()
@@ -244,7 +281,8 @@ class DemoSession:
     def _stream(self, inputs: dict, seed: int, arguments: dict) -> Iterator[torch.Tensor]:
         with self._lock:
             set_seed(seed)
-            yield from stream_ids(self.model, inputs, self.codes_between_views, **arguments)
+            every = max(1, self.processor.image_seq_length // VIEWS)
+            yield from stream_ids(self.model, inputs, every, **arguments)
 
 
 def _sampling(temperature: float, guidance_scale: float) -> dict:
@@ -272,30 +310,17 @@ def load_studio(folder: str | Path, form: CaptionForm | None = None, library: st
     return DemoSession(model, processor, Path(folder).name, form or CaptionForm(), library, memory_of(str(folder)))
 
 
-class _Feed(BaseStreamer):
-    """Hands on each step's tokens `[B]`; the first call brings the prompt."""
+class _Steps(StoppingCriteria):
+    """Hands on the ids `[B, T]` of each step, and ends all rows once it is told to."""
 
-    def __init__(self, steps: queue.SimpleQueue):
-        self.steps = steps
-        self.is_prompt = True
-
-    def put(self, value: torch.Tensor):
-        if not self.is_prompt:
-            self.steps.put(value)
-        self.is_prompt = False
-
-    def end(self):
-        pass
-
-
-class _Stopped(StoppingCriteria):
-    """Ends all rows once it is told to."""
-
-    def __init__(self, event: threading.Event):
-        self.event = event
+    def __init__(self):
+        # of ids, then None or an error
+        self.queue: queue.SimpleQueue = queue.SimpleQueue()
+        self.is_stopped = False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+        self.queue.put(input_ids)
+        return torch.full((input_ids.shape[0],), self.is_stopped, device=input_ids.device)
 
 
 def stream_ids(model: Any, inputs: dict[str, torch.Tensor], every: int, **arguments) -> Iterator[torch.Tensor]:
@@ -303,33 +328,28 @@ def stream_ids(model: Any, inputs: dict[str, torch.Tensor], every: int, **argume
 
     Closing the iterator ends the generation after the step that runs, and waits for it.
     """
-    if every < 1:
-        raise InputError(f"`every` must be at least 1, got {every}.")
-    # the thread puts steps into it, then None or an error
-    steps: queue.SimpleQueue = queue.SimpleQueue()
-    stop = threading.Event()
+    steps, length = _Steps(), inputs["input_ids"].shape[1]
 
     def run():
         try:
-            criteria = StoppingCriteriaList([_Stopped(stop)])
-            model.generate(**inputs, streamer=_Feed(steps), stopping_criteria=criteria, **arguments)
-            steps.put(None)
+            model.generate(**inputs, stopping_criteria=StoppingCriteriaList([steps]), **arguments)
+            steps.queue.put(None)
         # any error is raised again where the ids are awaited
         except BaseException as error:
-            steps.put(error)
+            steps.queue.put(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    columns = []
+    new_BT = torch.empty(0, 0)
     try:
-        while (step := steps.get()) is not None:
+        while (step := steps.queue.get()) is not None:
             if isinstance(step, BaseException):
                 raise step
-            columns.append(step)
-            if len(columns) % every == 0:
-                yield torch.stack(columns, dim=1)
-        if len(columns) % every:
-            yield torch.stack(columns, dim=1)
+            new_BT = step[:, length:]
+            if new_BT.shape[1] % every == 0:
+                yield new_BT
+        if new_BT.shape[1] % every:
+            yield new_BT
     finally:
-        stop.set()
+        steps.is_stopped = True
         thread.join()

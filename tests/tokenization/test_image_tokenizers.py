@@ -34,9 +34,8 @@ from helpers.forked_python import run_python
 from helpers.tiny import CARD, TEXTS, noise_images, tiny_model, tiny_vq_model
 from modeling_moma.cli import build_processor, tokenize
 from modeling_moma.data.encoding import processor_fingerprint
-from modeling_moma.demo.partial_images import PAPER, PartialImages
 from modeling_moma.demo.routing_view import SIDE, RoutingView
-from modeling_moma.demo.studio import DemoSession
+from modeling_moma.demo.studio import PAPER, DemoSession, PartialImages
 from modeling_moma.export.image_tokenizer import export_image_tokenizer
 from modeling_moma.hub.loading import open_image_tokenizer
 from modeling_moma.hub.upload import check_loads
