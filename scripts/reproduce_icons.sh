@@ -5,10 +5,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-runs=runs/icons recipes=recipes release=model_cards/moma-icons short=() few=()
+runs=runs/icons recipes=recipes release=model_cards/moma-icons short=() tokenizer_short=() few=()
 if [ -n "${STEPS:-}" ]; then
     runs=runs/icons-short recipes=runs/icons-short/recipes release=runs/icons-short/release
-    short=(--steps "$STEPS") few=(--limit 24 --train-images 2000)
+    short=(--steps "$STEPS") tokenizer_short=(--set "image_tokenizer.steps=$STEPS") few=(--limit 24 --train-images 2000)
     mkdir -p $recipes
     for recipe in recipes/moma-icons*.yaml; do
         sed "s:runs/icons/:$runs/:" "$recipe" > "$recipes/${recipe##*/}"
@@ -29,7 +29,7 @@ for library in /usr/lib/*/libtcmalloc_minimal.so.4; do
 done
 
 [ -e $runs/tokenizer/model.safetensors ] ||
-    "$python" -m modeling_moma train-image-tokenizer $recipe --output $runs/tokenizer "${short[@]}" --resume
+    "$python" -m modeling_moma train-image-tokenizer $recipe --output $runs/tokenizer "${tokenizer_short[@]}" --resume
 [ -e $runs/processor/processor_config.json ] ||
     "$python" -m modeling_moma build-processor $recipe --image-tokenizer $runs/tokenizer --output $runs/processor
 [ -e $runs/tokens/manifest.json ] ||

@@ -76,7 +76,7 @@ SHELL = ("test",)
 # what makes a command small enough for a test
 SMALLER = {
     "make_text_model": {"--layers": "1"},
-    "train-image-tokenizer": {"--steps": "2", "--batch-size": "2"},
+    "train-image-tokenizer": {"--set": ["image_tokenizer.steps=2", "image_tokenizer.batch_size=2"]},
     "build-processor": {"--vocab-size": "300"},
     "tokenize": {"--processes": "1"},
     "pretrain": {"--steps": "2", "--batch-size": "2", "--eval-steps": "2", "--eval-examples": "2"},
@@ -335,7 +335,9 @@ def shrink(name: str, arguments: list[str]) -> list[str]:
     smaller |= {key: value for key, value in SMALLER_IF_THERE.get(name, {}).items() if key in arguments}
     arguments = list(arguments)
     for option, value in smaller.items():
-        if option in arguments:
+        if isinstance(value, list):
+            arguments += [option, *value]
+        elif option in arguments:
             arguments[arguments.index(option) + 1] = value
         else:
             arguments += [option, value]

@@ -5,7 +5,7 @@ import argparse
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from ..errors_moma import InputError
 from ..utils.fields import annotations, choices, descriptions, read_field
@@ -36,6 +36,10 @@ class Flag:
     is_repeated: bool = False
     name: str | None = None
     one_of: str | None = None
+
+
+# fields of a recipe by the command line, over what its file says
+Changes = Annotated[list[str], Flag(metavar="SECTION.FIELD=VALUE")]
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -98,7 +102,7 @@ def argument_of(kind: type, entry: dataclasses.Field) -> tuple[list[str], dict[s
     if flag.is_repeated:
         how["action"] = "append"
     elif is_list(annotation):
-        how["nargs"] = "+"
+        how |= {"action": "extend", "nargs": "+"}
     is_required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
     if flag.is_positional:
         return [entry.name], how if is_required else {**how, "nargs": "?"}

@@ -2,7 +2,7 @@
 """Learn a small audio tokenizer from a recipe's sounds: a codebook of mel spectrograms."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +11,7 @@ from ..errors_moma import InputError
 from ..training.tokenizer_settings import AudioTokenizerSettings
 from ..utils.fields import read_fields
 from ..utils.messages import without_import_notices
-from .arguments import Flag, FlagParser
+from .arguments import Changes, Flag, parse_fields
 
 
 if TYPE_CHECKING:
@@ -21,22 +21,25 @@ METRICS_FILE = "metrics.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(AudioTokenizerSettings):
+class Arguments:
     """Flags of `moma train-audio-tokenizer`.
 
     Args:
         recipe (`str`):
-            YAML file with a section `sources` and perhaps `audio_tokenizer`, which holds defaults of the flags.
+            YAML file with a section `sources` and perhaps `audio_tokenizer`.
         output (`str`):
             new folder for the tokenizer and metrics.json.
+        set (`list[str]`, *optional*, defaults to `[]`):
+            fields of the recipe, as audio_tokenizer.num_codes=1024.
     """
 
     recipe: Annotated[str, Flag(metavar="RECIPE", is_positional=True)]
     output: str
+    set: Changes = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Arguments):
+class Run(Arguments, AudioTokenizerSettings):
     """The flags, and what their recipe says.
 
     Args:
@@ -48,23 +51,22 @@ class Run(Arguments):
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Run:
-    """Return the command line over the recipe over the defaults."""
-    given = FlagParser(Arguments, description=__doc__).read(arguments)
+    """Return the command line with what its recipe says."""
+    given = parse_fields(Arguments, __doc__, arguments)
     with without_import_notices():
         from ..data.kinds import InterleavedKind
         from ..training.recipe import read_recipe
 
-    recipe = read_recipe(given["recipe"], needs=("sources",))
+    recipe = read_recipe(given.recipe, ("sources",), given.set)
     may_have = [entry for entry in recipe.sources if entry.kind.has_sounds or isinstance(entry.kind, InterleavedKind)]
     if not may_have:
         kinds = {source.name: source.kind.name for source in recipe.sources}
         raise InputError(
-            f"{given['recipe']!r} has no source with sounds, but {kinds}: an audio tokenizer is trained on sources of "
+            f"{given.recipe!r} has no source with sounds, but {kinds}: an audio tokenizer is trained on sources of "
             "sounds (`audio`) or of interleaved documents (`segments`, `messages`)."
         )
-    settings = vars(read_fields(AudioTokenizerSettings, recipe.audio_tokenizer, "audio_tokenizer", "this section"))
-    of_recipe = {name: settings[name] for name in recipe.audio_tokenizer}
-    return Run(**{**of_recipe, **given}, sources=may_have)
+    settings = read_fields(AudioTokenizerSettings, recipe.audio_tokenizer, "audio_tokenizer", "this section")
+    return Run(**vars(settings), **vars(given), sources=may_have)
 
 
 def run(args: Run) -> None:

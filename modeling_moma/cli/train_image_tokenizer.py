@@ -2,14 +2,14 @@
 """Train the image tokenizer on a recipe's images; `--resume` goes on after a kill."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from ..training.tokenizer_settings import TokenizerSettings
 from ..utils.atomic_files import check_writable
 from ..utils.fields import read_fields
 from ..utils.messages import without_import_notices
-from .arguments import Flag, FlagParser
+from .arguments import Changes, Flag, parse_fields
 
 
 if TYPE_CHECKING:
@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(TokenizerSettings):
+class Arguments:
     """Flags of `moma train-image-tokenizer`.
 
     Args:
         recipe (`str`):
-            YAML (or JSON) file with a section `sources` and perhaps `image_tokenizer`, which holds defaults of the
-            flags; or a folder, file or name on the Hub that `datasets` opens, with a column `image`.
+            YAML (or JSON) file with a section `sources` and perhaps `image_tokenizer`; or a folder, file or name on
+            the Hub that `datasets` opens, with a column `image`.
         output (`str`):
             folder for the model, its checkpoint and metrics.json.
+        set (`list[str]`, *optional*, defaults to `[]`):
+            fields of the recipe, as image_tokenizer.steps=2400.
         resume (`bool`, *optional*, defaults to `False`):
             go on from the last checkpoint in the output folder.
         strict (`bool`, *optional*, defaults to `False`):
@@ -34,12 +36,13 @@ class Arguments(TokenizerSettings):
 
     recipe: Annotated[str, Flag(metavar="RECIPE", is_positional=True)]
     output: str
+    set: Changes = field(default_factory=list)
     resume: bool = False
     strict: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run(Arguments):
+class Run(Arguments, TokenizerSettings):
     """The flags, and what their recipe says.
 
     Args:
@@ -51,15 +54,14 @@ class Run(Arguments):
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Run:
-    """Return the command line over the recipe over the defaults."""
-    given = FlagParser(Arguments, description=__doc__).read(arguments)
+    """Return the command line with what its recipe says."""
+    given = parse_fields(Arguments, __doc__, arguments)
     with without_import_notices():
         from ..training.image_sources import read_image_sources
 
-    sources, fields = read_image_sources(given["recipe"])
-    settings = vars(read_fields(TokenizerSettings, fields, "image_tokenizer", "this section"))
-    of_recipe = {name: settings[name] for name in fields}
-    return Run(**{**of_recipe, **given}, sources=sources)
+    sources, fields = read_image_sources(given.recipe, given.set)
+    settings = read_fields(TokenizerSettings, fields, "image_tokenizer", "this section")
+    return Run(**vars(settings), **vars(given), sources=sources)
 
 
 def run(args: Run, on_step: Callable[[int, dict[str, float]], None] | None = None) -> list[dict]:

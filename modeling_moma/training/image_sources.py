@@ -2,7 +2,7 @@
 """The images of a recipe's sources, one by one and undecoded: those to train on and those held out."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,12 @@ class Candidate:
         return f"source {self.source.name!r}, split {self.split!r}, row {self.row}, image {self.index}"
 
 
-def read_image_sources(place: str) -> tuple[list[Source], dict[str, Any]]:
-    """Return the sources with images that a recipe names."""
+def read_image_sources(place: str, changes: Sequence[str] = ()) -> tuple[list[Source], dict[str, Any]]:
+    """Return the sources with images that a recipe names, and its settings of the image tokenizer."""
     if not _is_recipe(Path(place)):
-        return [Source(name="images", data=place, kind=ImageKind(IMAGE_COLUMN))], {}
-    recipe = read_recipe(place)
+        settings = read_recipe(None, changes=changes).image_tokenizer
+        return [Source(name="images", data=place, kind=ImageKind(IMAGE_COLUMN))], settings
+    recipe = read_recipe(place, changes=changes)
     sources = [source for source in recipe.sources if source.kind.has_images]
     if not sources:
         kinds = {source.name: source.kind.name for source in recipe.sources}

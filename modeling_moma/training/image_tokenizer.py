@@ -291,7 +291,7 @@ class TokenizerTraining:
         values = torch.stack([value.detach().float() for value in figures.values()]).tolist()
         summary = dict(zip(figures, values))
         if not np.isfinite(summary["loss"]):
-            raise InputError(f"The loss is {summary['loss']} at step {self.step}; a lower --learning-rate may help.")
+            raise InputError(f"The loss is {summary['loss']} at step {self.step}; a lower `learning_rate` may help.")
         return {**summary, "psnr": 10 * np.log10(4 / summary["psnr"])}
 
     def save(self) -> None:
@@ -303,7 +303,7 @@ class TokenizerTraining:
         if diverged:
             raise InputError(
                 f"`{diverged[0]}` of the held-out images is not a number at step {self.step}: the training has "
-                "diverged, and this step is not saved. Begin anew with a lower --learning-rate."
+                "diverged, and this step is not saved. Begin anew with a lower `learning_rate`."
             )
         self.metrics.append({"step": self.step, **evaluation})
         tqdm.write(json.dumps(self.metrics[-1]))

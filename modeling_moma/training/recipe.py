@@ -3,6 +3,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -175,17 +176,18 @@ class _RecipeLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, one_line(error), node.start_mark) from error
 
 
-def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe."""
-    path = Path(path)
-    where = f"RECIPE {str(path)!r}"
-    if not path.is_file():
+def read_recipe(path: str | Path | None, needs: tuple[str, ...] = (), changes: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, empty without a path, and change fields of it as `--set` has it."""
+    where = "--set" if path is None else f"RECIPE {str(path)!r}"
+    if path is not None and not Path(path).is_file():
         raise InputError(f"{where} is no file.")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)
-    # brackets in brackets may go too deep
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        content = {} if path is None else _read_yaml(where, Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
         raise InputError(f"{where} cannot be read as YAML: {one_line(error)}") from error
+    if isinstance(content, dict):
+        for change in changes:
+            _change(content, change)
     sections = [entry.name for entry in dataclasses.fields(Recipe)]
     if not isinstance(content, dict) or not content.keys() <= set(sections):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
@@ -197,6 +199,29 @@ def read_recipe(path: str | Path, needs: tuple[str, ...] = ()) -> Recipe:
     if missing:
         raise InputError(f"{where} has no section {missing[0]!r}, which this command needs.")
     return _read_sections(where, {name: {} if value is None else value for name, value in content.items()})
+
+
+def _read_yaml(where: str, text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)
+    # brackets in brackets may go too deep
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{where} cannot be read as YAML: {one_line(error)}") from error
+
+
+def _change(content: dict[str, Any], change: str) -> None:
+    """Put a value of `--set section.field=value` into a recipe's content."""
+    place, equals, text = change.partition("=")
+    *sections, name = place.split(".")
+    if not (equals and sections and all(sections) and name):
+        raise InputError(f"--set {change!r}: it is no section.field=value, such as trainer.max_steps=100.")
+    holder = content
+    for section in sections:
+        holder[section] = {} if holder.get(section) is None else holder[section]
+        holder = holder[section]
+        if not isinstance(holder, dict):
+            raise InputError(f"--set {change!r}: {section} = {holder!r} has no fields.")
+    holder[name] = _read_yaml(f"--set {change!r}", text)
 
 
 def _read_sections(where: str, content: dict[str, Any]) -> Recipe:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of trainings of tokenizers: flags, fields of a recipe, and what a resumed run must repeat."""
+"""Settings of trainings of tokenizers: fields of a recipe, and what a resumed run must repeat."""
 
 import json
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ DEFAULT_PRESET = "small"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:
-    """Flags of `moma train-image-tokenizer`, and fields of a recipe's section `image_tokenizer`.
+    """Fields of a recipe's section `image_tokenizer`.
 
     Args:
         config (`str | dict[str, Any]`, *optional*):
-            a preset (full, small, medium-256, medium-1024) or a JSON file, in a recipe also a mapping of fields of
-            MomaVQConfig and perhaps `preset`, the one that they change; small by default.
+            a preset (full, small, medium-256, medium-1024), a JSON file, or a mapping of fields of MomaVQConfig and
+            perhaps `preset`, the one that they change; small by default.
         steps (`int`, *optional*, defaults to `2400`):
             steps of the optimizer.
         batch_size (`int`, *optional*, defaults to `48`):
@@ -76,7 +76,7 @@ class TokenizerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class AudioTokenizerSettings:
-    """Flags of `moma train-audio-tokenizer`, and fields of a recipe's section `audio_tokenizer`.
+    """Fields of a recipe's section `audio_tokenizer`.
 
     Args:
         num_codes (`int`, *optional*, defaults to `1024`):
@@ -134,7 +134,7 @@ def read_config(settings: TokenizerSettings) -> "MomaVQConfig":
 
     given, where, saved = settings.config or DEFAULT_PRESET, "config", set()
     if isinstance(given, str) and given not in PRESETS:
-        where, given = f"--config {given!r}", _read_config_file(given)
+        where, given = f"config {given!r}", _read_config_file(given)
         # what the config.json of a saved model has beside
         saved = PreTrainedConfig().to_dict().keys() | {"model_type", "auto_map"}
     fields = {"preset": given} if isinstance(given, str) else dict(given)
@@ -153,18 +153,18 @@ def _read_config_file(place: str) -> dict[str, Any]:
     from tokenization.configuration_moma_vq import PRESETS
 
     if not Path(place).is_file():
-        raise InputError(f"--config {place!r} is neither one of {sorted(PRESETS)} nor a file.")
+        raise InputError(f"config {place!r} is neither one of {sorted(PRESETS)} nor a file.")
     try:
         fields = json.loads(Path(place).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"--config {place!r}: it cannot be read as JSON ({error}).") from error
+        raise InputError(f"config {place!r}: it cannot be read as JSON ({error}).") from error
     if not isinstance(fields, dict):
-        raise InputError(f"--config {place!r}: it holds a {type(fields).__name__}, not an object of fields.")
+        raise InputError(f"config {place!r}: it holds a {type(fields).__name__}, not an object of fields.")
     return fields
 
 
 def asked_fields(settings: TokenizerSettings) -> dict[str, Any]:
-    """Return the fields of the configuration that flags or the recipe's settings give."""
+    """Return the fields of the configuration that the recipe's settings give."""
     return {name: getattr(settings, name) for name in MODEL_SETTINGS if getattr(settings, name) is not None}
 
 
@@ -184,7 +184,7 @@ def check_resumed(output: str, settings: TokenizerSettings, config: "MomaVQConfi
         now = read_config(settings)
         asked |= {name: getattr(now, name) for name in type(now).__annotations__}
     pairs: dict[str, tuple[Any, Any]] = {name: (getattr(config, name), value) for name, value in asked.items()}
-    pairs |= {f"--{name.replace('_', '-')}": (value, getattr(settings, name)) for name, value in begun.items()}
+    pairs |= {name: (value, getattr(settings, name)) for name, value in begun.items()}
     for name, (then, now) in pairs.items():
         # JSON knows no tuples
         is_same = list(then) == list(now) if isinstance(then, (list, tuple)) and now is not None else then == now

@@ -47,7 +47,7 @@ def place(tmp_path_factory):
 TRAINING = ["--processor", "processor", "--tokens", "tokens", "--output", "out", "--steps", "1", "--batch-size", "2"]
 # by extra, commands that need it
 COMMANDS = {
-    "train": ["train-image-tokenizer", "recipe.yaml", "--output", "vq", "--steps", "1"],
+    "train": ["train-image-tokenizer", "recipe.yaml", "--output", "vq", "--set", "image_tokenizer.steps=1"],
     "train, drawings": "evaluate --model model --tokens tokens --split validation --measures drawings".split(),
     "finetune": ["pretrain", "recipe.yaml", "--lora-rank", "2", *TRAINING],
     "gguf": "convert llama --source llama --gguf-file llama.gguf --processor processor --output out".split(),

@@ -40,8 +40,9 @@ def run_train(folder: Path):
     """a step of `moma train-image-tokenizer` with the perceptual loss"""
     config, recipe = folder / "config.json", write_mixture(folder / "data")
     config.write_text(json.dumps(tiny_vq_model(32).config.to_diff_dict()))
-    sizes = "--steps 1 --batch-size 2 --warmup-steps 0 --perceptual-weight 1".split()
-    moma("train-image-tokenizer", recipe, "--config", config, *sizes, "--output", folder / "tokenizer")
+    fields = (f"config={config}", "steps=1", "batch_size=2", "warmup_steps=0", "perceptual_weight=1")
+    sizes = ("--set", *(f"image_tokenizer.{field}" for field in fields))
+    moma("train-image-tokenizer", recipe, *sizes, "--output", folder / "tokenizer")
 
 
 def run_finetune(folder: Path):

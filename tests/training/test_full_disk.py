@@ -122,9 +122,10 @@ def train_image_tokenizer(inputs, output):
     config = {"resolution": 16, "patch_size": 4, "channel_multiplier": [1], "base_channels": 16, "latent_channels": 16}
     config |= {"embed_dim": 8, "num_embeddings": 32, "num_res_blocks": 1, "norm_type": "none"}
     (inputs / "config.json").write_text(json.dumps(config))
-    sizes = "--steps 4 --batch-size 2 --save-every 2 --warmup-steps 1 --held-out-images 4 --bf16 off --resume"
-    paths = [str(inputs / "sources.yaml"), "--config", str(inputs / "config.json"), "--output", str(output)]
-    return main(["train-image-tokenizer", *paths, *sizes.split()])
+    fields = ("steps=4", "batch_size=2", "save_every=2", "warmup_steps=1", "held_out_images=4", "bf16=off")
+    changes = [f"image_tokenizer.{field}" for field in (f"config={inputs / 'config.json'}", *fields)]
+    paths = [str(inputs / "sources.yaml"), "--output", str(output)]
+    return main(["train-image-tokenizer", *paths, "--set", *changes, "--resume"])
 
 
 def size_of(folder):

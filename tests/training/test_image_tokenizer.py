@@ -56,8 +56,15 @@ def folder(tmp_path_factory):
 
 def arguments(folder, output, *extra, steps=8):
     return [
-        *(str(folder / "data"), "--config", str(folder / "config.json"), "--output", str(output)),
-        *("--steps", str(steps), "--batch-size", "4", "--save-every", "3", "--warmup-steps", "2", *extra),
+        *(str(folder / "data"), "--set", f"image_tokenizer.config={folder / 'config.json'}", "--output", str(output)),
+        *(
+            "--set",
+            f"image_tokenizer.steps={steps}",
+            "image_tokenizer.batch_size=4",
+            "image_tokenizer.save_every=3",
+            "image_tokenizer.warmup_steps=2",
+            *extra,
+        ),
     ]
 
 
@@ -91,7 +98,7 @@ def test_a_killed_and_resumed_run_ends_like_an_uninterrupted_one(folder, tmp_pat
 
 
 def test_the_output_holds_the_model_its_metrics_and_one_checkpoint(folder, tmp_path):
-    main(arguments(folder, tmp_path, "--bf16", "off", steps=3))
+    main(arguments(folder, tmp_path, "--set", "image_tokenizer.bf16=off", steps=3))
     names = {path.name for path in tmp_path.iterdir()}
     written = {"config.json", "model.safetensors", "metrics.json", "report.json", "samples.png"}
     assert names == {*written, "images", "checkpoint-0000003"}
@@ -118,8 +125,14 @@ def test_semantic_and_perceptual_terms_are_trained_and_judged(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "semantic_dim": 1280}))
     summaries = []
     (entry,) = main(
-        arguments(folder, tmp_path / "out", "--config", str(tmp_path / "config.json"), "--semantic-weight", "0.5")
-        + ["--perceptual-weight", "0.2", "--steps", "2"],
+        arguments(
+            folder,
+            tmp_path / "out",
+            "--set",
+            f"image_tokenizer.config={tmp_path / 'config.json'}",
+            "image_tokenizer.semantic_weight=0.5",
+        )
+        + ["--set", "image_tokenizer.perceptual_weight=0.2", "image_tokenizer.steps=2"],
         lambda step, summary: summaries.append(summary),
     )
     assert all(summary["semantic"] > 0 for summary in summaries)
@@ -131,17 +144,17 @@ def test_semantic_and_perceptual_terms_are_trained_and_judged(folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (["--config", "other.json"], r"resolution = 32, .*asks for 64"),
-        (["--config", "small"], "embed_dim = 8"),
-        (["--perceptual-weight", "0.5"], "perceptual_weight = 0.0, .*asks for 0.5"),
-        (["--steps", "9"], "--steps = 8"),
-        (["--batch-size", "5"], "--batch-size = 4"),
-        (["--learning-rate", "0.1"], "--learning-rate = 0.0015"),
-        (["--seed", "1"], "--seed = 0"),
-        (["--resolution", "64"], "resolution = 32"),
-        (["--augmentation", "none"], "--augmentation = 'white'"),
-        (["--do-pad"], "--do-pad = False"),
-        (["--held-out-images", "5"], "--held-out-images = 1024"),
+        (["--set", "image_tokenizer.config=other.json"], r"resolution = 32, .*asks for 64"),
+        (["--set", "image_tokenizer.config=small"], "embed_dim = 8"),
+        (["--set", "image_tokenizer.perceptual_weight=0.5"], "perceptual_weight = 0.0, .*asks for 0.5"),
+        (["--set", "image_tokenizer.steps=9"], "steps = 8"),
+        (["--set", "image_tokenizer.batch_size=5"], "batch_size = 4"),
+        (["--set", "image_tokenizer.learning_rate=0.1"], "learning_rate = 0.0015"),
+        (["--set", "image_tokenizer.seed=1"], "seed = 0"),
+        (["--set", "image_tokenizer.resolution=64"], "resolution = 32"),
+        (["--set", "image_tokenizer.augmentation=none"], "augmentation = 'white'"),
+        (["--set", "image_tokenizer.do_pad=true"], "do_pad = False"),
+        (["--set", "image_tokenizer.held_out_images=5"], "held_out_images = 1024"),
     ],
 )
 def test_a_run_is_not_resumed_with_other_arguments(folder, tmp_path, change, named):
@@ -150,7 +163,7 @@ def test_a_run_is_not_resumed_with_other_arguments(folder, tmp_path, change, nam
     with pytest.raises(Killed):
         main(arguments(folder, tmp_path / "out"), kill_after(4))
     before = {path.name for path in (tmp_path / "out").iterdir()}
-    change = [str(tmp_path / text) if text.endswith(".json") else text for text in change]
+    change = [text.replace("other.json", str(tmp_path / "other.json")) for text in change]
     with pytest.raises(ValueError, match=f"--resume: .*{named}"):
         main(arguments(folder, tmp_path / "out", "--resume", *change))
     assert {path.name for path in (tmp_path / "out").iterdir()} == before
@@ -160,7 +173,7 @@ def test_a_run_is_not_resumed_with_other_arguments(folder, tmp_path, change, nam
 def test_a_run_is_not_begun_anew_in_its_folder(folder, tmp_path, kill, capsys):
     output = tmp_path / "out"
     try:
-        main(arguments(folder, output, "--held-out-images", "5"), kill_after(kill))
+        main(arguments(folder, output, "--set", "image_tokenizer.held_out_images=5"), kill_after(kill))
     except Killed:
         pass
     before = {path: path.stat().st_mtime_ns for path in sorted(output.rglob("*"))}
@@ -169,7 +182,7 @@ def test_a_run_is_not_begun_anew_in_its_folder(folder, tmp_path, kill, capsys):
     ):
         main(arguments(folder, output))
     assert {path: path.stat().st_mtime_ns for path in sorted(output.rglob("*"))} == before
-    main(arguments(folder, output, "--resume", "--held-out-images", "5"))
+    main(arguments(folder, output, "--resume", "--set", "image_tokenizer.held_out_images=5"))
     said = "this run has taken all of its steps" if kill is None else "resuming from step 3"
     assert said in capsys.readouterr().out
 
@@ -234,11 +247,13 @@ def test_a_run_is_resumed_in_the_size_of_its_checkpoint_without_its_configuratio
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "semantic_weight": 0.3}))
     with pytest.raises(Killed):
-        main(arguments(folder, tmp_path / "out", "--config", str(tmp_path / "config.json")), kill_after(4))
+        main(
+            arguments(folder, tmp_path / "out", "--set", f"image_tokenizer.config={tmp_path / 'config.json'}"),
+            kill_after(4),
+        )
     command = arguments(folder, tmp_path / "out", "--resume")
-    place = command.index("--config")
-    del command[place : place + 2]
-    main(command)
+    command.remove(f"image_tokenizer.config={folder / 'config.json'}")
+    main([text for number, text in enumerate(command) if command[number : number + 2] != ["--set", "--output"]])
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert saved["resolution"] == 32 and saved["semantic_weight"] == 0.3
 
@@ -265,7 +280,7 @@ def test_settings_of_a_recipe_are_the_defaults_of_the_flags(folder, tmp_path, la
     }
     file = tmp_path / f"recipe.{language}"
     file.write_text(yaml.safe_dump(recipe) if language == "yaml" else json.dumps(recipe))
-    args = parse_arguments([str(file), "--output", "out", "--batch-size", "3"])
+    args = parse_arguments([str(file), "--output", "out", "--set", "image_tokenizer.batch_size=3"])
     assert (args.steps, args.batch_size, args.learning_rate, args.bf16) == (2, 3, 1e-3, "off")
     assert [source.name for source in args.sources] == ["squares"]
     config = read_config(args)
@@ -302,26 +317,20 @@ def test_settings_that_cannot_be_are_named(folder, tmp_path, settings, named):
         main([str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")])
 
 
-@pytest.mark.parametrize(
-    ("flag", "value", "named"),
-    [
-        ("--semantic-weight", "1.0", "semantic_weight = 1.0: `config` has no `semantic_dim`"),
-    ],
-)
-def test_settings_that_would_change_nothing_are_refused(folder, tmp_path, flag, value, named):
-    with pytest.raises(InputError, match=named):
-        main(arguments(folder, tmp_path / "out", flag, value))
+def test_settings_that_would_change_nothing_are_refused(folder, tmp_path):
+    weight = "image_tokenizer.semantic_weight"
+    with pytest.raises(InputError, match="semantic_weight = 1.0: `config` has no `semantic_dim`"):
+        main(arguments(folder, tmp_path / "out", "--set", f"{weight}=1.0"))
     assert not list((tmp_path / "out").glob("*"))
     # zero is how they are left out
-    main(arguments(folder, tmp_path / "out", flag, "0", steps=1))
+    main(arguments(folder, tmp_path / "out", "--set", f"{weight}=0", steps=1))
 
 
-def test_an_unknown_configuration_and_a_recipe_without_images_are_named(folder, tmp_path, capsys):
+def test_an_unknown_configuration_and_a_recipe_without_images_are_named(folder, tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
-        main([str(folder / "data"), "--config", "nowhere", "--output", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        main([str(folder / "data"), "--batch-size", "0", "--output", str(tmp_path)])
-    assert "--batch-size = '0' must be at least 1: images of a step" in capsys.readouterr().err
+        main([str(folder / "data"), "--set", "image_tokenizer.config=nowhere", "--output", str(tmp_path)])
+    with pytest.raises(InputError, match="image_tokenizer: batch_size = 0 must be at least 1: images of a step"):
+        main([str(folder / "data"), "--set", "image_tokenizer.batch_size=0", "--output", str(tmp_path)])
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"sources": {"glosses": {"data": "a.txt", "text": "text"}}}))
     with pytest.raises(ValueError, match="no source with images, but {'glosses': 'text'}"):
         main([str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "out")])
@@ -338,13 +347,18 @@ def test_two_sources_of_the_same_files_are_told_of(folder, tmp_path, caplog):
     source = {"data": str(tmp_path / "rows.parquet"), "image": "image", "text": "text", "held_out": 0.3}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"sources": {"first": source, "second": source}}))
-    flags = ["--config", str(folder / "config.json"), "--steps", "1", "--batch-size", "2"]
+    flags = [
+        "--set",
+        f"image_tokenizer.config={folder / 'config.json'}",
+        "image_tokenizer.steps=1",
+        "image_tokenizer.batch_size=2",
+    ]
     main([str(recipe), *flags, "--output", str(tmp_path / "out")])
     assert "'first' and 'second' read the same files" in caplog.text
 
 
 def test_a_training_that_has_diverged_leaves_the_checkpoint_before_it(folder, tmp_path, monkeypatch):
-    call = arguments(folder, tmp_path / "out", "--learning-rate", "1e-3", steps=4)
+    call = arguments(folder, tmp_path / "out", "--set", "image_tokenizer.learning_rate=1e-3", steps=4)
     evaluate = image_tokenizer.evaluate
 
     def diverge_late(model, *rest):
@@ -375,13 +389,13 @@ def test_a_file_of_a_configuration_is_read_as_strictly_as_a_recipe(tmp_path, con
     file = tmp_path / "config.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=re.escape(said)) as error:
-        read_config(parse_arguments(["data", "--output", "out", "--config", str(file)]))
+        read_config(parse_arguments(["data", "--output", "out", "--set", f"image_tokenizer.config={file}"]))
     assert str(file) in str(error.value)
 
 
 def test_a_file_may_name_a_preset_or_be_that_of_a_saved_model(tmp_path):
     file = tmp_path / "config.json"
-    settings = parse_arguments(["data", "--output", "out", "--config", str(file)])
+    settings = parse_arguments(["data", "--output", "out", "--set", f"image_tokenizer.config={file}"])
     file.write_text('{"preset": "small", "resolution": 32}')
     wanted = MomaVQConfig.from_preset("small", resolution=32)
     assert read_config(settings).to_dict() == wanted.to_dict()
