@@ -86,18 +86,3 @@ def test_gradients_equal_those_in_fp32(name, rows, weights, autocast):
             if expected.grad is not None:
                 assert parameter.grad is not None, key
                 assert_near(parameter.grad, expected.grad, 0.15, floor=5e-2)
-
-
-@cases
-def test_generate_has_the_logits_of_a_forward_in_fp32(name, rows, weights, autocast):
-    model, oracle = both(name, weights)
-    ids = mixed_ids(rows=rows, seed=1)
-    arguments = {"max_new_tokens": 6, "do_sample": False, "generation_mode": "interleaved", "eos_token_id": []}
-    with must_not_raise(RuntimeError), torch.autocast("cpu", autocast):
-        # the way that nobody looks into, and the other
-        drawn = model.generate(ids, **arguments)
-        output = model.generate(ids, return_dict_in_generate=True, output_logits=True, **arguments)
-    assert torch.equal(drawn, output.sequences)
-    with torch.no_grad():
-        expected = oracle(drawn).logits[:, ids.shape[1] - 1 : -1]
-    assert_near(torch.stack(output.logits, dim=1), expected, RELATIVE)

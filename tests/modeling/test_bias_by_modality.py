@@ -3,11 +3,10 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from helpers.depth_reference import assert_equals_plain_loop
-from helpers.reference import assert_near, context_of, fields_of, reference_selection, trainable
+from helpers.reference import context_of, fields_of, reference_selection
 from helpers.tiny import IMAGE_IDS, left_padding, mixed_ids, tiny_config, tiny_model
 from modeling_moma.routing_moma import MomaRouter, update_routers
 from modeling_moma.token_groups_moma import token_modalities
@@ -54,25 +53,6 @@ def test_a_model_equals_the_plain_loop_forward_and_backward(name, routing):
     assert_equals_plain_loop(model, ids, left_padding(ids, 3, 0, 4), routing, floor=3e-2)
 
 
-def test_the_bias_of_a_modality_moves_its_tokens_alone():
-    model = pool_model().eval()
-    ids = mixed_ids(2, 12)
-    before = model(ids, output_router_logits=True)
-    router = model.model.layers[0].mlp.groups["all"].router
-    assert router.balance_bias.shape == (2, 4)
-    chosen = []
-    router.register_forward_hook(lambda module, arguments, output: chosen.append(output[1]))
-    for modality in range(2):
-        router.balance_bias.zero_()
-        router.balance_bias[modality, 1] = 10.0
-        model(ids)
-        experts = torch.zeros(ids.numel(), dtype=torch.long).index_put((chosen[-1].token_P,), chosen[-1].expert_P)
-        is_theirs = token_modalities(model.config, ids).flatten() == modality
-        scores = torch.sigmoid(before.router_logits[0])
-        assert (experts[is_theirs] == 1).all()
-        assert torch.equal(experts[~is_theirs], scores.argmax(-1)[~is_theirs])
-
-
 @pytest.mark.parametrize(("name", "padding"), [("two", 4), ("two_per_token", 0), ("three", 4)])
 def test_a_step_moves_each_bias_by_the_load_of_its_modality(name, padding):
     torch.manual_seed(0)
@@ -107,33 +87,3 @@ def test_a_modality_without_a_token_moves_no_bias():
     for old, layer in zip(before, model.model.layers):
         router = layer.mlp.groups["all"].router
         assert torch.equal(router.balance_bias[1], old[1]) and not torch.equal(router.balance_bias[0], old[0])
-
-
-def test_processes_average_the_loads_of_each_modality(monkeypatch):
-    """Two processes of the same batch move what one does, and one whose partner saw the opposite moves nothing."""
-    expected, again, opposite = (pool_model(router_bias_update_rate=RATE) for _ in range(3))
-    ids = mixed_ids(2, 12)
-    expected(ids)
-    monkeypatch.setattr("modeling_moma.routing_moma.is_distributed", lambda: True)
-    monkeypatch.setattr(dist, "all_reduce", lambda flat: flat.mul_(2))
-    again(ids)
-    monkeypatch.setattr(dist, "all_reduce", lambda flat: flat.zero_())
-    opposite(ids)
-    start = pool_model().state_dict()
-    for key, value in expected.state_dict().items():
-        if key.endswith("balance_bias"):
-            assert torch.allclose(again.state_dict()[key], value, atol=1e-6)
-            assert torch.equal(opposite.state_dict()[key], start[key]) and not torch.equal(value, start[key])
-
-
-def test_checkpointing_gives_the_same_gradients():
-    ids, results = mixed_ids(2, 12), []
-    for checkpointing in (False, True):
-        # a step that would change who is chosen in the recomputation
-        model = pool_model("depth_three", router_bias_update_rate=0.5)
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model(ids, labels=ids).loss.backward()
-        results.append({key: value.grad for key, value in trainable(model)})
-    for key, gradient in results[0].items():
-        assert_near(results[1][key], gradient, 1e-5, floor=1e-3)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
+from functools import cache
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -18,10 +20,16 @@ IMAGE = [BEGIN, *range(START, START + LENGTH), END]
 # three lengths, padded by 0, 3 and 7
 ROWS = [[BOS, *IMAGE, 20, 21, 20, 21], [BOS, 30, 31, *range(40, 49)], [BOS, 50, 51, 52, 53, 54, 55, 56]]
 
-STRATEGIES = {
+WAYS = {
     "greedy": {"do_sample": False},
     "beam_3": {"do_sample": False, "num_beams": 3},
     "sampling": {"do_sample": True, "top_k": 0},
+    "prompt_lookup": {"do_sample": False, "prompt_lookup_num_tokens": 4, "one_row": True},
+    "chunks": {"do_sample": False, "prefill_chunk_size": 4},
+    "static": {"do_sample": False, "cache_implementation": "static"},
+    "static_beam_3": {"do_sample": False, "num_beams": 3, "cache_implementation": "static"},
+    "static_chunks": {"do_sample": False, "prefill_chunk_size": 4, "cache_implementation": "static"},
+    "assisted": {"do_sample": False, "assisted": True, "one_row": True},
 }
 AUXILIARY = {"auxiliary_routers": True, "inference_routing": "auxiliary"}
 POOL = {"num_experts": 8, "inference_routing": "token_choice", "balance_bias_by_modality": True}
@@ -47,9 +55,6 @@ DEPTH_MODELS = {
     "mod-8x-biases": {**POOL, **DEPTH, "depth_inference_routing": "threshold"},
     "mod-4t4i-eager": {**MOD_4T4I, "attn_implementation": "eager"},
 }
-# of each kind of cache and router one
-FEW_DEPTH_MODELS = ("mod-dense", "mod-4t4i-odd", "mod-4t4i-by-modality-auxiliary", "mod-8x-biases")
-FEW_MODELS = ("1t1i-pre", "4t4i-auxiliary", *FEW_DEPTH_MODELS)
 
 
 def make_model(**fields):
@@ -89,14 +94,9 @@ def make_model(**fields):
     return model
 
 
-@pytest.fixture(scope="module", params=[*MODELS, *DEPTH_MODELS])
-def model(request):
-    return make_model(**{**MODELS, **DEPTH_MODELS}[request.param])
-
-
-@pytest.fixture(scope="module", params=DEPTH_MODELS)
-def depth_model(request):
-    return make_model(**DEPTH_MODELS[request.param])
+@cache
+def model_of(name):
+    return make_model(**{**MODELS, **DEPTH_MODELS}[name])
 
 
 def batch(rows):
@@ -111,103 +111,71 @@ def generate(model, inputs, mode="image", **kwargs):
     return model.generate(**inputs, generation_mode=mode, **kwargs)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
-def test_cached_equals_uncached(model, strategy):
-    inputs = batch(ROWS)
-    assert (inputs["attention_mask"] == 0).sum(1).tolist() == [0, 3, 7]
-    cached = generate(model, inputs, use_cache=True, **strategy)
-    assert torch.equal(cached, generate(model, inputs, use_cache=False, **strategy))
+# every model by two ways to generate, and every way by models of all kinds
+CASES = [
+    (name, list(WAYS)[(2 * index + more) % len(WAYS)])
+    for index, name in enumerate([*MODELS, *DEPTH_MODELS])
+    for more in range(2)
+]
 
 
-def test_cached_equals_uncached_for_interleaved_rows_in_different_states(model):
+@pytest.mark.parametrize(("name", "way"), CASES)
+def test_cached_equals_uncached(name, way):
+    model, call = model_of(name), dict(WAYS[way])
+    if call.pop("assisted", False):
+        call["assistant_model"] = make_model(num_experts=EXPERTS["1t1i"], num_hidden_layers=2, depth_layers=[0])
+    # drafts are of one row
+    inputs = batch(ROWS[:1] if call.pop("one_row", False) else ROWS)
+    cached = generate(model, inputs, **call)
+    plain = {key: call[key] for key in ("do_sample", "top_k", "num_beams") if key in call}
+    assert torch.equal(cached, generate(model, inputs, use_cache=False, **plain))
+
+
+@pytest.mark.parametrize("name", [*MODELS, *DEPTH_MODELS])
+def test_cached_equals_uncached_for_interleaved_rows_in_different_states(name):
     call = {"mode": "interleaved", "do_sample": True, "max_new_tokens": 14, "sequence_bias": {(BEGIN,): 5.0}}
     inputs = batch([[BOS, 20, BEGIN, 110, 111], *ROWS[1:]])
-    cached = generate(model, inputs, use_cache=True, **call)
-    assert torch.equal(cached, generate(model, inputs, use_cache=False, **call))
+    cached = generate(model_of(name), inputs, use_cache=True, **call)
+    assert torch.equal(cached, generate(model_of(name), inputs, use_cache=False, **call))
 
 
-@pytest.mark.parametrize("mode", ["image", "text"])
-@pytest.mark.parametrize("model", FEW_MODELS, indirect=True)
-def test_prompt_lookup_equals_uncached_greedy(model, mode):
-    inputs = batch(ROWS[:1])
-    call = {"mode": mode, "do_sample": False, "max_new_tokens": LENGTH + 2}
-    looked_up = generate(model, inputs, prompt_lookup_num_tokens=4, **call)
-    assert torch.equal(looked_up, generate(model, inputs, use_cache=False, **call))
-
-
-def test_chunked_prefill_equals_uncached_greedy(model):
-    inputs = batch(ROWS)
-    chunked = generate(model, inputs, do_sample=False, prefill_chunk_size=4)
-    assert torch.equal(chunked, generate(model, inputs, do_sample=False, use_cache=False))
-
-
-def test_static_cache_equals_uncached_greedy(model):
-    inputs = batch(ROWS)
-    static = generate(model, inputs, do_sample=False, cache_implementation="static")
-    assert torch.equal(static, generate(model, inputs, do_sample=False, use_cache=False))
-
-
-def test_static_cache_equals_uncached_greedy_without_padding(model):
-    inputs = batch([row[:8] for row in ROWS[1:]])
-    call = {"mode": "text", "do_sample": False, "max_new_tokens": 6}
-    static = generate(model, inputs, cache_implementation="static", **call)
-    assert torch.equal(static, generate(model, inputs, use_cache=False, **call))
-
-
-@pytest.mark.parametrize("depth_model", FEW_DEPTH_MODELS, indirect=True)
-@pytest.mark.parametrize(("num_beams", "chunk"), [(3, None), (1, 4)], ids=["beam_3", "chunked_prefill"])
-def test_static_cache_of_depth_models_equals_uncached(depth_model, num_beams, chunk):
-    call = {"do_sample": False, "num_beams": num_beams}
-    inputs = batch(ROWS)
-    static = generate(depth_model, inputs, cache_implementation="static", prefill_chunk_size=chunk, **call)
-    assert torch.equal(static, generate(depth_model, inputs, use_cache=False, **call))
-
-
-@pytest.mark.parametrize("mode", ["image", "text"])
-@pytest.mark.parametrize("depth_model", FEW_DEPTH_MODELS, indirect=True)
-def test_assisted_by_a_smaller_depth_model_equals_uncached_greedy(depth_model, mode):
-    assistant = make_model(num_experts=EXPERTS["1t1i"], num_hidden_layers=2, depth_layers=[0])
-    inputs = batch(ROWS[:1])
-    call = {"mode": mode, "do_sample": False, "max_new_tokens": LENGTH + 2}
-    assisted = generate(depth_model, inputs, assistant_model=assistant, **call)
-    assert torch.equal(assisted, generate(depth_model, inputs, use_cache=False, **call))
+KINDS = [("dynamic", 1), ("dynamic", 3), ("static", 2)]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "chunk"), [("dynamic", 1), ("dynamic", 3), ("static", 2)])
-def test_logits_of_chunks_equal_those_of_whole_rows(depth_model, kind, chunk):
+@pytest.mark.parametrize(
+    ("name", "kind", "chunk"), [(name, *KINDS[index % 3]) for index, name in enumerate([*MODELS, *DEPTH_MODELS])]
+)
+def test_logits_of_chunks_equal_those_of_whole_rows(name, kind, chunk):
+    model = model_of(name)
     ids, mask = batch(ROWS).values()
-    whole = depth_model(ids, attention_mask=mask, use_cache=False).logits
-    cache = DynamicCache(config=depth_model.config)
+    whole = model(ids, attention_mask=mask, use_cache=False).logits
+    held = DynamicCache(config=model.config)
     if kind == "static":
-        cache = StaticCache(config=depth_model.config, max_cache_len=ids.shape[1])
+        held = StaticCache(config=model.config, max_cache_len=ids.shape[1])
     parts = []
     for start in range(0, ids.shape[1], chunk):
         stop = start + chunk
-        parts.append(depth_model(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache).logits)
+        parts.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], cache=held).logits)
     logits, whole = torch.cat(parts, dim=1)[mask.bool()], whole[mask.bool()]
     torch.testing.assert_close(logits, whole, atol=1e-5 * whole.abs().max().item(), rtol=0)
 
 
-def test_depth_models_meet_steps_with_all_rows_some_and_none(depth_model):
-    shares = []
-
-    def record_rows(module, arguments, output):
-        shares.append(output[1].chosen_BT.any(1).float().mean().item())
-
-    hooks = [m.register_forward_hook(record_rows) for m in depth_model.modules() if isinstance(m, MomaDepthRouter)]
-    generate(depth_model, batch(ROWS), do_sample=True, top_k=0)
-    for hook in hooks:
-        hook.remove()
-    decoding = shares[len(hooks) :]
-    assert 0.0 in decoding and 1.0 in decoding and len(set(decoding)) > 2
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("lengths", [[4], [1, 1, 1, 1], [2, 1, 1]], ids=["chunk", "steps", "both"])
+@pytest.mark.parametrize(
+    ("name", "lengths", "kind"),
+    [
+        ("1t1i-pre", [4], "dynamic"),
+        ("8x-biases", [2, 1, 1], "static"),
+        ("mod-dense", [1, 1, 1, 1], "dynamic"),
+        ("mod-4t4i-by-modality", [2, 1, 1], "dynamic"),
+        ("mod-4t4i-odd", [4], "static"),
+        ("mod-4t4i-untied", [1, 1, 1, 1], "static"),
+        ("mod-4t4i-eager", [2, 1, 1], "dynamic"),
+    ],
+)
 @torch.no_grad()
-def test_what_a_later_mask_hides_of_the_cache_is_not_seen(model, lengths, kind):
-    config = model.config
+def test_what_a_later_mask_hides_of_the_cache_is_not_seen(name, lengths, kind):
+    model, config = model_of(name), model_of(name).config
     cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config, max_cache_len=16)
     ids = torch.tensor([[BOS, *range(30, 41)], [BOS, 50, *IMAGE], [PAD, PAD, BOS, *range(60, 69)]])
     mask = (ids != PAD).long()

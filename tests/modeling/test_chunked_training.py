@@ -127,18 +127,6 @@ def test_a_loss_is_finite_where_what_has_no_target_is_not():
     assert causal_lm_loss(config, logits.requires_grad_(), labels, training=True).loss.isfinite()
 
 
-@pytest.mark.parametrize("fields", [{}, {"depth_layers": [0], "training_routing": "threshold"}])
-def test_a_step_is_that_of_plain_layers(fields):
-    model = tiny_model(qk_norm="rmsnorm", norm_placement="pre", initializer_range=0.2, **fields).train()
-    plain, ids = copy.deepcopy(model), mixed_ids(3, 24)
-    use_cpu_layers(plain, False)
-    for each in (model, plain):
-        each(input_ids=ids, labels=ids).loss.backward()
-    gradients = [[p.grad for p in each.parameters() if p.grad is not None] for each in (model, plain)]
-    assert len(gradients[0]) == len(gradients[1])
-    assert_near(*gradients, 1e-4)
-
-
 def loss_of(model, parameters, ids):
     return torch.func.functional_call(model, parameters, (), {"input_ids": ids, "labels": ids}).loss
 

@@ -157,16 +157,3 @@ def test_a_step_of_a_depth_layer_is_no_graph_for_who_takes_part_is_read_from_the
     step = torch.compile(model, fullgraph=True, backend="eager")
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.compiler\.disable"):
         step(**step_of(model, ids, cache, 8))
-
-
-def test_compiled_training_on_packed_rows_equals_plain_training():
-    ids, positions = mixed_ids(3), (torch.arange(12) % 5)[None]
-    losses, gradients = [], []
-    for is_compiled in (False, True):
-        model = reference_model(**GROUPS["4t4i"], training_routing="threshold", num_hidden_layers=1).train()
-        forward = torch.compile(model, backend="eager") if is_compiled else model
-        losses.append(forward(ids, position_ids=positions, labels=ids, use_cache=False).loss)
-        losses[-1].backward()
-        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-    torch.testing.assert_close(*losses)
-    torch.testing.assert_close(*gradients)

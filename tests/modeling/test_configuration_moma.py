@@ -10,8 +10,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 
 from helpers.reference import GROUPS
 from helpers.tiny import IMAGE_IDS, mixed_ids, tiny_config
-from modeling_moma import configuration_moma
-from modeling_moma.configuration_moma import PRESET_EXPERTS, MomaConfig
+from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.modeling_moma import MomaForCausalLM
 
 
@@ -252,13 +251,6 @@ def test_a_group_of_one_expert_bounds_nothing():
         tiny_config(num_experts={"text": 1, "image": 4}, expert_capacity_factor=4.5)
 
 
-def test_active_parameters_count_before_any_rule_is_known(monkeypatch):
-    config = tiny_config(num_experts=4)
-    before = config.num_parameters(active=True)
-    monkeypatch.setattr(configuration_moma, "RULES", {})
-    assert config.num_parameters(active=True) == before
-
-
 def test_auxiliary_routers_count_as_routers():
     fields = {**GROUPS["6t2i"], "depth_layers": [0]}
     plain, auxiliary = (tiny_config(**fields, auxiliary_routers=flag) for flag in (False, True))
@@ -416,9 +408,3 @@ def test_modalities_start_with_text_and_go_on_by_name():
     assert config.expert_groups == {"all": ["text", "audio", "image"]}
     config.modality_token_ranges = {"speech": [[30, 40]], "image": [list(IMAGE_IDS)]}
     assert config.modalities == ["text", "image", "speech"]
-
-
-def test_a_preset_is_one_entry(monkeypatch):
-    monkeypatch.setitem(PRESET_EXPERTS, "2t6i", {"text": 2, "image": 6})
-    assert "moma-90m-2t6i" in MomaConfig.preset_names()
-    assert MomaConfig.from_preset("moma-90m-2t6i").num_experts == {"text": 2, "image": 6}

@@ -4,7 +4,6 @@
 import copy
 import io
 import pickle
-import threading
 
 import pytest
 import torch
@@ -101,28 +100,6 @@ def test_training_moves_adapters_and_hooks_meet_the_layers_as_they_are():
     hidden_states = torch.empty(2, 1, model.config.hidden_size, device="meta", dtype=torch.bfloat16)
     with torch.no_grad():
         assert moved.lm_head(moved.model.norm(hidden_states)).device.type == "meta"
-
-
-def test_threads_may_generate_while_others_swap():
-    model, ids = tiny_model().eval(), mixed_ids()
-    expected = steps(model, ids)
-    found, is_done = [], threading.Event()
-
-    def swap():
-        enabled = False
-        while not is_done.is_set():
-            use_cpu_layers(model, enabled)
-            enabled = not enabled
-
-    swapper = threading.Thread(target=swap)
-    workers = [threading.Thread(target=lambda: found.append(steps(model, ids))) for _ in range(3)]
-    for thread in (swapper, *workers):
-        thread.start()
-    for thread in workers:
-        thread.join()
-    is_done.set()
-    swapper.join()
-    assert len(found) == 3 and all(torch.equal(logits, expected) for logits in found)
 
 
 def test_subclasses_and_layers_of_others_stay_as_they_are():

@@ -108,20 +108,6 @@ def test_without_a_chosen_token_all_weights_get_gradients(name, routing, checkpo
             assert not parameter.grad.any(), key
 
 
-def test_a_row_without_a_chosen_token_moves_no_other_row():
-    model = depth_model().eval()
-    ids = mixed_ids(3, 12)
-    for index in DEPTH["depth_layers"]:
-
-        def drop_row(module, args, output):
-            output[1].chosen_BT[1] = False
-            return output
-
-        model.model.layers[index].depth_router.register_forward_hook(drop_row)
-    together = model(ids).logits
-    assert_near(together[[0, 2]], model(ids[[0, 2]].repeat_interleave(2, 0)).logits[[0, 3]], 1e-5)
-
-
 # lengths of the documents of two rows
 LAYOUTS = {"two": [[5, 7], [9, 3]], "many": [[1, 4, 2, 5], [3, 3, 3, 3]], "one and several": [[12], [4, 8]]}
 
@@ -130,47 +116,9 @@ def restarting_positions(layout):
     return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in layout])
 
 
-def documents_alone(model, ids, layout):
-    rows = []
-    for row_ids, lengths in zip(ids, layout):
-        rows.append(torch.cat([model(part[None], use_cache=False).logits[0] for part in row_ids.split(lengths)]))
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize(
-    ("name", "layout", "attention"),
-    [("dense_pre", "two", "eager"), ("4t4i", "many", "sdpa"), ("every_layer_gqa", "one and several", "sdpa")],
-)
-def test_packed_documents_see_one_another_nowhere(name, layout, attention):
-    model = depth_model(name).eval()
-    model.set_attn_implementation(attention)
-    ids, layout = mixed_ids(), LAYOUTS[layout]
-    packed = model(ids, position_ids=restarting_positions(layout), use_cache=False).logits
-    assert_near(packed, documents_alone(model, ids, layout), 1e-5)
-    # were they one document, they would look back
-    assert not torch.allclose(packed, model(ids, use_cache=False).logits, atol=1e-3)
-
-
 def own_mask(is_seen_BTT, form):
     mask = is_seen_BTT[:, None]
     return mask if form == "bool" else torch.where(mask, 0.0, torch.finfo(torch.float32).min)
-
-
-OWN_MASKS = [("sdpa", "bool"), ("sdpa", "additive"), ("eager", "additive")]
-
-
-@pytest.mark.parametrize(("attention", "form"), OWN_MASKS)
-def test_the_callers_own_mask_may_pad(form, attention):
-    model = depth_model().eval()
-    model.set_attn_implementation(attention)
-    ids = mixed_ids(3, 12)
-    mask = left_padding(ids, 4, 0, 7)
-    own = torch.ones(12, 12, dtype=torch.bool).tril() & mask[:, None].bool()
-    # a row without any key is not a number to some backends
-    own |= torch.eye(12, dtype=torch.bool)
-    expected = model(ids, attention_mask=mask).logits
-    logits = model(ids, attention_mask=own_mask(own, form)).logits
-    assert_near(logits[mask == 1], expected[mask == 1], 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -221,17 +169,6 @@ def check_attentions(attentions, selections, seen, first):
         is_seen = torch.ones(seen, seen, dtype=torch.bool).tril()[first:] & chosen_BT[:, None]
         assert not weights.masked_select(~is_seen[:, None].expand_as(weights)).any()
         assert (weights.masked_select((is_seen & query_BT[..., None])[:, None].expand_as(weights)) > 0).all()
-
-
-@pytest.mark.parametrize(("name", "training"), [("dense_pre", False), ("by_modality", True)])
-def test_attention_weights_are_laid_out_over_all_positions(name, training):
-    model = depth_model(name).train(training)
-    model.set_attn_implementation("eager")
-    log = SelectionLog(model)
-    ids = mixed_ids(3, 12)
-    output = model(ids, attention_mask=left_padding(ids, 4), output_attentions=True)
-    assert [tuple(weights.shape) for weights in output.attentions] == [(3, 2, 12, 12)] * 3
-    check_attentions(output.attentions, {index: calls[-1] for index, calls in log.chosen.items()}, seen=12, first=0)
 
 
 def test_cached_steps_give_attention_weights_over_all_positions_seen():

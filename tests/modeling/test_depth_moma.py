@@ -10,7 +10,7 @@ from helpers.reference import GROUPS, assert_near, fields_of
 from helpers.tiny import mixed_ids, randomize_auxiliary, tiny_config, tiny_model
 from modeling_moma.configuration_moma import RULES, rule_names
 from modeling_moma.depth_moma import MomaDepthRouter
-from modeling_moma.routing_moma import MomaRouter, update_routers
+from modeling_moma.routing_moma import update_routers
 from modeling_moma.token_groups_moma import RoutingContext, split_modalities, token_modalities
 
 
@@ -89,11 +89,6 @@ def test_equal_rows_fare_alike(capacity, rows, length, kinds):
     scores_BT = torch.sigmoid(router.logits(hidden_BTD).squeeze(-1))
     expected_BT = reference_choice(config, router, hidden_BTD, scores_BT, modality_BT, "expert_choice", padding_BT)
     assert torch.equal(selection.chosen_BT, expected_BT)
-    for pool, share in enumerate(router.capacities):
-        member_BT = ~padding_BT & ((modality_BT == pool) if len(router.capacities) > 1 else True)
-        taken = (selection.chosen_BT & member_BT).sum().item()
-        least = math.ceil(Fraction(str(share)) * member_BT.sum().item())
-        assert least <= taken < least + rows
 
 
 @pytest.mark.parametrize("share", [0.55, 0.07, 0.29, 0.58, 1 / 3, 2 / 3, 0.1 + 0.2])
@@ -134,30 +129,12 @@ def test_the_threshold_is_the_running_mean_of_the_cuts(routing, capacity):
         assert router.num_updates.tolist() == updates
 
 
-class ExpertLog:
-    """(token, expert) pairs and scores of every expert router, call by call."""
-
-    def __init__(self, model):
-        self.routers = [module for module in model.modules() if isinstance(module, MomaRouter)]
-        self.pairs = {router: [] for router in self.routers}
-        self.scores = {router: [] for router in self.routers}
-        for router in self.routers:
-            router.register_forward_hook(self._keep)
-
-    def _keep(self, router, args, output):
-        logits_NE, selection = output
-        pairs = set(zip(selection.token_P.tolist(), selection.expert_P.tolist()))
-        self.pairs[router].append(pairs)
-        self.scores[router].append(torch.sigmoid(logits_NE.detach()))
-
-
 def test_threshold_selects_like_expert_choice_until_it_is_warm():
     warmup = 3
     fields = {**GROUPS["4t4i"], **DEPTH, "depth_capacity": CAPACITIES["by_modality"], "threshold_momentum": 0.5}
     model = tiny_model(**fields, training_routing="threshold", routing_warmup_steps=warmup)
     oracle = tiny_model(**fields)
     log, oracle_log = SelectionLog(model), SelectionLog(oracle)
-    experts, oracle_experts = ExpertLog(model), ExpertLog(oracle)
     for step in range(warmup + 3):
         # no id twice: rounding differs between the two ways, and would break ties between equal tokens
         ids = torch.randperm(40, generator=torch.Generator().manual_seed(step))[:36].view(3, 12)
@@ -168,8 +145,6 @@ def test_threshold_selects_like_expert_choice_until_it_is_warm():
             assert_near(logits, oracle_logits, 1e-5)
             for index in DEPTH["depth_layers"]:
                 assert torch.equal(log.chosen[index][-1], oracle_log.chosen[index][-1])
-            for router, oracle_router in zip(experts.routers, oracle_experts.routers):
-                assert experts.pairs[router][-1] == oracle_experts.pairs[oracle_router][-1]
             for key, value in oracle.state_dict().items():
                 assert torch.allclose(model.state_dict()[key], value, atol=1e-6), key
             continue
@@ -177,10 +152,6 @@ def test_threshold_selects_like_expert_choice_until_it_is_warm():
             cuts = before[f"model.layers.{index}.depth_router.threshold"]
             cut_BT = cuts[modality_BT] if len(cuts) > 1 else cuts
             assert torch.equal(log.chosen[index][-1], log.scores[index][-1] >= cut_BT)
-        names = [name for name, module in model.named_modules() if isinstance(module, MomaRouter)]
-        for name, router in zip(names, experts.routers):
-            above = (experts.scores[router][-1] >= before[f"{name}.threshold"]).nonzero()
-            assert experts.pairs[router][-1] == {tuple(pair) for pair in above.tolist()}
     last = DEPTH["depth_layers"][-1]
     assert any(not torch.equal(*pair) for pair in zip(log.chosen[last][warmup:], oracle_log.chosen[last][warmup:]))
 

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma import cpu_moma
-from modeling_moma.cpu_moma import DocumentTiles, cpu_attention_forward, groups_of_like_length
+from modeling_moma.cpu_moma import DocumentTiles, cpu_attention_forward
 
 
 class Layer(torch.nn.Module):
@@ -157,17 +157,6 @@ def test_a_document_that_overflows_stays_alone(always, asked, worst):
         assert torch.equal(before.transpose(1, 2)[is_other], after.transpose(1, 2)[is_other])
 
 
-def test_groups_hold_all_documents_in_few_tiles():
-    lengths = sorted([5, 9, 30, 66, 70, 75, 80, 85, 85, 85, 300, 512], reverse=True)
-    groups = groups_of_like_length(lengths, num_heads=4)
-    assert sum(number for number, _ in groups) == len(lengths)
-    places = [places for number, places in groups for _ in range(number)]
-    assert all(length <= size for length, size in zip(lengths, places))
-    # the longest of a group says how much of the others' tiles is empty
-    assert all(size - length < 32 or length / size > 0.8 for length, size in zip(lengths, places))
-    assert len(groups) <= 7
-
-
 # what stands in a row, and whether it is worth it
 @pytest.mark.parametrize(
     ("row", "is_taken"),
@@ -257,12 +246,4 @@ def test_a_training_step_is_that_of_eager_attention(always, asked, monkeypatch, 
 @pytest.mark.parametrize(("dropout", "dtype"), [(0.1, torch.float32), (0.0, torch.float16)])
 def test_training_with_dropout_or_in_fp16_takes_the_mask(always, asked, dropout, dtype):
     tiny_model(attention_dropout=dropout).to(dtype).train()(**packed_batch(2, 32))
-    assert not asked
-
-
-def test_evaluation_is_to_the_last_bit_what_it_was(always, asked):
-    model, batch = tiny_model().eval(), packed_batch(3, 96)
-    expected = model(**batch).logits
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, expected)
     assert not asked

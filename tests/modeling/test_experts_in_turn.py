@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.tiny import tiny_model
 from modeling_moma import cpu_moma
 from modeling_moma.cpu_moma import run_sequentially
 
@@ -63,22 +62,6 @@ def test_experts_with_their_weights_on_the_left_are_those_of_a_plain_loop(counts
     torch.testing.assert_close(run(*inputs, counts, has_backward=False).float(), expected, rtol=0.05, atol=0.1)
 
 
-@pytest.mark.parametrize(("has_units", "routing"), [(False, "threshold"), (True, "token_choice")])
-def test_models_in_bf16_compute_as_eager_ones_with_matrix_units_and_without(has_units, routing, monkeypatch):
-    monkeypatch.setattr(cpu_moma, "multiplies_with", lambda name: has_units)
-    called = []
-    from_left = cpu_moma._from_left
-    monkeypatch.setattr(cpu_moma, "_from_left", lambda *args: (called.append(0), from_left(*args))[1])
-    ids = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
-    model = tiny_model(vocab_size=64).to(torch.bfloat16).eval()
-    with torch.no_grad():
-        logits = model(ids, routing=routing).logits
-        model.set_experts_implementation("eager")
-        expected = model(ids, routing=routing).logits
-    assert bool(called) == has_units
-    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
-
-
 @pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1, 2)])
 def test_what_is_frozen_gets_no_gradient(frozen):
     mine, others = parts(COUNTS[0]), parts(COUNTS[0])
@@ -118,16 +101,3 @@ def test_no_copy_of_all_weights_waits_for_the_backward():
     weights = {tensor.data_ptr() for tensor in mine[1:]}
     copies = [x for x in held if x.shape in (mine[1].shape, mine[2].shape) and x.data_ptr() not in weights]
     assert held and not copies
-
-
-@pytest.mark.parametrize("counts", COUNTS[:1])
-def test_gradients_of_gradients_are_those_of_the_plain_loop(counts):
-    seconds = []
-    mine, others = parts(counts), parts(counts)
-    outputs = run(*mine, counts), plain_loop(*others, counts)
-    for leaves, output in zip((mine, others), outputs):
-        changes = torch.autograd.grad(output.square().sum(), leaves, create_graph=True, allow_unused=True)
-        sum(change.square().sum() for change in changes if change is not None).backward()
-        seconds.append([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves])
-    for found, wanted in zip(*seconds):
-        torch.testing.assert_close(found, wanted)

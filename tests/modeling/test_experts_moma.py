@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
 
 from helpers.failures import must_not_raise
-from helpers.reference import GROUPS, assert_near, context_of, fields_of, reference_group
+from helpers.reference import GROUPS, assert_near, context_of, reference_group
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
 from modeling_moma.configuration_moma import RULES
 from modeling_moma.modeling_moma import MomaExpertGroup
-from modeling_moma.routing_moma import Selection
 
 
 IMPLEMENTATIONS = ["moma", "eager", "grouped_mm", "batched_mm"]
@@ -96,54 +94,6 @@ def test_tokens_that_no_expert_takes_give_zeros(implementation):
     assert all(parameter.grad is not None for parameter in group.parameters())
 
 
-@pytest.mark.parametrize(("dtype", "relative"), PRECISIONS)
-@pytest.mark.parametrize("width", [13, 32])
-def test_equal_shares_equal_the_same_pairs_in_another_order(width, dtype, relative):
-    config, group = group_of(width, "moma", dtype)
-    token_EK = torch.tensor([[0, 2, 3], [2, 4, 6], [0, 1, 2]])
-    weight_EK = torch.rand(3, 3, generator=torch.Generator().manual_seed(3))
-    equal = Selection.from_topk(token_EK, weight_EK)
-    order_P = torch.randperm(9, generator=torch.Generator().manual_seed(4))
-    mixed = Selection(equal.token_P[order_P], equal.expert_P[order_P], equal.weight_P[order_P])
-    x = torch.randn(7, config.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
-    outputs = []
-    for selection, hints in ((equal, equal.hints()), (mixed, {})):
-        pairs = selection.expert_P.unsqueeze(-1), selection.weight_P.unsqueeze(-1)
-        outputs.append(selection.combine(group.experts(selection.dispatch(x), *pairs, **hints), 7))
-    assert_near(outputs[0], outputs[1], relative)
-    assert torch.allclose(equal.gates(7), mixed.gates(7))
-    assert not outputs[0][5].any()
-
-
-@pytest.fixture
-def calls():
-    """How often a kernel of a caller's own ran, under the name "counted"."""
-    seen = []
-
-    def counted(experts, hidden_states, top_k_index, top_k_weights):
-        seen.append(tuple(hidden_states.shape))
-        return batched_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
-
-    ALL_EXPERTS_FUNCTIONS.register("counted", counted)
-    yield seen
-    ALL_EXPERTS_FUNCTIONS._global_mapping.pop("counted")
-
-
-@pytest.mark.parametrize(
-    ("routing", "is_training"),
-    [("expert_choice", True), ("threshold", False), ("token_choice", True), ("auxiliary", False)],
-)
-def test_what_a_user_sets_is_what_runs(calls, is_training, routing):
-    fields = {**GROUPS["4t4i"], **fields_of(routing)}
-    oracle = tiny_model(**fields).train(is_training)
-    model = tiny_model(**fields).train(is_training)
-    model.set_experts_implementation("counted")
-    ids = mixed_ids()
-    logits = model(ids, routing=routing).logits
-    assert len(calls) == 2 * model.config.num_hidden_layers
-    torch.testing.assert_close(logits, oracle(ids, routing=routing).logits, rtol=1e-5, atol=1e-5)
-
-
 def test_models_start_with_the_implementation_of_this_package():
     model = tiny_model(**GROUPS["4t4i"])
     assert model.config._experts_implementation == "moma"
@@ -186,33 +136,6 @@ def test_one_token_on_an_accelerator_meets_no_grouped_product(width):
     with torch.no_grad():
         index, weights = torch.zeros(2, 1, dtype=torch.long, device="meta"), torch.ones(2, 1, device="meta")
         assert experts(rows, index, weights).shape == rows.shape
-
-
-class WeightProducts(TorchDispatchMode):
-    """Types of the operands of all products with weights."""
-
-    def __init__(self):
-        super().__init__()
-        self.dtypes = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten.mm.out, torch.ops.aten.mm.default):
-            self.dtypes.append({argument.dtype for argument in args[:2]})
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("routing", ["threshold", "token_choice"])
-def test_products_of_unequal_shares_follow_autocast(routing):
-    config, group = group_of(32, "moma")
-    x = torch.randn(7, config.hidden_size, requires_grad=True)
-    with WeightProducts() as seen, torch.autocast("cpu", torch.bfloat16):
-        output = run(config, group, x, routing)
-    # the router's alone is in fp32
-    assert seen.dtypes[0] == {torch.float32}
-    assert len(seen.dtypes) > 2 and all(dtypes == {torch.bfloat16} for dtypes in seen.dtypes[1:])
-    assert_near(output, reference_group(group, x, routing)[0], 2e-2)
-    gradients(group, output, x)
-    assert group.experts.gate_up_proj.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

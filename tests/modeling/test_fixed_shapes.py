@@ -70,24 +70,6 @@ def test_a_feed_forward_layer_equals_the_plain_loop_forward_and_backward(name, r
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "routing"), [("dense", "threshold"), ("8x", "auxiliary"), ("6t2i", "token_choice")])
-def test_steps_equal_the_whole_rows(name, routing):
-    model = tiny_model(**GROUPS[name], **fields_of(routing)).eval()
-    scattered_thresholds(model)
-    ids_BT = mixed_ids(rows=3, length=12)
-    mask_BT = torch.ones_like(ids_BT)
-    mask_BT[0, :4] = 0
-    whole = model(ids_BT, attention_mask=mask_BT, routing=routing).logits
-    cache = StaticCache(config=model.config, max_cache_len=12)
-    model(ids_BT[:, :5], attention_mask=mask_BT[:, :5], cache=cache, routing=routing)
-    steps = [
-        model(ids_BT[:, t : t + 1], attention_mask=mask_BT[:, : t + 1], cache=cache, routing=routing).logits
-        for t in range(5, 12)
-    ]
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole[:, 5:], atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
 def test_a_cache_longer_than_the_context_is_no_way_around_its_limit():
     model = tiny_model(**GROUPS["1t1i"], max_position_embeddings=8).eval()
     cache = StaticCache(config=model.config, max_cache_len=16)

@@ -5,8 +5,6 @@ import copy
 
 import pytest
 import torch
-import transformers.modeling_flash_attention_utils as flash_utils
-from transformers import Trainer, TrainingArguments
 
 from helpers.flash import HALF, stand_in_flash
 from helpers.packed_rows import (
@@ -16,12 +14,10 @@ from helpers.packed_rows import (
     largest_difference,
     logits_and_gradients,
     model_of,
-    packed_rows,
     refused,
     second_documents,
 )
 from helpers.tiny import mixed_ids
-from modeling_moma.data.packing import PackedCollator
 
 
 @pytest.fixture
@@ -94,40 +90,6 @@ def test_positions_of_padded_rows_are_not_taken_for_documents(kernels, name, sid
 
 
 @pytest.mark.parametrize("name", ["full", "depth"])
-@pytest.mark.parametrize("use_cache", [False, True])
-def test_generation_is_that_of_sdpa(kernels, name, use_cache):
-    model = model_of(name)
-    ids, mask = mixed_ids(3, 20), padding(20, 0, 7, side="left")[:, :20].clone()
-    mask[0, 12:] = 1
-    arguments = {"max_new_tokens": 8, "do_sample": False, "use_cache": use_cache, "eos_token_id": None}
-    for prompts in ({"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[:1]}):
-        model.set_attn_implementation("sdpa")
-        expected = model.generate(**prompts, **arguments)
-        model.set_attn_implementation("flash_attention_2")
-        assert torch.equal(model.generate(**prompts, **arguments), expected)
-
-
-@pytest.mark.parametrize(("num_rows", "use_cache"), [(1, True), (2, False)])
-def test_rows_of_one_document_take_the_plain_kernel_without_a_look_in_every_layer(
-    kernels, monkeypatch, num_rows, use_cache
-):
-    seen, is_packed = [], flash_utils._is_packed_sequence
-    monkeypatch.setattr(
-        flash_utils, "_is_packed_sequence", lambda *arguments: seen.append(arguments[0]) or is_packed(*arguments)
-    )
-    model = model_of("full")
-    ids = mixed_ids(num_rows, LENGTH)
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
-        model.set_attn_implementation("flash_attention_2")
-        for positions in (None, torch.arange(LENGTH)[None]):
-            assert (model(ids, position_ids=positions, use_cache=use_cache).logits - expected).abs().max() < 1e-5
-    assert kernels.calls == {"dense": 4}
-    # it looks at positions where it gets them
-    assert seen == [None] * 4
-
-
-@pytest.mark.parametrize("name", ["full", "depth"])
 def test_under_autocast_kernels_get_half_precision(name):
     batch = batch_with_lengths(ROWS["padded"])
     model = model_of(name)
@@ -135,57 +97,6 @@ def test_under_autocast_kernels_get_half_precision(name):
         expected = model(**batch, use_cache=False).loss
         model.set_attn_implementation("flash_attention_2")
         assert model(**batch, use_cache=False).loss.item() == pytest.approx(expected.item(), rel=0.02)
-
-
-def trained(model, attention, tmp_path, **arguments):
-    model = copy.deepcopy(model).train()
-    model.set_attn_implementation(attention)
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / attention),
-        max_steps=1,
-        per_device_train_batch_size=3,
-        gradient_accumulation_steps=2,
-        optim="sgd",
-        learning_rate=1.0,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        **arguments,
-    )
-    rows = packed_rows(ROWS["padded"] + ROWS["full rows"][:1])
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=PackedCollator(None))
-    loss = trainer.train().training_loss
-    return loss, dict(model.named_parameters())
-
-
-@pytest.mark.parametrize("name, checkpointing", [("full", False), ("depth", True)])
-def test_a_step_of_trainer_is_that_of_sdpa(kernels, name, checkpointing, tmp_path):
-    model = model_of(name)
-    loss, expected = trained(model, "sdpa", tmp_path)
-    kernels.calls.clear()
-    flash_loss, weights = trained(model, "flash_attention_2", tmp_path, gradient_checkpointing=checkpointing)
-    assert kernels.calls["varlen"] and not kernels.calls["dense"]
-    assert flash_loss == pytest.approx(loss, abs=1e-5)
-    for key, value in weights.items():
-        assert (value - expected[key]).abs().max() < 1e-5, key
-    assert any((value - start).abs().max() > 1e-3 for value, start in zip(weights.values(), model.parameters()))
-
-
-def test_what_flash_attention_refuses_the_stand_in_refuses():
-    model = model_of()
-    with torch.no_grad(), stand_in_flash(HALF) as kernels:
-        model.set_attn_implementation("flash_attention_2")
-        with pytest.raises(RuntimeError, match="only support fp16 and bf16"):
-            model(mixed_ids(2, 8), use_cache=False)
-        states = torch.zeros(8, 2, 4, dtype=torch.float16)
-        wrong = {
-            "int32": (torch.tensor([0, 8]), 8),
-            "not of 8 tokens": (torch.tensor([0, 3], dtype=torch.int32), 8),
-            "the longest 4": (torch.tensor([0, 8], dtype=torch.int32), 4),
-        }
-        for message, (starts, longest) in wrong.items():
-            with pytest.raises(RuntimeError, match=message):
-                kernels.second()[1](states, states, states, starts, starts, longest, longest)
 
 
 def test_masks_of_pairs_are_refused(kernels):

@@ -182,30 +182,6 @@ def test_image_mode_ends_the_row_after_the_image_when_there_is_more_room(model, 
     assert out.shape[1] == STATES["input_ids"].shape[1] + LENGTH + 2 + len(end)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
-def test_text_mode_writes_no_image_token(model, strategy):
-    torch.manual_seed(0)
-    out = model.generate(**TEXTS, max_new_tokens=25, **strategy)
-    new = out[:, TEXTS["input_ids"].shape[1] :]
-    assert not ((new >= START) | (new == BEGIN) | (new == END)).any()
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES.keys())
-def test_interleaved_mode_keeps_the_grammar_and_begins_only_what_fits(model, strategy):
-    torch.manual_seed(0)
-    # without the bias an untrained model hardly ever begins an image
-    bias = {(BEGIN,): 6.0}
-    images = 0
-    for max_new_tokens in (LENGTH + 1, LENGTH + 2, 29):
-        out = model.generate(
-            **STATES, generation_mode="interleaved", max_new_tokens=max_new_tokens, sequence_bias=bias, **strategy
-        )
-        assert_grammar(out)
-        images += int((out == END).sum())
-    # 3 begun or finished in the prompts of each of the 3 calls
-    assert images > 3 * 3 * strategy.get("num_return_sequences", 1)
-
-
 def test_interleaved_images_stay_inside_the_context():
     torch.manual_seed(0)
     model = MomaForCausalLM(make_config(max_position_embeddings=20)).eval()
@@ -216,17 +192,6 @@ def test_interleaved_images_stay_inside_the_context():
         out = model.generate(torch.full((1, length), 30), **call)
         assert_grammar(out)
         assert int((out == END).sum()) == images
-
-
-@pytest.mark.parametrize("mode", ["image", "interleaved"])
-@pytest.mark.parametrize("row", range(3))
-def test_prompt_lookup_keeps_the_grammar_and_equals_greedy(model, mode, row):
-    ids = STATES["input_ids"][row : row + 1][STATES["attention_mask"][row : row + 1] == 1][None]
-    call = {"generation_mode": mode, "do_sample": False, "max_new_tokens": 24, "sequence_bias": {(BEGIN,): 3.0}}
-    plain = model.generate(ids, **call)
-    looked_up = model.generate(ids, **call, prompt_lookup_num_tokens=4)
-    assert torch.equal(plain, looked_up)
-    assert_grammar(looked_up)
 
 
 @pytest.mark.parametrize(
@@ -275,13 +240,6 @@ def test_a_configured_number_of_new_tokens_goes_before_a_length(is_given, mode):
             model.generate(ids, **call)
     else:
         assert not (model.generate(ids, **call) == BEGIN).any()
-
-
-def test_image_beyond_the_context_raises_before_generating(model):
-    with pytest.raises(
-        ValueError, match=r"A prompt of 90 positions leaves no room for 8 new tokens .*max_position_embeddings"
-    ):
-        model.generate(torch.full((1, 90), 30), generation_mode="image")
 
 
 def test_generation_config_without_a_limit_is_sized_and_left_alone(model):
@@ -365,20 +323,6 @@ def test_decode_image_tokens_gives_codes_in_order(model):
     codes = model.decode_image_tokens(ids)
     assert codes.tolist() == [first, second, first] and codes.last_of_rows.tolist() == [1, 2]
     assert model.decode_image_tokens(torch.tensor([[20, 21]])).shape == (0, LENGTH)
-
-
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        ([20, BEGIN, 100, 101], "row 0, position 1 is incomplete, with 2 codes"),
-        ([BEGIN, *CODES], "incomplete, with 6 codes"),
-        ([BEGIN, *CODES[:5], END, 20, 21], "incomplete, with 5 codes"),
-        ([20, 100, *IMAGE], "1 codes stand outside"),
-    ],
-)
-def test_decode_image_tokens_refuses_parts_of_images(model, row, message):
-    with pytest.raises(ValueError, match=message):
-        model.decode_image_tokens(torch.tensor([row]))
 
 
 def test_bad_calls_raise_by_name(model):

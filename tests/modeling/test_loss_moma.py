@@ -11,9 +11,16 @@ from modeling_moma.errors_moma import InputError
 from modeling_moma.loss_moma import causal_lm_loss
 
 
-@pytest.mark.parametrize("fields", [{}, {"z_loss_coef": 0.01, "modality_loss_weights": {"text": 3.0}}])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("num_device_rows", [None, 2, 7, 100])
+@pytest.mark.parametrize(
+    ("fields", "tied", "num_device_rows"),
+    [
+        ({}, True, None),
+        ({"z_loss_coef": 0.01, "modality_loss_weights": {"text": 3.0}}, False, None),
+        ({"z_loss_coef": 0.01, "modality_loss_weights": {"text": 3.0}}, True, 7),
+        ({}, False, 2),
+        ({}, False, 100),
+    ],
+)
 def test_loss_without_logits_is_the_loss_with_them(monkeypatch, fields, tied, num_device_rows):
     """On a CPU and on a device, whose chunks have as many rows as their bytes allow."""
     monkeypatch.setattr(loss_moma, "CHUNK", 5)
@@ -62,10 +69,10 @@ def test_gradients_in_bf16_are_as_near_as_those_of_all_logits_at_once():
         assert (chunked - exact).norm() < 1.2 * (whole - exact).norm() < 6e-3 * exact.norm()
 
 
-@pytest.mark.parametrize("skip_logits", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", ["labels", "shift_labels"])
-@pytest.mark.parametrize("num_labels", [8, 64])
+@pytest.mark.parametrize(
+    ("name", "num_labels", "training", "skip_logits"),
+    [("labels", 8, False, True), ("labels", 64, True, False), ("shift_labels", 8, True, True)],
+)
 def test_labels_that_do_not_fit_the_logits_are_refused(name, num_labels, training, skip_logits):
     model, ids = tiny_model().train(training), mixed_ids(1, 64)
     labels = {name: mixed_ids(1, num_labels)}
@@ -78,8 +85,6 @@ def test_labels_that_do_not_fit_the_logits_are_refused(name, num_labels, trainin
 @pytest.mark.parametrize(
     "places",
     [
-        [0, 1, 2, 3],
-        [2, 9],
         [-12, -7],
         [index < 3 for index in range(12)],
         # of each row its own
@@ -116,8 +121,7 @@ def test_labels_of_positions_chosen_at_will_have_to_be_shifted():
             model(ids, labels=labels, logits_to_keep=kept)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("mode", "training"), [(torch.no_grad, True), (torch.inference_mode, False)])
 def test_without_gradients_no_backward_of_the_head_runs(monkeypatch, mode, training):
     monkeypatch.setattr(loss_moma, "CHUNK", 5)
     model, ids = tiny_model().train(training), mixed_ids()

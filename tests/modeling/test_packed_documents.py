@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
 from helpers.attentions import ATTENTIONS, every_attention
-from helpers.flash import FLASH
 from helpers.packed_rows import (
     DEPTH,
     ROWS,
@@ -20,12 +19,9 @@ from helpers.packed_rows import (
     largest_difference,
     lengths_of,
     model_of,
-    packed_rows,
     refused,
-    second_documents,
 )
 from helpers.tiny import mixed_ids, tiny_model
-from modeling_moma.data.packing import PackedCollator
 
 
 PADDING = "padding"
@@ -109,35 +105,6 @@ def gradients(model, loss):
     return [torch.zeros_like(one) if grad is None else grad for one, grad in zip(parameters, found)]
 
 
-@pytest.mark.parametrize(
-    ("attention", "given", "name"),
-    [
-        ("sdpa", "lengths", "full"),
-        ("sdpa", "positions", "depth"),
-        ("eager", "both", "full"),
-        ("flash_attention_2", "lengths", "depth"),
-    ],
-)
-def test_two_documents_and_padding_in_two_rows(kernels, attention, given, name):
-    model = double_model(name)
-    rows = [[9, 8, 3], [7, 7, 6]]
-    batch, places = batch_of([list(zip(("document", "document", PADDING), row)) for row in rows], 0)
-    expected_logits, expected = alone(model, batch, places)
-    lengths = lengths_of(batch["position_ids"])
-    if given == "lengths":
-        del batch["position_ids"]
-    if given != "positions":
-        batch |= lengths
-    model = copy.deepcopy(model)
-    model.set_attn_implementation(attention)
-    if attention == "eager":
-        # its softmax is one of fp32
-        model = model.float()
-    logits, found = together(model, batch, places)
-    assert largest_difference(logits, expected_logits) < 1e-5
-    assert largest_difference(found, expected) < 1e-4
-
-
 @settings(
     max_examples=2, phases=[Phase.generate], deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
@@ -173,28 +140,6 @@ def test_documents_are_what_they_are_alone(
         logits, found = together(model, batch, places, use_cache=use_cache)
         assert largest_difference(logits, expected_logits) < 1e-5, attention
         assert largest_difference(found, expected) < (1e-4 if is_single else 1e-5), attention
-
-
-@pytest.mark.parametrize(("name", "precision"), [("full", "bf16"), ("depth", "autocast")])
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_the_second_document_does_not_move_in_other_precisions(kernels, attention, name, precision):
-    layout = ROWS["padded"]
-    model = model_of(name)
-    if precision == "bf16":
-        model = model.bfloat16()
-    is_second = second_documents(layout)
-    outputs = {}
-    for implementation in ("sdpa", attention):
-        model.set_attn_implementation(implementation)
-        for seed in (0, 1):
-            batch = PackedCollator(None)(packed_rows(layout, seed))
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"), torch.no_grad():
-                outputs[implementation, seed] = model(**batch).logits.float()
-    moved = (outputs[attention, 0] - outputs[attention, 1])[is_second].abs()
-    differing = (outputs[attention, 0] - outputs["sdpa", 0])[is_second].abs()
-    # rounding may turn a choice of experts
-    assert moved.median() < 1e-5 and differing.median() < 0.05
-    assert (outputs[attention, 0] - outputs[attention, 1])[~is_second].abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -311,16 +256,3 @@ def test_depth_layers_keep_masks_of_what_they_chose_alone():
     assert all(size < 0.75 * length for size, _ in chosen)
     # alone they need none
     assert kept_masks(model, length) == []
-
-
-@pytest.mark.parametrize("attention", [*FLASH, "flex_attention"])
-def test_found_lengths_of_many_rows_are_those_given(kernels, attention):
-    model = model_of("full")
-    model.set_attn_implementation(attention)
-    batch = batch_with_lengths(ROWS["padded"])
-    by_hand = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
-    kernels.lengths.clear()
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, model(**by_hand).logits)
-    assert all(lengths == batch["cu_seq_lens_q"].diff().tolist() for lengths in kernels.lengths)
-    assert len(kernels.lengths) == (0 if attention == "flex_attention" else 4)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +40,6 @@ from modeling_moma.cli import pretrain
 from modeling_moma.modeling_moma import MomaDecoderLayer
 
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(CONFIG_FOLDER.glob("*.yaml"))
 BF16_STEPS = 3
 # each has layers without depth, too

@@ -7,10 +7,10 @@ vLLM calls the base model so. That vLLM itself works is tested in `tests/serving
 import ast
 import inspect
 import textwrap
-from contextlib import contextmanager
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -65,24 +65,6 @@ def row_attention(module, query, key, value, attention_mask, scaling=None, **kwa
     tokens = query.shape[-2]
     flat = (states.transpose(1, 2).reshape(tokens, -1) for states in (query, key, value))
     return instance.forward(*flat), None
-
-
-@contextmanager
-def empty_weights_and_real_buffers():
-    """Parameters go to the meta device as they are registered, buffers stay."""
-    register = nn.Module.register_parameter
-
-    def register_empty(module, name, parameter):
-        register(module, name, parameter)
-        if parameter is not None:
-            empty = nn.Parameter(module._parameters[name].to("meta"), requires_grad=parameter.requires_grad)
-            module._parameters[name] = empty
-
-    nn.Module.register_parameter = register_empty
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
 
 
 @pytest.fixture(scope="module")
@@ -153,24 +135,11 @@ def test_the_call_of_attention_stands_in_forward_where_its_source_is_read():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_one_row_of_many_requests_equals_separate_rows(processor, requests, variant):
-    model = tiny_model(processor, **VARIANTS[variant]).model
-    spread_thresholds(model)
-    expected = separate_rows(model, requests)
-    instances = give_row_attention(model)
-    hidden_states = call_in_one_row(model, requests)
-    torch.testing.assert_close(hidden_states, expected, atol=1e-5, rtol=1e-5)
-    # every layer called its own attention once, with its own scale
-    assert [instance.calls for instance in instances] == [1] * model.config.num_hidden_layers
-    assert {instance.scale for instance in instances} == {model.config.head_dim**-0.5}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_prompts_and_single_tokens_of_other_requests_share_a_row(processor, requests, variant):
     model = tiny_model(processor, **VARIANTS[variant]).model
     spread_thresholds(model)
     expected = separate_rows(model, requests).split([len(request) for request in requests])
-    give_row_attention(model)
+    instances = give_row_attention(model)
     # a prompt in two chunks beside two that are answered token by token
     cuts = [(2, 3, len(requests[0])), (9, len(requests[1]) - 1, len(requests[1])), (1, 2, len(requests[2]))]
     starts, states = [0] * 3, [[], [], []]
@@ -182,6 +151,9 @@ def test_prompts_and_single_tokens_of_other_requests_share_a_row(processor, requ
         starts = ends
     for kept, whole in zip(states, expected):
         torch.testing.assert_close(torch.cat(kept), whole, atol=1e-5, rtol=1e-5)
+    # every layer called its own attention once a row, with its own scale
+    assert [instance.calls for instance in instances] == [3] * model.config.num_hidden_layers
+    assert {instance.scale for instance in instances} == {model.config.head_dim**-0.5}
 
 
 def test_a_row_may_hold_more_tokens_than_a_request(processor):
@@ -196,7 +168,7 @@ def test_a_row_may_hold_more_tokens_than_a_request(processor):
 
 def test_weights_are_built_on_meta_and_filled_in_later(processor, requests):
     whole = tiny_model(processor, **SHARED).model
-    with empty_weights_and_real_buffers():
+    with init_empty_weights():
         model = AutoModel.from_config(whole.config).eval()
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())

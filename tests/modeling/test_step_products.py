@@ -12,7 +12,7 @@ from helpers.failures import must_not_raise
 from helpers.processes import run_group
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma import cpu_moma
-from modeling_moma.cpu_moma import MomaCpuLinear, has_instructions, multiplies_with, use_cpu_layers
+from modeling_moma.cpu_moma import has_instructions, multiplies_with, use_cpu_layers
 
 
 ROWS = [(1,), (1, 1), (2, 1), (3, 5), (8, 8), (65,), (0, 4)]
@@ -100,13 +100,6 @@ def test_weights_of_other_classes_multiply_by_themselves(layer, monkeypatch):
     assert Quantised.used == 1
 
 
-def keep_as_a_plain_tensor(layer):
-    """As FSDP1 with `use_orig_params=False` and `torch.nn.utils.weight_norm` do."""
-    weight = layer.weight.detach()
-    del layer.weight
-    layer.weight = weight
-
-
 def keep_under_another_name(layer):
     """As whoever computes weights by a property."""
     layer.original = layer.weight
@@ -129,9 +122,9 @@ def bias_as_a_plain_tensor(layer):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "place", [keep_as_a_plain_tensor, keep_under_another_name, compute, compute_by_hook, bias_as_a_plain_tensor]
+    ("place", "rows"),
+    [(keep_under_another_name, 1), (compute, 16), (compute_by_hook, 1), (bias_as_a_plain_tensor, 16)],
 )
-@pytest.mark.parametrize("rows", [1, 16])
 def test_a_weight_that_is_no_parameter_of_its_layer_multiplies_there(place, rows, layer, monkeypatch):
     monkeypatch.setattr(cpu_moma, "multiplies_with", lambda name: True)
     x = torch.randn(rows, 12).bfloat16()
@@ -160,15 +153,13 @@ def fsdp1_work(rank, folder):
     (folder / f"{rank}").touch()
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_model_under_fsdp1_is_evaluated_in_bf16(num_processes, tmp_path):
-    run_group(fsdp1_work, tmp_path, num_processes=num_processes)
-    assert len(list(tmp_path.iterdir())) == num_processes
+def test_a_model_under_fsdp1_is_evaluated_in_bf16(tmp_path):
+    run_group(fsdp1_work, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("depth_layers", [None, [0]])
-@pytest.mark.parametrize("num_rows", [1, 3, 16])
+@pytest.mark.parametrize(("depth_layers", "num_rows"), [(None, 1), ([0], 3), (None, 16)])
 def test_steps_of_a_model_equal_those_of_plain_layers(cpu, depth_layers, num_rows):
     model = tiny_model(vocab_size=64, depth_layers=depth_layers, shared_intermediate_size=8).bfloat16().eval()
     ids = torch.randint(5, 60, (num_rows, 9), generator=torch.Generator().manual_seed(0))
@@ -197,9 +188,3 @@ def test_matrix_units_that_onednn_may_not_use_are_none(monkeypatch):
     has_instructions.cache_clear()
     multiplies_with.cache_clear()
     assert list(found.values()) == [(True, True), (True, True), (True, True), (False, True)]
-
-
-def test_projections_are_linear_layers_to_adapters_and_quantisers():
-    modules = tiny_model(vocab_size=64, shared_intermediate_size=8).named_modules()
-    classes = {type(module) for name, module in modules if name.endswith(("_proj", "lm_head"))}
-    assert classes == {MomaCpuLinear} and issubclass(MomaCpuLinear, nn.Linear)

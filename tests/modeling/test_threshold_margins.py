@@ -7,7 +7,6 @@ import torch
 from helpers.calibration_reference import MODELS, build, padded_batches, plain_records
 from helpers.reference import context_of, reference_cut
 from helpers.tiny import tiny_config
-from modeling_moma.calibration.observation import run_observed
 from modeling_moma.calibration.thresholds import calibrate_auxiliary_thresholds, calibrate_thresholds
 from modeling_moma.modeling_moma import MomaFeedForward
 from modeling_moma.routing_moma import update_routers
@@ -15,19 +14,6 @@ from modeling_moma.routing_moma import update_routers
 
 # what another kernel makes of a score, generously
 ROUNDING = 1e-6
-ALL_IN = {"num_experts": {"text": 2, "image": 4}, "expert_capacity_factor": {"text": 2.0, "image": 1.0}}
-
-
-def records_of(model, batch):
-    records = {}
-    run_observed(model, [batch], lambda record: records.update({record.name: record}))
-    return records
-
-
-def least_margin(values_NS, threshold_C, threshold_index_NS):
-    """The smallest relative distance of a score from the threshold that decides on it."""
-    threshold_NS = threshold_C[threshold_index_NS]
-    return ((values_NS - threshold_NS).abs() / values_NS).min().item()
 
 
 @pytest.mark.parametrize("calibrate", [calibrate_thresholds, calibrate_auxiliary_thresholds])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers.depth_reference import assert_equals_plain_loop
-from helpers.reference import GROUPS, assert_near, fields_of, trainable
+from helpers.reference import GROUPS, fields_of, trainable
 from helpers.tiny import IMAGE_IDS, left_padding, mixed_ids, tiny_model
 from modeling_moma.configuration_moma import RULES
 from modeling_moma.token_groups_moma import token_modalities
@@ -62,36 +62,6 @@ def test_a_model_equals_the_plain_loop_forward_and_backward(name, routing, train
     kinds = token_modalities(model.config, ids)
     assert set(kinds[mask == 1].tolist()) == set(range(len(model.config.modalities)))
     assert_equals_plain_loop(model, ids, mask, routing, ("eager", "sdpa"), floor=3e-2)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["4t4i_pre", "gqa", "depth_three_modalities"])
-def test_copies_of_one_projection_are_attention_that_all_share(name):
-    tied = untied_model(name, untied_attention=False).eval()
-    untied = untied_model(name).eval()
-    state = tied.state_dict()
-    for key, value in untied.state_dict().items():
-        parts = key.split(".")
-        if "modalities" in parts:
-            place = parts.index("modalities")
-            parts = parts[:place] + parts[place + 2 :]
-        elif "attention_norm" in parts or "ffn_norm" in parts:
-            parts = [*parts[:-2], parts[-1]]
-        value.copy_(state[".".join(parts)])
-    ids = mixed_ids(3, 12)
-    mask = left_padding(ids, 3, 0, 5)
-    expected, logits = (each(ids, attention_mask=mask).logits[mask == 1] for each in (tied, untied))
-    assert_near(logits, expected, 1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    ("name", "ids"), [("4t4i", torch.full((2, 4), 27)), ("depth", torch.arange(8, 16).view(2, 4))]
-)
-def test_later_tokens_of_another_modality_move_no_earlier_logit(name, ids):
-    model = untied_model(name).eval()
-    other = torch.cat([ids, mixed_ids(2, 6)], dim=1)
-    assert_near(model(other).logits[:, :4], model(ids).logits, 1e-5)
 
 
 def test_in_training_all_weights_take_part_in_a_batch_of_one_modality():

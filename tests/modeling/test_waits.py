@@ -5,14 +5,11 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.masking_utils import flash_attention_mask
+from transformers import DynamicCache
 
-from helpers.packed_rows import lengths_of
 from helpers.reference import GROUPS, fields_of
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma import devices_moma, experts_implementations_moma, modeling_moma
-from modeling_moma.data.packing import PackedCollator
 from modeling_moma.token_groups_moma import DispatchLayout
 
 
@@ -201,46 +198,6 @@ def test_a_depth_layer_waits_once_more(device, capacity, depth_routing):
         assert waits_of(lambda: model(ids[:, :8], cache=cache)) == ["tolist"] * 3
         for place in range(8, 12):
             assert waits_of(lambda place=place: model(ids[:, place : place + 1], cache=cache)) == ["tolist"] * 3
-
-
-@pytest.mark.parametrize("routing, dtype", [("threshold", torch.bfloat16), ("token_choice", torch.float32)])
-def test_without_a_kernel_a_long_prompt_waits_twice_a_group_for_all_products(device, monkeypatch, routing, dtype):
-    monkeypatch.setattr(experts_implementations_moma, "_FEW_TOKENS", 8)
-    monkeypatch.setattr(experts_implementations_moma, "_has_kernel", lambda dtype, sizes: False)
-    model = tiny_model(**GROUPS["4t4i"], **fields_of(routing), inference_routing=routing).to(dtype).eval()
-    with torch.no_grad():
-        names = waits_of(lambda: model(mixed_ids()))
-    num_groups = 2 * model.config.num_hidden_layers
-    a_choice = [] if routing == "token_choice" else ["nonzero"] * num_groups
-    assert sorted(names) == sorted(["tolist"] * (1 + num_groups) + a_choice)
-
-
-def values_alone(module, query, key, value, attention_mask, **kwargs):
-    return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
-
-
-@pytest.mark.parametrize(
-    ("attention", "fields", "num_rows"),
-    [("by lengths", {}, 1), ("by lengths", {"depth_layers": [0, 1]}, 3), ("sdpa", {}, 3)],
-)
-def test_documents_of_packed_rows_cost_no_further_wait(device, monkeypatch, attention, num_rows, fields):
-    for interface, function in ((AttentionInterface, values_alone), (AttentionMaskInterface, flash_attention_mask)):
-        monkeypatch.setitem(interface._global_mapping, "by lengths", function)
-    model = tiny_model(**GROUPS["4t4i"], training_routing="expert_choice", **fields).train()
-    model.config._attn_implementation = attention
-    ids = mixed_ids(num_rows)
-    rows = [{"input_ids": row, "labels": row, "position_ids": torch.arange(12) % 5} for row in ids]
-    batch = PackedCollator(None)(rows)
-    plain = {"input_ids": ids, "labels": ids}
-
-    def waits(inputs):
-        return waits_of(lambda: model(**inputs, use_cache=False).loss.backward())
-
-    hides_nothing = {"attention_mask": torch.ones_like(ids)}
-    expected = waits(plain)
-    assert expected.count("tolist") == 1 + 2 * len(fields)
-    for inputs in (batch, {**batch, **hides_nothing}, {**batch, **lengths_of(batch["position_ids"])}):
-        assert waits(inputs) == expected
 
 
 @torch.no_grad()
