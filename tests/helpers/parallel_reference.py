@@ -59,13 +59,13 @@ def buffers_of(model) -> dict[str, torch.Tensor]:
     return unwrapped({key: value.clone() for key, value in model.named_buffers() if "router." in key})
 
 
-def train(model, optimizer, batches: list[torch.Tensor], backward=torch.Tensor.backward) -> list[dict]:
-    """Train on a batch in each step; what the model was after each."""
+def train(model, optimizer, batches: list[torch.Tensor], backward=torch.Tensor.backward, forward=None) -> list[dict]:
+    """Train on a batch in each step, through `forward` where a wrapper has one; what the model was after each."""
     steps = []
     for ids in batches:
         optimizer.zero_grad()
         # checkpointed layers would fill a cache twice
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = (forward or model)(input_ids=ids, labels=ids, use_cache=False).loss
         backward(loss)
         steps.append({"loss": loss.detach(), "gradients": gradients_of(model), "buffers": buffers_of(model)})
         optimizer.step()

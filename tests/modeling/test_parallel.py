@@ -17,6 +17,7 @@ from helpers.parallel_reference import (
     train,
 )
 from helpers.processes import run_group
+from helpers.slow import slow
 from helpers.tiny import tiny_model
 from modeling_moma import MomaForCausalLM
 
@@ -74,7 +75,11 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# the layouts that remain hold the parts of these
+SLOW = ("tensor", "tensor_expert", "sharded", "sharded_expert")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(kind, marks=[slow] if kind in SLOW else []) for kind in KINDS])
 def kind(request):
     return request.param
 

@@ -16,8 +16,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecision
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.fsdp import FSDPModule
 
 from helpers.fsdp2 import CONFIG_FOLDER, fsdp_accelerator, launch_arguments
 from helpers.parallel_reference import (
@@ -34,6 +33,7 @@ from helpers.parallel_reference import (
 )
 from helpers.processes import CRASH_SIGNALS, CRASHES, run_group
 from helpers.server_process import free_port
+from helpers.slow import slow
 from helpers.tiny import tiny_config, tiny_model, write_training
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import pretrain
@@ -105,7 +105,7 @@ def fsdp2_work(rank, folder, overrides):
     torch.save(results, folder / f"{rank}.pt")
 
 
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("checkpointing", [pytest.param("false", marks=slow), "true"])
 def test_fsdp2_equals_a_single_process(checkpointing, tmp_path):
     for name, fields in SHARDED.items():
         tiny_model(seed=SEED, **fields).save_pretrained(tmp_path / name)
@@ -123,27 +123,7 @@ def test_fsdp2_equals_a_single_process(checkpointing, tmp_path):
             torch.testing.assert_close(state[key], value, atol=1e-5, rtol=1e-5, msg=key)
 
 
-def fsdp2_in_bf16(model, rank, num_processes):
-    """As the file says, through Accelerate."""
-    accelerator = fsdp_accelerator(rank, num_processes, {})
-    assert accelerator.mixed_precision == "bf16"
-    return *accelerator.prepare(model, sgd(model)), accelerator.backward
-
-
-def fsdp1_in_bf16(model, rank, num_processes):
-    """Its predecessor, which Accelerate refuses without an accelerator; it casts buffers, too."""
-    dtypes = dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), torch.bfloat16)
-    wrapped = FullyShardedDataParallel(
-        model,
-        auto_wrap_policy=ModuleWrapPolicy({MomaDecoderLayer}),
-        mixed_precision=MixedPrecision(**dtypes, cast_forward_inputs=True),
-        use_orig_params=True,
-        device_id=torch.device("cpu"),
-    )
-    return wrapped, sgd(wrapped), torch.Tensor.backward
-
-
-def mixed_precision_work(rank, num_processes, folder, shard, routing):
+def mixed_precision_work(rank, num_processes, folder, routing):
     """One process trains on the same batches as the others."""
     results = {}
     for name in IN_BF16:
@@ -153,24 +133,26 @@ def mixed_precision_work(rank, num_processes, folder, shard, routing):
         # of one modality in a model that has them apart
         projection = next(module for name, module in model.named_modules() if name.endswith("q_proj"))
         projection.register_forward_hook(lambda module, args, output, seen=computed_in: seen.add(output.dtype))
-        model, optimizer, backward = shard(model.train(), rank, num_processes)
+        # as the file says
+        accelerator = fsdp_accelerator(rank, num_processes, {})
+        assert accelerator.mixed_precision == "bf16"
+        model, optimizer = accelerator.prepare(model.train(), sgd(model))
         for _ in range(BF16_STEPS):
-            backward(model(input_ids=MIXED, labels=MIXED, use_cache=False).loss)
+            accelerator.backward(model(input_ids=MIXED, labels=MIXED, use_cache=False).loss)
             optimizer.step()
             optimizer.zero_grad()
         assert computed_in == {torch.bfloat16}
-        results[name] = {key.replace("_fsdp_wrapped_module.", ""): value for key, value in buffers_of(model).items()}
+        results[name] = buffers_of(model)
     if rank == 0:
         torch.save(results, folder / f"of_{num_processes}.pt")
 
 
-@pytest.mark.parametrize("routing", ["expert_choice", "token_choice"])
-@pytest.mark.parametrize("shard", [fsdp1_in_bf16, fsdp2_in_bf16])
-def test_routers_learn_under_fsdp_in_bf16_as_in_one_process(shard, routing, tmp_path):
+@pytest.mark.parametrize("routing", [pytest.param("expert_choice", marks=slow), "token_choice"])
+def test_routers_learn_under_fsdp_in_bf16_as_in_one_process(routing, tmp_path):
     for name, fields in IN_BF16.items():
         tiny_model(**fields, router_bias_update_rate=0.01).save_pretrained(tmp_path / name)
     for num_processes in (1, 2):
-        run_group(mixed_precision_work, num_processes, tmp_path, shard, routing, num_processes=num_processes)
+        run_group(mixed_precision_work, num_processes, tmp_path, routing, num_processes=num_processes)
     one, two = (torch.load(tmp_path / f"of_{number}.pt") for number in (1, 2))
     for name in IN_BF16:
         assert one[name].keys() == two[name].keys()
@@ -187,13 +169,6 @@ def test_routers_learn_under_fsdp_in_bf16_as_in_one_process(shard, routing, tmp_
     assert any(value.any() for value in of_kind["balance_bias"]) == (routing == "token_choice")
 
 
-@pytest.fixture
-def inputs(tmp_path):
-    """What pre-training needs, at its smallest."""
-    write_training(tmp_path)
-    return tmp_path
-
-
 def run_launched(command, environment):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as launched:
@@ -207,17 +182,19 @@ def run_launched(command, environment):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "deepspeed_zero3"])
-def test_two_launched_processes_pre_train_as_one_that_accumulates(kind, inputs):
+def test_two_launched_processes_pre_train_as_one_that_accumulates(kind, tmp_path):
     if kind == "deepspeed_zero3":
         pytest.importorskip("deepspeed", reason="deepspeed is missing: `pip install modeling-moma[deepspeed]`")
 
+    write_training(tmp_path)
+
     def arguments(output, *more):
-        paths = [text for name in ("processor", "tokens") for text in (f"--{name}", str(inputs / name))]
+        paths = [text for name in ("processor", "tokens") for text in (f"--{name}", str(tmp_path / name))]
         sizes = "--steps 3 --batch-size 2 --eval-steps 3 --save-steps 3 --logging-steps 1 --bf16 off".split()
-        return [*paths, str(inputs / "recipe.json"), "--output", str(inputs / output), *sizes, *more]
+        return [*paths, str(tmp_path / "recipe.json"), "--output", str(tmp_path / output), *sizes, *more]
 
     def history(output):
-        return json.loads((inputs / output / "trainer_state.json").read_text())["log_history"]
+        return json.loads((tmp_path / output / "trainer_state.json").read_text())["log_history"]
 
     path = CONFIG_FOLDER / f"{kind}.yaml"
     launch = f"-m accelerate.commands.launch --config_file {path} --num_processes 2 --mixed_precision no".split()
@@ -230,14 +207,14 @@ def test_two_launched_processes_pre_train_as_one_that_accumulates(kind, inputs):
         if not crashed or crashes == CRASHES:
             break
         warnings.warn(f"launched anew: {output[-2000:]}", stacklevel=1)
-        shutil.rmtree(inputs / "two", ignore_errors=True)
+        shutil.rmtree(tmp_path / "two", ignore_errors=True)
     assert code == 0, output
     pretrain.main(arguments("one", "--gradient-accumulation-steps", "2"))
     for two, one in zip(history("two"), history("one"), strict=True):
         for key in ("loss", "grad_norm", "eval_loss", "eval_text_loss", "eval_image_loss"):
             if key in one:
                 assert two[key] == pytest.approx(one[key], rel=1e-4), (key, one["step"])
-    two, one = (load_file(inputs / output / "model.safetensors") for output in ("two", "one"))
+    two, one = (load_file(tmp_path / output / "model.safetensors") for output in ("two", "one"))
     assert two.keys() == one.keys()
     # an accumulated batch counts as two steps for the cuts, a batch in two parts as one
     for key, value in one.items():
