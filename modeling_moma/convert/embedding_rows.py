@@ -8,17 +8,20 @@ Shape suffixes:
 
 import math
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from transformers.utils import logging
 
 from ..configuration_moma import MomaConfig
 from ..modeling_moma import MomaForCausalLM
-from .transfer import ROWS_AT_ONCE, streamed_model
+from .transfer import streamed_model
 
 
+# of an embedding
+ROWS_AT_ONCE = 1024
 # new rows lie around the mean of the old ones, at this share of their spread, to be told apart
 NEW_ROW_SPREAD = 0.1
 # codes of an image in the texts for the fit; longer ones look the same to a model that learnt none
@@ -112,11 +115,7 @@ class ImageTexts:
 
 @torch.no_grad()
 def fit_code_rows(
-    config: MomaConfig,
-    weights: Mapping[str, torch.Tensor],
-    texts: ImageTexts,
-    head: str,
-    tick: Callable[[], object] = lambda: None,
+    config: MomaConfig, weights: Mapping[str, torch.Tensor], texts: ImageTexts, head: str
 ) -> torch.Tensor:
     """Return rows of the head with which codes follow codes and words follow words, each code as likely as the next.
 
@@ -134,7 +133,7 @@ def fit_code_rows(
     start_CD = head_VD[codes].float()
     mean_D = start_CD.mean(dim=0)
     noise_CD, shared_D = start_CD - mean_D, mean_D
-    for number in range(ROUNDS if is_tied else 1):
+    for number in logging.tqdm(range(ROUNDS if is_tied else 1), desc="rows of image codes"):
         moved = ChainMap({head: head_VD}, weights)  # pyright: ignore[reportArgumentType]
         state_ND, kind_N = states or _states(config, moved, texts, seed=number)
         # nothing can be fitted to damaged weights; the probe reports them
@@ -144,7 +143,6 @@ def fit_code_rows(
         # move half the way only, since the states follow
         shared_D = fitted_D if number == 0 else (shared_D + fitted_D) / 2
         head_VD[codes] = (shared_D + _levelled(noise_CD, state_ND[kind_N == CODES])).to(head_VD.dtype)
-        tick()
     return head_VD[codes]
 
 

@@ -21,7 +21,7 @@ from transformers.utils import is_gguf_available
 
 from ..utils.errors import MissingExtraError
 from ..utils.messages import one_line
-from .reading import CheckpointError, TensorSource
+from .reading import CheckpointError, Stored, TensorSource
 
 
 ROWS_AT_ONCE = 4096
@@ -35,15 +35,13 @@ ATTENTION_FIELDS = {
 
 
 @dataclass(frozen=True)
-class _StoredTensor:
-    """A tensor of the file: its name there, its shape as Transformers counts dimensions, and where and how it lies."""
+class _Quantized(Stored):
+    """A tensor of the file under its name there; its shape is as Transformers counts dimensions."""
 
-    name: str
-    shape: tuple[int, ...]
-    quantization: Any
-    offset: int
-    stored_shape: tuple[int, ...]
-    stored_type: np.dtype
+    name: str = ""
+    quantization: Any = None
+    stored_shape: tuple[int, ...] = ()
+    stored_type: np.dtype = np.dtype(np.uint8)
 
 
 class GgufReader(TensorSource):
@@ -73,30 +71,14 @@ class GgufReader(TensorSource):
         """The configuration that Transformers reads from the file."""
         return self.source_config.to_dict()
 
-    @functools.cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors, by name."""
-        return {name: tensor.shape for name, tensor in self._tensors.items()}
-
-    @functools.cached_property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Types of the tensors, by name; what is quantised is read in fp32."""
-        return dict.fromkeys(self._tensors, torch.float32)
-
-    @functools.cached_property
-    def files(self) -> dict[str, Path]:
-        """The file of each tensor, by name."""
-        return dict.fromkeys(self._tensors, self.path)
-
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """See [`TensorSource.read`]; the whole tensor is dequantized for any rows."""
+    def __getitem__(self, name: str) -> torch.Tensor:
         from gguf import dequantize
 
-        tensor = self._tensors[name]
+        tensor = self.names[name]
         count = math.prod(tensor.stored_shape)
         # read and not mapped: pages of the file would count as this process's memory
-        stored = np.fromfile(self.path, tensor.stored_type, count, offset=tensor.offset).reshape(tensor.stored_shape)
-        values = np.empty(self.shapes[name], dtype=np.float32)
+        stored = np.fromfile(self.path, tensor.stored_type, count, offset=tensor.start).reshape(tensor.stored_shape)
+        values = np.empty(tensor.shape, dtype=np.float32)
         if values.ndim == 1:
             # a stored vector is bytes without rows
             values[:] = dequantize(stored, tensor.quantization)
@@ -105,56 +87,53 @@ class GgufReader(TensorSource):
             for start in range(0, len(values), ROWS_AT_ONCE):
                 part = slice(start, start + ROWS_AT_ONCE)
                 values[part] = dequantize(stored[part], tensor.quantization)
-        values = self._processor.process(values, tensor.name).weights
-        return torch.from_numpy(np.ascontiguousarray(values if rows is None else values[rows]))
+        return torch.from_numpy(np.ascontiguousarray(self._processor.process(values, tensor.name).weights))
 
     @functools.cached_property
     def _processor(self) -> TensorProcessor:
         return TENSOR_PROCESSORS.get(self._contents[0], TensorProcessor)(config=self.config)
 
     @functools.cached_property
-    def _contents(self) -> tuple[str, list["_StoredTensor"], dict[str, Any]]:
-        """The architecture, where each tensor lies, and those of `ATTENTION_FIELDS` that the file has."""
+    def _contents(self) -> tuple[str, list[_Quantized]]:
+        """The architecture, and where each tensor lies."""
         from gguf import GGUFReader
 
         # the reader is not kept: it holds every token of the vocabulary as a separate array
         reader = GGUFReader(self.path)
         field: Any = reader.get_field("general.architecture")
         architecture = field.contents()
-        attention: dict[str, Any] = {name: reader.get_field(f"{architecture}.{name}") for name in ATTENTION_FIELDS}
-        tensors = [
-            _StoredTensor(
-                name=tensor.name,
+        read = GGUF_TO_TRANSFORMERS_MAPPING["config"].get(architecture, {})
+        for name, plain in ATTENTION_FIELDS.items():
+            field = reader.get_field(f"{architecture}.{name}")
+            if field and name not in read and field.contents() not in plain:
+                raise CheckpointError(
+                    f"{self.path}: Transformers passes over `{architecture}.{name}`, which is {field.contents()!r}, "
+                    "so what it makes of the file attends otherwise. Convert the checkpoint that the file was made of."
+                )
+        return architecture, [
+            _Quantized(
+                self.path,
                 shape=tuple(map(int, reversed(tensor.shape))),
+                dtype=torch.float32,
+                start=int(tensor.data_offset),
+                name=tensor.name,
                 quantization=tensor.tensor_type,
-                offset=int(tensor.data_offset),
                 stored_shape=tuple(tensor.data.shape),
                 stored_type=tensor.data.dtype,
             )
             for tensor in reader.tensors
         ]
-        return architecture, tensors, {name: field.contents() for name, field in attention.items() if field}
-
-    def _check_attention(self):
-        architecture, _, attention = self._contents
-        read = GGUF_TO_TRANSFORMERS_MAPPING["config"].get(architecture, {})
-        for name, value in attention.items():
-            if name not in read and value not in ATTENTION_FIELDS[name]:
-                raise CheckpointError(
-                    f"{self.path}: Transformers passes over `{architecture}.{name}`, which is {value!r}, so what it "
-                    "makes of this file attends otherwise. Convert the checkpoint that the file was made of."
-                )
 
     @functools.cached_property
-    def _tensors(self) -> dict[str, "_StoredTensor"]:
-        self._check_attention()
+    def names(self) -> dict[str, _Quantized]:
+        """The tensors by their names in Transformers."""
+        _, tensors = self._contents
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(self.source_config)
         try:
             names = get_gguf_hf_weights_map(model, self._processor)
         except NotImplementedError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
-        tensors = self._contents[1]
         unknown = [tensor.name for tensor in tensors if tensor.name not in names]
         if unknown:
             raise CheckpointError(

@@ -12,7 +12,6 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import logging
 
 from tokenization import MomaProcessor, add_image_tokens
 from tokenization.text_tokenizer_moma import beginning_ids, with_image_parts
@@ -23,7 +22,7 @@ from ..hub.loading import open_processor
 from ..hub.names import not_found_message
 from ..modeling_moma import MomaForCausalLM
 from ..utils.messages import one_line
-from .embedding_rows import MOST_CODES, ROUNDS, TEXTS, ImageTexts, extend_rows, fit_code_rows, image_loss
+from .embedding_rows import MOST_CODES, TEXTS, ImageTexts, extend_rows, fit_code_rows, image_loss
 from .gguf import GgufReader
 from .reading import CheckpointError, CheckpointReader, LazyWeights, TensorSource
 from .transfer import (
@@ -32,9 +31,6 @@ from .transfer import (
     SAME_NAMED_FIELDS,
     Entry,
     Receipt,
-    check_dtype,
-    check_free,
-    check_source,
     check_tied_head,
     decoder_entries,
     probe_logits,
@@ -92,9 +88,6 @@ def convert_llama(
     for name, value, choices in (("image_group", image_group, IMAGE_GROUPS), ("code_rows", code_rows, CODE_ROWS)):
         if value not in choices:
             raise InputError(f"`{name}` must be one of {choices}, got {value!r}.")
-    # before minutes are spent on the fit
-    check_dtype(dtype)
-    check_free(Path(output).absolute())
     reader = _open_source(source, gguf_file, allow_pickle)
     rounded = rounded_weights(reader, dtype)
     source_config = _source_config(reader)
@@ -112,9 +105,12 @@ def convert_llama(
     ignored = {"model.layers.*.self_attn.rotary_emb.inv_freq": "rotary frequencies, computed anew"}
     if config.tie_word_embeddings:
         ignored[HEAD] = "the head, tied to the embedding"
-    check_source(reader, entries.values(), ignored)
-    if code_rows == "fitted":
-        _fit(config, reader, entries, texts, dtype)
+
+    def write_extras(folder: Path) -> None:
+        if code_rows == "fitted":
+            _fit(config, reader, entries, texts, dtype)
+        moma_processor.save_pretrained(folder)
+
     return transfer(
         reader,
         config,
@@ -124,7 +120,7 @@ def convert_llama(
         max_shard_size=max_shard_size,
         dtype=dtype,
         source_config=source_config,
-        extras=moma_processor.save_pretrained,
+        extras=write_extras,
         probe=partial(_compare, source_config, rounded, config, old_ids, texts) if probe else None,
     )
 
@@ -313,10 +309,9 @@ def _fit(
     config: MomaConfig, reader: TensorSource, entries: dict[str, Entry], texts: ImageTexts, dtype: torch.dtype | None
 ) -> None:
     """Let the head's rows of image codes come as [`fit_code_rows`] finds them."""
-    rounds, head = ROUNDS if config.tie_word_embeddings else 1, _head_name(config)
+    head = _head_name(config)
     built = rounded_weights(LazyWeights(entries, lambda name: entries[name].made(reader)), dtype)
-    with logging.tqdm(total=rounds, desc="rows of image codes") as progress:
-        row_CD = fit_code_rows(config, built, texts, head, progress.update)
+    row_CD = fit_code_rows(config, built, texts, head)
     extend = entries[head].build
 
     def build(old: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ import functools
 import json
 import math
 import pickle
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +38,14 @@ class CheckpointError(InputError):
     """A checkpoint that cannot be read or converted. The message names the file, key or field at fault."""
 
 
-class TensorSource(Mapping):
-    """The tensors of a checkpoint, by name; each one is read when it is asked for."""
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file: where it lies there, and what it is."""
 
-    config: Mapping[str, Any]
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, torch.dtype]
-    files: Mapping[str, Path]
-
-    def __init__(self, folder: Path):
-        self.folder, self.label = folder, folder.resolve().name
-        self.loading: dict[str, str] = {}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """Read one tensor."""
-        raise NotImplementedError
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int = 0
 
 
 class LazyWeights(Mapping):
@@ -77,6 +62,17 @@ class LazyWeights(Mapping):
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+class TensorSource(LazyWeights):
+    """The tensors of a checkpoint, by name; each one is read when it is asked for."""
+
+    config: Mapping[str, Any]
+    names: Mapping[str, Stored]
+
+    def __init__(self, folder: Path):
+        self.folder, self.label = folder, folder.resolve().name
+        self.loading: dict[str, str] = {}
 
 
 class CheckpointReader(TensorSource):
@@ -98,10 +94,7 @@ class CheckpointReader(TensorSource):
                 f"{folder}: it holds adapters ({ADAPTER_CONFIG_NAME}) beside its weights. Merge them first, by PEFT's "
                 "`merge_and_unload`, or remove them to convert the weights alone."
             )
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        self.files: dict[str, Path] = {}
-        self._starts: dict[str, int] = {}
+        self.names: dict[str, Stored] = {}
         self._pickle: tuple[Path, dict] | None = None
         if self._exists("model.safetensors"):
             self._open("model.safetensors", self._open_shard)
@@ -119,23 +112,16 @@ class CheckpointReader(TensorSource):
         """The checkpoint's `config.json`."""
         return read_json(self.folder / "config.json")
 
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """See [`TensorSource.read`]."""
-        shape, dtype, path = self.shapes[name], self.dtypes[name], self.files[name]
-        if path.suffix != ".safetensors":
-            tensor = self._unpickled(path)[name]
-            return (tensor if rows is None else tensor[rows]).clone()
-        start = self._starts[name]
-        if rows is not None:
-            first, stop, _ = rows.indices(shape[0])
-            start += first * math.prod(shape[1:]) * dtype.itemsize
-            shape = (max(stop - first, 0), *shape[1:])
-        tensor = torch.empty(shape, dtype=dtype)
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = self.names[name]
+        if stored.path.suffix != ".safetensors":
+            return self._unpickled(stored.path)[name].clone()
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
         buffer = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
-        with path.open("rb") as file:
-            file.seek(start)
+        with stored.path.open("rb") as file:
+            file.seek(stored.start)
             if len(buffer) and file.readinto(buffer) != len(buffer):
-                raise CheckpointError(f"{path}: it ends within the tensor {name!r}. Fetch the file again.")
+                raise CheckpointError(f"{stored.path}: it ends within the tensor {name!r}. Fetch the file again.")
         return tensor
 
     def _exists(self, name: str) -> bool:
@@ -171,41 +157,38 @@ class CheckpointReader(TensorSource):
 
     def _compare_with_index(self, weight_map: dict[str, str], index: Path) -> None:
         for key, shard in weight_map.items():
-            if key not in self.files or self.files[key].name != shard:
+            if key not in self.names or self.names[key].path.name != shard:
                 raise CheckpointError(f"{index}: by the index {key!r} lies in {shard}, but that file has no such key.")
-        for key, path in self.files.items():
+        for key, stored in self.names.items():
             if key not in weight_map:
-                raise CheckpointError(f"{path}: it holds {key!r}, which the index {index.name} does not list.")
+                raise CheckpointError(f"{stored.path}: it holds {key!r}, which the index {index.name} does not list.")
 
-    def _add(self, key: str, path: Path, shape: Iterable[int], dtype: torch.dtype) -> None:
-        if key in self.files:
-            raise CheckpointError(f"{path}: it holds {key!r}, as does {self.files[key].name}.")
-        self.files[key], self.shapes[key], self.dtypes[key] = path, tuple(shape), dtype
+    def _add(self, key: str, stored: Stored) -> None:
+        if key in self.names:
+            raise CheckpointError(f"{stored.path}: it holds {key!r}, as does {self.names[key].path.name}.")
+        self.names[key] = stored
 
     def _open_shard(self, path: Path) -> None:
         try:
             # NumPy's, since torch maps the whole file, for which there may be no memory
             with safe_open(path, framework="np") as file:
-                slices = {key: file.get_slice(key) for key in file.offset_keys()}
-                found = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+                parts = {key: file.get_slice(key) for key in file.offset_keys()}
+                found = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in parts.items()}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{path}: no safetensors file, or one that is cut short or damaged ({error}). Fetch it again."
             ) from error
-        for key, (shape, dtype) in found.items():
+        # the library takes no file whose tensors do not follow one another up to its end
+        start = path.stat().st_size
+        for key, (shape, dtype) in reversed(found.items()):
             if dtype not in DTYPES:
                 raise CheckpointError(f"{path}: {key!r} is of the type {dtype}, and only {list(DTYPES)} are read.")
-            self._add(key, path, shape, DTYPES[dtype])
-        sizes = {key: math.prod(self.shapes[key]) * self.dtypes[key].itemsize for key in found}
-        # the library takes no file whose tensors do not follow one another up to its end
-        start = path.stat().st_size - sum(sizes.values())
-        for key, size in sizes.items():
-            self._starts[key] = start
-            start += size
+            start -= math.prod(shape) * DTYPES[dtype].itemsize
+            self._add(key, Stored(path, shape, DTYPES[dtype], start))
 
     def _open_pickle(self, path: Path) -> None:
         for key, tensor in read_pickle(path, map_location="meta").items():
-            self._add(key, path, tensor.shape, tensor.dtype)
+            self._add(key, Stored(path, tuple(tensor.shape), tensor.dtype))
 
     def _unpickled(self, path: Path) -> dict[str, torch.Tensor]:
         if self._pickle is None or self._pickle[0] != path:

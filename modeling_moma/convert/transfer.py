@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import attach_align_device_hook
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
@@ -47,8 +48,6 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # names of the layer norms here, and in the sources
 _LAYER_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 RECEIPT_FILE = "conversion.json"
-# of an embedding, for statistics and comparisons
-ROWS_AT_ONCE = 1024
 # bound of the relative difference of logits in fp32 on a probe batch, and the batch's sizes
 LARGEST_DIFFERENCE = 1e-3
 NUM_ROWS, ROW_LENGTH, NUM_PADDED = 2, 16, 5
@@ -76,7 +75,7 @@ class Entry:
 
     def made(self, reader: TensorSource) -> torch.Tensor:
         """Return the tensor of the target."""
-        return self.build() if self.source is None else self.build(reader.read(self.source))
+        return self.build() if self.source is None else self.build(reader[self.source])
 
 
 def decoder_entries(config: MomaConfig) -> dict[str, Entry]:
@@ -132,10 +131,6 @@ class Receipt:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-# an entry and the type in which it is written
-TypedEntry = tuple[Entry, torch.dtype]
-
-
 def transfer(
     reader: TensorSource,
     config: MomaConfig,
@@ -162,16 +157,15 @@ def transfer(
     check_free(output)
     report = check_source(reader, entries, ignored or {})
     generation_config = convert_generation_config(reader.folder, config, source_config)
-    typed = _with_dtypes(reader, entries, dtype)
-    shards = _plan_shards(typed, convert_file_size_to_int(max_shard_size))
-    report.tensor_bytes = sum(_num_bytes(entry, dtype) for entry, dtype in typed)
-    report.files = len(shards)
+    plan = _plan_tensors(reader, entries, dtype)
+    shards = split_torch_state_dict_into_shards(plan, max_shard_size=convert_file_size_to_int(max_shard_size))
+    report.tensor_bytes, report.files = shards.metadata["total_size"], len(shards.filename_to_tensors)
 
     def write(aside: Path) -> None:
         aside.mkdir()
         if extras is not None:
             extras(aside)
-        _write_weights(reader, shards, aside, report.tensor_bytes)
+        _write_weights(reader, {entry.name: entry for entry in entries}, plan, shards, aside)
         if probe is not None:
             measured = probe(CheckpointReader(aside))
             _check_difference(measured["relative_difference"], reader)
@@ -180,7 +174,10 @@ def transfer(
         generation_config.save_pretrained(aside)
         written = copy.deepcopy(config)
         written.architectures = [MomaForCausalLM.__name__]
-        written.dtype = _main_dtype(typed)
+        sizes = Counter()
+        for tensor in plan.values():
+            sizes[tensor.dtype] += tensor.nbytes
+        written.dtype = sizes.most_common(1)[0][0]
         custom_object_save(_empty_model(config), aside, config=written)  # pyright: ignore[reportArgumentType]
         written.save_pretrained(aside)
         # a second conversion may have been faster
@@ -195,8 +192,9 @@ def convert_generation_config(
 ) -> GenerationConfig:
     """Keep how the source generates, with the padding and beginning tokens of the MoMa, and its end token added."""
     path = folder / "generation_config.json"
+    has_own = bool(read_json(path, default={}))
     try:
-        if read_json(path, default={}):
+        if has_own:
             generation_config = GenerationConfig.from_pretrained(folder)
         else:
             generation_config = GenerationConfig.from_model_config(source or config)
@@ -211,8 +209,6 @@ def convert_generation_config(
         generation_config.bos_token_id = config.bos_token_id
         # saving checks as strictly
         generation_config.validate(strict=True)
-    except CheckpointError:
-        raise
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: Transformers cannot use it: {error}") from error
     return generation_config
@@ -252,21 +248,22 @@ def check_source(reader: TensorSource, entries: Collection[Entry], ignored: Mapp
         key, shape = entry.source, entry.source_shape or entry.shape
         if key is None:
             continue
-        if key not in reader.shapes:
+        stored = reader.names.get(key)
+        if stored is None:
             raise CheckpointError(f"{reader.folder}: it lacks the key {key!r}, of the shape {shape}.")
-        if reader.shapes[key] != shape:
+        if stored.shape != shape:
             raise CheckpointError(
-                f"{reader.files[key]}: {key!r} has the shape {reader.shapes[key]}, but by config.json it is {shape}."
+                f"{stored.path}: {key!r} has the shape {stored.shape}, but by config.json it is {shape}."
             )
     reasons = Counter()
-    for key in reader:
+    for key, stored in reader.names.items():
         if key in used:
             continue
         reason = next((why for pattern, why in ignored.items() if fnmatch.fnmatchcase(key, pattern)), None)
         if reason is None:
             raise CheckpointError(
-                f"{reader.files[key]}: nothing takes the key {key!r}, of the shape {reader.shapes[key]}: by "
-                "config.json the model has no such weight."
+                f"{stored.path}: nothing takes the key {key!r}, of the shape {stored.shape}: by config.json the model "
+                "has no such weight."
             )
         reasons[reason] += 1
     return Receipt(
@@ -281,13 +278,10 @@ def check_source(reader: TensorSource, entries: Collection[Entry], ignored: Mapp
 
 def check_tied_head(reader: TensorSource, config: MomaConfig) -> None:
     """Check that a head which the source has beside its embedding may be left out of a target that ties them."""
-    if not config.tie_word_embeddings or not {EMBEDDING, HEAD} <= reader.shapes.keys():
-        return
-    for start in range(0, reader.shapes[EMBEDDING][0], ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        if not torch.equal(reader.read(EMBEDDING, rows), reader.read(HEAD, rows)):
+    if config.tie_word_embeddings and {EMBEDDING, HEAD} <= reader.keys():
+        if not torch.equal(reader[EMBEDDING], reader[HEAD]):
             raise CheckpointError(
-                f"{reader.files[HEAD]}: {HEAD!r} differs from the embedding, but config.json has "
+                f"{reader.names[HEAD].path}: {HEAD!r} differs from the embedding, but config.json has "
                 "`tie_word_embeddings` = True. Set it to False there if the head is right, or remove the key."
             )
 
@@ -344,15 +338,18 @@ def relative_difference(source: torch.Tensor, converted: torch.Tensor) -> float:
     return float(difference / source.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def _with_dtypes(reader: TensorSource, entries: Collection[Entry], dtype: torch.dtype | None) -> list[TypedEntry]:
+def _plan_tensors(
+    reader: TensorSource, entries: Collection[Entry], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of the target without their data."""
     source_sizes = Counter()
-    for key in reader:
-        if reader.dtypes[key].is_floating_point:
-            source_sizes[reader.dtypes[key]] += math.prod(reader.shapes[key])
+    for stored in reader.names.values():
+        if stored.dtype.is_floating_point:
+            source_sizes[stored.dtype] += math.prod(stored.shape)
     default = source_sizes.most_common(1)[0][0] if source_sizes else torch.float32
-    typed = []
+    plan = {}
     for entry in entries:
-        own = default if entry.source is None else reader.dtypes[entry.source]
+        own = default if entry.source is None else reader.names[entry.source].dtype
         written = dtype if dtype is not None and own.is_floating_point else own
         if written not in WRITTEN_DTYPES:
             hint = "; `--dtype bfloat16` writes another one" if own.is_floating_point else ""
@@ -360,70 +357,41 @@ def _with_dtypes(reader: TensorSource, entries: Collection[Entry], dtype: torch.
                 f"{reader.folder}: {entry.source!r} is in {own}, a type of no model{hint}. Is the checkpoint "
                 "quantised without saying so?"
             )
-        typed.append((entry, written))
-    return typed
+        plan[entry.name] = torch.empty(entry.shape, dtype=written, device="meta")
+    return plan
 
 
-def _main_dtype(typed: list[TypedEntry]) -> torch.dtype:
-    sizes = Counter()
-    for entry, dtype in typed:
-        sizes[dtype] += _num_bytes(entry, dtype)
-    return sizes.most_common(1)[0][0]
-
-
-def _num_bytes(entry: Entry, dtype: torch.dtype) -> int:
-    return math.prod(entry.shape) * dtype.itemsize
-
-
-def _plan_shards(typed: list[TypedEntry], max_bytes: int) -> list[list[TypedEntry]]:
-    shards, bytes_left = [], 0
-    for entry, dtype in typed:
-        size = _num_bytes(entry, dtype)
-        if not shards or size > bytes_left:
-            shards.append([])
-            bytes_left = max_bytes
-        shards[-1].append((entry, dtype))
-        bytes_left -= size
-    return shards
-
-
-def _write_weights(reader: TensorSource, shards: list[list[TypedEntry]], folder: Path, total_bytes: int) -> None:
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+def _write_weights(
+    reader: TensorSource,
+    entries: Mapping[str, Entry],
+    plan: Mapping[str, torch.Tensor],
+    shards: StateDictSplit,
+    folder: Path,
+) -> None:
     # one progress bar in bytes for all files: tensors differ much in size
-    with logging.tqdm(total=total_bytes, desc="tensors", unit="B", unit_scale=True) as progress:
-        for name, shard in zip(names, shards):
-            _write_shard(reader, shard, folder / name, progress.update)
-    if len(shards) > 1:
-        weight_map = {entry.name: name for name, shard in zip(names, shards) for entry, _ in shard}
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    with logging.tqdm(total=shards.metadata["total_size"], desc="tensors", unit="B", unit_scale=True) as progress:
+        for file_name, names in shards.filename_to_tensors.items():
+            # wide types first, so that each tensor lies at a multiple of its item size
+            names = sorted(names, key=lambda name: -plan[name].itemsize)
+            header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+            stop = 0
+            for name in names:
+                start, stop = stop, stop + plan[name].nbytes
+                kind = DTYPE_NAMES[plan[name].dtype]
+                header[name] = {"dtype": kind, "shape": list(plan[name].shape), "data_offsets": [start, stop]}
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            with (folder / file_name).open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                for name in names:
+                    tensor = entries[name].made(reader).to(plan[name].dtype).contiguous()
+                    if tensor.shape != plan[name].shape:
+                        raise CheckpointError(f"{name!r}: it came out as {tuple(tensor.shape)}.")
+                    if tensor.numel():
+                        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+                    progress.update(tensor.nbytes)
+                    # free this tensor before the next one is read
+                    del tensor
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": dict(sorted(shards.tensor_to_filename.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_shard(reader: TensorSource, shard: list[TypedEntry], path: Path, wrote: Callable[[int], object]) -> None:
-    # wide types first, so that each tensor lies at a multiple of its item size
-    shard = sorted(shard, key=lambda pair: -pair[1].itemsize)
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry, dtype in shard:
-        stop = offset + _num_bytes(entry, dtype)
-        header[entry.name] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, stop],
-        }
-        offset = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for entry, dtype in shard:
-            tensor = entry.made(reader).to(dtype).contiguous()
-            if tensor.shape != entry.shape:
-                raise CheckpointError(f"{entry.name!r}: it came out as {tuple(tensor.shape)}, not {entry.shape}.")
-            if tensor.numel():
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            wrote(_num_bytes(entry, dtype))
-            # free this tensor before the next one is read
-            del tensor

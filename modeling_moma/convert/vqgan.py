@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tokenization import MomaVQConfig, MomaVQModel
 
 from ..utils.atomic_files import write_folder_aside
+from ..utils.messages import one_line
 from .reading import CheckpointError, read_pickle
 from .transfer import check_free
 
@@ -95,21 +96,14 @@ def load_vq_model(tensors: Mapping[str, torch.Tensor], config: MomaVQConfig) -> 
     """Return a model that holds exactly these tensors."""
     with torch.device("meta"):
         model = MomaVQModel(config)
-    expected = model.state_dict()
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    shapes = {
-        name: (tuple(tensors[name].shape), tuple(meta.shape)) for name, meta in expected.items() if name in tensors
-    }
-    bent = [f"{name} {found}, not {wanted}" for name, (found, wanted) in shapes.items() if found != wanted]
-    faults = {"missing": missing, "unexpected": extra, "of another shape": bent}
-    if any(faults.values()):
-        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
-        raise CheckpointError(f"The image tokenizer does not fit its configuration. Tensors {listed}.")
+    try:
+        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"The image tokenizer does not fit its configuration: {one_line(error)}") from error
     if odd := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
         raise CheckpointError(f"{odd[0]}: it holds {tensors[odd[0]].dtype}, which are no weights of a VQ-GAN.")
     if odd := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise CheckpointError(f"{odd[0]}: it holds NaN or infinity: damaged, or of a training that diverged.")
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return model.eval()
 
 

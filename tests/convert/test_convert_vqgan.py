@@ -121,9 +121,9 @@ def test_objects_in_a_pickle_are_refused_and_not_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"decoder.conv_in.weight": None}, "missing: decoder.conv_in.weight"),
-        ({"quantize.proj.weight": torch.zeros(2)}, "unexpected: quantize.proj.weight"),
-        ({"decoder.conv_in.bias": torch.zeros(3)}, r"decoder.conv_in.bias \(3,\), not \(64,\)"),
+        ({"decoder.conv_in.weight": None}, 'Missing key.*"decoder.conv_in.weight"'),
+        ({"quantize.proj.weight": torch.zeros(2)}, 'Unexpected key.*"quantize.proj.weight"'),
+        ({"decoder.conv_in.bias": torch.zeros(3)}, r"decoder.conv_in.bias: .*\[3\].*\[64\]"),
         ({"encoder.conv_in.weight": None}, "encoder.conv_in.weight: missing"),
         ({"encoder.conv_in.weight": torch.zeros(0, 3, 3, 3)}, "encoder.conv_in.weight: it has no rows"),
         ({"decoder.conv_in.bias": torch.full((64,), torch.nan)}, "decoder.conv_in.bias: it holds NaN"),

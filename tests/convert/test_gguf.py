@@ -41,4 +41,4 @@ def test_vectors_and_matrices_are_whole_however_many_rows_are_read_at_once(tmp_p
     names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
     for key, values in tensors.items():
         expected = gguf.dequantize(gguf.quantize(values, quantization), quantization)
-        np.testing.assert_array_equal(reader.read(names[key]).numpy(), expected)
+        np.testing.assert_array_equal(reader[names[key]].numpy(), expected)
