@@ -35,8 +35,7 @@ from modeling_moma.evaluation.measures import (
 from modeling_moma.evaluation.retrieval import likeliest_drawings
 from modeling_moma.labelling import FILE_NAME_SHARE
 from modeling_moma.labelling.file_names import file_name_shares, with_file_names
-from modeling_moma.labelling.guesses import Guess, mixed_guesses
-from modeling_moma.labelling.labeler import ImageLabeler
+from modeling_moma.labelling.labeler import Guess, ImageLabeler, mixed_guesses
 from modeling_moma.labelling.memory import memory_of
 from modeling_moma.utils.atomic_files import atomic_write, check_writable
 from sheet import SheetEntry, draw_contact_sheet

@@ -20,9 +20,8 @@ from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.kinds import CaptionDocuments, Template
 from modeling_moma.data.sources import Source
 from modeling_moma.data.stream import DocumentExamples
-from modeling_moma.labelling.labeler import CaptionForm, ImageLabeler
+from modeling_moma.labelling.labeler import CaptionForm, ImageLabeler, check_queries
 from modeling_moma.labelling.memory import memory_of
-from modeling_moma.labelling.queries import check_queries
 from modeling_moma.training.recipe import read_recipe
 from modeling_moma.utils.atomic_files import atomic_write, check_writable
 from routing_image import draw_routing, route_example

@@ -43,7 +43,7 @@ def run(args: Arguments) -> None:
     """Read, rank, and write the table or print it."""
     with without_import_notices():
         from ..labelling.folder import search_folder, shown, write_table
-        from ..labelling.queries import check_queries
+        from ..labelling.labeler import check_queries
 
     check_queries(args.queries)
     labeler = checked_labeler(args)

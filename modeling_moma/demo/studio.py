@@ -28,8 +28,7 @@ from ..evaluation.routing_images import record_routing, token_pieces
 from ..generation_moma import INTERLEAVED, own_image_sampling
 from ..hub.loading import open_model, open_processor
 from ..labelling.folder import CodedFolder, shown
-from ..labelling.guesses import Guess
-from ..labelling.labeler import CaptionForm, ImageLabeler
+from ..labelling.labeler import CaptionForm, Guess, ImageLabeler
 from ..labelling.memory import memory_of
 from .routing_view import RoutedExample
 

@@ -2,18 +2,25 @@
 """What the commands do with a folder: read it in pieces, label its images or rank them for queries, write tables."""
 
 import csv
+import hashlib
+import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from PIL import Image
+from safetensors.torch import load, save
 from tqdm.auto import tqdm
 
+from ..data.encoding import processor_fingerprint
 from ..data.images import SkippedRow
 from ..errors_moma import InputError
 from ..utils.atomic_files import atomic_write, check_place
@@ -21,11 +28,8 @@ from ..utils.finite_json import only_finite
 from ..utils.messages import one_line
 from . import FILE_NAME_SHARE
 from .file_names import file_name_shares, with_file_names
-from .guesses import Guess
-from .images import folder_files, read_files
-from .kept_codes import content_digest, kept_file, read_kept, write_kept
-from .labeler import ImageLabeler
-from .queries import check_queries
+from .images import LARGEST_FILE, SVG_ENDINGS, SVG_SIDE, folder_files, read_files
+from .labeler import Guess, ImageLabeler, check_queries
 
 
 # files that are coded and labelled together
@@ -33,6 +37,13 @@ PIECE = 256
 # nats by which a score may exceed its bound: numbers of a bfloat16 model depend on the images beside one in a batch
 ROUNDING = 0.1
 TABLES = (".csv", ".json")
+# raised where the same images are read or coded to something else than before
+FORM = 1
+# of which others may read an image otherwise
+READERS = ("pillow", "resvg_py", "transformers")
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+Kept = Mapping[bytes, tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -57,15 +68,12 @@ class Found:
 def told_files(folder: str, output: str | None = None, option: str = "FOLDER") -> list[Path]:
     """Return the files of a folder; each subfolder that is left out is told in a line on the standard error."""
     own = None if output is None else os.path.realpath(output)
+    files = folder_files(folder, option, lambda path, why: _tell_left_out(os.path.relpath(path, folder), why))
+    return [file for file in files if os.path.realpath(file) != own]
 
-    def tell(error: OSError) -> None:
-        name = os.path.relpath(error.filename, folder)
-        tqdm.write(f"{shown(name)}: left out: folder not read: {error.strerror}", file=sys.stderr)
 
-    def tell_link(link: Path) -> None:
-        tqdm.write(f"{shown(str(link.relative_to(folder)))}: left out: a link to a folder", file=sys.stderr)
-
-    return [file for file in folder_files(folder, tell, option, tell_link) if os.path.realpath(file) != own]
+def _tell_left_out(name: str, why: str) -> None:
+    tqdm.write(f"{shown(name)}: left out: {why}", file=sys.stderr)
 
 
 def coded_images(folder: str, files: list[Path], labeler: ImageLabeler) -> Iterator[tuple[list[str], torch.Tensor]]:
@@ -73,25 +81,22 @@ def coded_images(folder: str, files: list[Path], labeler: ImageLabeler) -> Itera
 
     Each file that is left out is told in a line on the standard error.
     """
-    # of large images only what the image tokenizer sees stays in memory
-    paths, pixels = [], []
+    read = _pixels(folder, files, labeler)
+    while piece := list(islice(read, PIECE)):
+        paths, pixels = zip(*piece, strict=True)
+        yield list(paths), labeler.encode_pixels(torch.cat(pixels))
+
+
+def _pixels(folder: str, files: list[Path], labeler: ImageLabeler) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what the image tokenizer sees of images: of large ones nothing else stays in memory."""
     for file, found in tqdm(read_files(files), total=len(files), desc="images", disable=None):
         name = str(file.relative_to(folder))
         if isinstance(found, SkippedRow):
-            tqdm.write(f"{shown(name)}: left out: {one_line(found, 200)}", file=sys.stderr)
-            continue
-        values = labeler.pixel_values(found)
-        if labeler.is_blank(values):
-            why = "image blank: white all over, as white on transparency is"
-            tqdm.write(f"{shown(name)}: left out: {why}", file=sys.stderr)
-            continue
-        paths.append(name)
-        pixels.append(values)
-        if len(paths) == PIECE:
-            yield paths, labeler.encode_pixels(torch.cat(pixels))
-            paths, pixels = [], []
-    if paths:
-        yield paths, labeler.encode_pixels(torch.cat(pixels))
+            _tell_left_out(name, one_line(found, 200))
+        elif labeler.is_blank(values := labeler.pixel_values(found)):
+            _tell_left_out(name, "image blank: white all over, as white on transparency is")
+        else:
+            yield name, values
 
 
 def _no_image(folder: str, files: list[Path], option: str = "FOLDER") -> InputError:
@@ -254,3 +259,67 @@ def write_table(output: str, entries: Sequence[Label | Found], rows: Sequence[di
             writer.writerows(rows)
 
     return atomic_write(output, write)
+
+
+class _Hashed(io.RawIOBase):
+    """A file that is hashed, and not written."""
+
+    def __init__(self):
+        super().__init__()
+        self.hash = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        return len(data)
+
+
+def kept_file(folder: str, labeler: Any) -> Path:
+    """Return where codes are kept of a folder, a labeler's model and processor, and what reads images."""
+    settings = [FORM, SVG_SIDE, *map(_version, READERS), os.path.realpath(folder), labeler.form, labeler.views]
+    key: Any = _Hashed()
+    torch.save(labeler.model.state_dict(), key)
+    for setting in (*settings, labeler.model.config.to_json_string(), processor_fingerprint(labeler.processor)):
+        key.write(f"{setting!r}\n".encode("utf-8", "surrogateescape"))
+    return Path(constants.HF_ASSETS_CACHE, "modeling-moma", "search", key.hash.hexdigest())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def content_digest(file: Path) -> bytes | None:
+    """Return a hash of a file and of what reads it, `None` where it is not read."""
+    try:
+        if not file.is_file() or file.stat().st_size > LARGEST_FILE:
+            return None
+        kind = b"svg" if file.suffix.lower() in SVG_ENDINGS else b"image"
+        return hashlib.sha256(kind + file.read_bytes()).digest()
+    except OSError:
+        return None
+
+
+def read_kept(place: Path) -> Kept:
+    """Return codes and states of images by their digests; none where the file is missing or damaged."""
+    try:
+        data = place.read_bytes()
+    except OSError:
+        return {}
+    if hashlib.sha256(data[DIGEST_BYTES:]).digest() != data[:DIGEST_BYTES]:
+        return {}
+    tensors = load(data[DIGEST_BYTES:])
+    names = (row.tobytes() for row in tensors["digests"].numpy())
+    return dict(zip(names, zip(tensors["codes"], tensors["states"], strict=True), strict=True))
+
+
+def write_kept(place: Path, kept: Kept) -> None:
+    """Write what [`read_kept`] reads; where nothing can be written, it is told."""
+    codes, states = (torch.stack(parts) for parts in zip(*kept.values(), strict=True))
+    digests = torch.frombuffer(bytearray(b"".join(kept)), dtype=torch.uint8).view(-1, DIGEST_BYTES)
+    data = save({"digests": digests, "codes": codes, "states": states})
+    try:
+        atomic_write(place, lambda aside: aside.write_bytes(hashlib.sha256(data).digest() + data))
+    except OSError as error:
+        tqdm.write(f"what was coded is not kept for the next search: {error}", file=sys.stderr)

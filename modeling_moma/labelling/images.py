@@ -9,8 +9,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Self
 
 from PIL import Image, UnidentifiedImageError
 
@@ -28,12 +28,9 @@ SVG_SECONDS = 20.0
 
 
 def folder_files(
-    folder: str | Path,
-    on_unread: Callable[[OSError], object] | None = None,
-    option: str = "FOLDER",
-    on_link: Callable[[Path], object] | None = None,
+    folder: str | Path, option: str = "FOLDER", tell: Callable[[str, str], object] = lambda path, why: None
 ) -> list[Path]:
-    """Return the files under a folder, sorted, without hidden ones and those in hidden folders."""
+    """Return the files under a folder, sorted, without hidden ones; `tell` is called of each subfolder left out."""
     root = Path(folder)
     # no text at all, as of a variable that is not set, would be the working directory
     is_named = bool(os.fspath(folder))
@@ -44,16 +41,15 @@ def folder_files(
     def skip(error: OSError):
         if error.filename == os.fspath(root):
             raise InputError(f"{option} {str(folder)!r} cannot be read: {error.strerror}.") from error
-        if on_unread is not None:
-            on_unread(error)
+        tell(error.filename, f"folder not read: {error.strerror}")
 
     found = []
     for parent, folders, files in os.walk(root, onerror=skip):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in folders:
             # a path may be too long to be asked about, which `Path.is_symlink` raises
-            if on_link is not None and os.path.islink(link := Path(parent, name)):
-                on_link(link)
+            if os.path.islink(link := os.path.join(parent, name)):
+                tell(link, "a link to a folder")
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     if not found:
         raise InputError(f"{option} {str(folder)!r} holds no files (hidden ones and links to folders are not read).")
@@ -62,7 +58,7 @@ def folder_files(
 
 def read_files(files: list[Path]) -> Iterator[tuple[Path, Image.Image | SkippedRow]]:
     """Yield each file with its image, or with the reason why there is none."""
-    with SvgRenderer() as renderer:
+    with closing(SvgRenderer()) as renderer:
         for file in files:
             # of large images and odd metadata, among lines that name files
             with warnings.catch_warnings(action="ignore"):
@@ -90,25 +86,22 @@ def _read(file: Path, renderer: "SvgRenderer") -> Image.Image:
 
 
 class SvgRenderer:
-    """Renders SVG files in a process of its own, which a hostile file may end and which is then started anew.
-
-    A context manager, which ends that process.
-    """
+    """Renders SVG files in a process of its own, which a hostile file may end and which is then started anew."""
 
     def __init__(self):
         self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._end()
 
     def render(self, file: Path, seconds: float = SVG_SECONDS) -> bytes:
         """Return a PNG on white, of `SVG_SIDE` pixels along its longer side."""
         if importlib.util.find_spec("resvg_py") is None:
             raise SkippedRow("no SVG renderer", 'install it with `pip install "modeling-moma[icons]"`')
-        process = self._process = self._process or self._start()
+        if self._process is None:
+            # isolated, so that no module of the current folder takes a name
+            command = [sys.executable, "-I", str(Path(__file__).with_name("render_svg.py")), str(SVG_SIDE)]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+        process = self._process
         assert process.stdin is not None and process.stdout is not None
         timer = threading.Timer(seconds, process.kill)
         timer.start()
@@ -119,10 +112,9 @@ class SvgRenderer:
             image = process.stdout.read(answer["size"])
         # the process is gone, with or without a part of its answer
         except (OSError, ValueError) as error:
-            self._end()
-            why = (
-                "takes too long" if not timer.is_alive() else "ends the renderer: it is nested too deeply or too large"
-            )
+            self.close()
+            ended = "ends the renderer: it is nested too deeply or too large"
+            why = ended if timer.is_alive() else "takes too long"
             raise SkippedRow("SVG not rendered", f"it {why}") from error
         finally:
             timer.cancel()
@@ -130,14 +122,8 @@ class SvgRenderer:
             raise SkippedRow("SVG not rendered", answer["error"])
         return image
 
-    @staticmethod
-    def _start() -> "subprocess.Popen[bytes]":
-        program = Path(__file__).with_name("render_svg.py")
-        # isolated, so that no module of the current folder takes a name
-        command = [sys.executable, "-I", str(program), str(SVG_SIDE)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-
-    def _end(self) -> None:
+    def close(self) -> None:
+        """End the process."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()

@@ -2,13 +2,14 @@
 """Names, tags and search of images by the likelihoods of a model that was trained on captions, and by its memory.
 
 Shape suffixes:
-    N images, B of their views at once, Q queries, K beams, T tokens, V vocabulary, D hidden size.
+    N images, S views of them, B of these at once, L codes of an image, Q queries, K beams, T tokens, V vocabulary,
+    D hidden size.
 """
 
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,7 @@ from ..errors_moma import InputError
 from ..hub.loading import open_model, open_processor
 from ..utils.fields import check_utf8
 from . import MOST_GUESSES, MOST_VIEWS
-from .guesses import Guess, mean_guesses, mixed_guesses
 from .memory import ImageMemory, memory_of
-from .queries import check_queries, check_room
 
 
 # beams for each name or tag that is asked for: some differ in the token that ends them alone
@@ -38,6 +37,56 @@ FULL_BATCH_BEAMS = 4
 # by how much the views of an image are moved down and to the right, in parts of its sides: a pixel of 64
 SHIFT = 1 / 64
 SHIFTS = ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (-1, -1), (1, -1), (-1, 1))
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A name or a tag of an image."""
+
+    text: str
+    probability: float
+
+
+def mean_guesses(views: Sequence[Mapping[str, float]]) -> list[Guess]:
+    """Return the texts of the views of an image with their mean probabilities, the likeliest first."""
+    totals = _likeliest((1.0, texts) for texts in views)
+    return [Guess(guess.text, guess.probability / len(views)) for guess in totals]
+
+
+def mixed_guesses(
+    written: Sequence[Sequence[Guess]], known: Sequence[Mapping[str, float]], share: float
+) -> list[list[Guess]]:
+    """Return guesses of a model and shares of a memory as one, the likeliest first."""
+    found = []
+    for guesses, shares in zip(written, known, strict=True):
+        weight = share if shares else 0.0
+        texts = {guess.text: guess.probability for guess in guesses}
+        both = _likeliest([(1 - weight, texts), (weight, shares)])
+        found.append([guess for guess in both if guess.probability > 0])
+    return found
+
+
+def _likeliest(parts: Iterable[tuple[float, Mapping[str, float]]]) -> list[Guess]:
+    """Return the sums of weighted probabilities, the largest first."""
+    totals = defaultdict(float)
+    for weight, texts in parts:
+        for text, probability in texts.items():
+            totals[text] += weight * probability
+    return [Guess(text, total) for text, total in sorted(totals.items(), key=lambda entry: -entry[1])]
+
+
+def check_queries(queries: Sequence[str]) -> None:
+    """Raise `ValueError` where there is no list of queries, or one of them has no words or is no text."""
+    if isinstance(queries, str):
+        raise InputError(f"`queries` is the text {queries!r}: give a list of texts, [{queries!r}].")
+    if not queries:
+        raise InputError("`queries` is empty: give the words to look for.")
+    if others := [query for query in queries if not isinstance(query, str)]:
+        raise InputError(f"query {others[0]!r}: it is no text, but {type(others[0]).__name__}.")
+    if blank := [query for query in queries if not query.strip()]:
+        raise InputError(f"query {blank[0]!r}: there are no words in it to look for.")
+    for query in queries:
+        check_utf8("query", query)
 
 
 @dataclass(frozen=True)
@@ -85,7 +134,7 @@ class ImageLabeler:
         self.model, self.processor, self.form = model, processor, form
         self.batch_size, self.views = batch_size, views
         self.memory, self.memory_share = memory, memory_share
-        self._encoder = DocumentEncoder(processor)
+        self._encoder, self._prompts = DocumentEncoder(processor), (form.name_prompt, form.tag_prompt)
         self._name_ends = self._ends(form.name_prompt, form.name_ends)
         self._tag_ends = self._ends(form.tag_prompt, form.tag_ends)
         self._word_ends = self._word_ends_of_vocabulary()
@@ -141,40 +190,33 @@ class ImageLabeler:
         """Return what the beam search of [`tags`] finds without a memory, see [`beam_names`]."""
         return self._guesses(codes, self.form.tag_prompt, self._tag_ends, count)
 
-    @torch.no_grad()
     def features(self, codes: torch.Tensor) -> torch.Tensor:
         """Return the hidden states where captions of images begin, means over views, `[N, D]`, float32 on the CPU."""
-        self._check_codes(codes)
-        found = []
-        for codes_B in codes.flatten(0, -2).split(self.batch_size):
-            states_BTD = self.model.model(input_ids=self._image_ids(codes_B), use_cache=False).last_hidden_state
-            found.append(states_BTD[:, -1].float().cpu())
-        return torch.cat(found).unflatten(0, (-1, self._views(codes))).mean(1)
+        return self.states(codes, ())[:, :, 0].float().mean(1)
 
     @torch.no_grad()
-    def states(self, codes: torch.Tensor) -> torch.Tensor:
+    def states(self, codes: torch.Tensor, prompts: Sequence[str] | None = None) -> torch.Tensor:
         """Return the hidden states behind images, behind a prompt of names and behind one of tags, `[N, views, 3, D]`.
 
         They are all that [`bounds`] and a memory need of images.
         """
-        self._check_codes(codes)
+        codes_SL, views = self._flat(codes)
         found = []
-        for codes_B in codes.flatten(0, -2).split(self.batch_size):
+        for codes_B in codes_SL.split(self.batch_size):
             ids_BT, cache = self._image_ids(codes_B), DynamicCache(config=self.model.config)
             states = [self.model.model(input_ids=ids_BT, cache=cache, use_cache=True).last_hidden_state[:, -1]]
-            for prompt in (self.form.name_prompt, self.form.tag_prompt):
+            for prompt in self._prompts if prompts is None else prompts:
                 ids_BC = ids_BT.new_tensor(self._encoder.text_ids(prompt)).expand(len(ids_BT), -1)
                 inputs = {"input_ids": ids_BC, "cache": copy.deepcopy(cache), "use_cache": True}
                 states.append(self.model.model(**inputs).last_hidden_state[:, -1] if prompt else states[0])
             found.append(torch.stack(states, dim=1).cpu())
-        return torch.cat(found).unflatten(0, (-1, self._views(codes)))
+        return torch.cat(found).unflatten(0, (-1, views))
 
     @torch.no_grad()
     def bounds(self, states: torch.Tensor, queries: Sequence[str]) -> torch.Tensor:
         """Return what [`written_match`] is at most, but for rounding: it, were words over with their first tokens."""
         words = [" ".join(query.split()) for query in queries]
-        prompts = (self.form.name_prompt, self.form.tag_prompt)
-        first_PQ = [[self._word_ids(prompt, text)[0] for text in words] for prompt in prompts]
+        first_PQ = [[self._word_ids(prompt, text)[0] for text in words] for prompt in self._prompts]
         found = []
         for states_BPD in states.flatten(0, 1)[:, 1:].split(self.batch_size):
             logits_BPV = self.model.get_output_embeddings()(states_BPD.to(self.model.device))
@@ -219,24 +261,35 @@ class ImageLabeler:
     @torch.no_grad()
     def written_match(self, codes: torch.Tensor, queries: Sequence[str]) -> torch.Tensor:
         """Return what [`match`] does without a memory."""
-        self._check_codes(codes)
         self.check_room(queries)
         words = [" ".join(query.split()) for query in queries]
-        scores, views = [], self._views(codes)
-        for prefix, ids_BT in self._prefixes(codes, self.batch_size):
-            found = [
-                torch.logaddexp(
-                    self._begins(prefix, ids_BT, self.form.name_prompt, text, self._word_ends),
-                    self._begins(prefix, ids_BT, self.form.tag_prompt, text, self._tag_ends),
+        (codes_SL, views), scores = self._flat(codes), []
+        for prefix, ids_BT in self._prefixes(codes_SL, self.batch_size):
+            found = []
+            for text in words:
+                as_name, as_tag = (
+                    self._log_prob(prefix, ids_BT, prompt, self._word_ids(prompt, text), ends)
+                    for prompt, ends in zip(self._prompts, (self._word_ends, self._tag_ends), strict=True)
                 )
-                for text in words
-            ]
+                found.append(torch.logaddexp(as_name, as_tag))
             scores.append(torch.stack(found, dim=1))
         return torch.cat(scores).unflatten(0, (-1, views)).logsumexp(1) - math.log(views)
 
     def check_room(self, queries: Sequence[str]) -> None:
         """Raise `ValueError` for the first query that does not fit behind an image into the model's positions."""
-        check_room(queries, self.model.config, self._encoder, (self.form.name_prompt, self.form.tag_prompt))
+        # others are made to go beyond
+        if self.model.config.rope_parameters["rope_type"] != "default":
+            return
+        image_ids = self._encoder.opened(self.processor.image_ids([0] * self.processor.image_seq_length))
+        room = self.model.config.max_position_embeddings - len(image_ids)
+        for query in (" ".join(query.split()) for query in queries):
+            texts = (f"{prompt} {query}" if prompt else query for prompt in self._prompts)
+            if (length := max(len(self._encoder.text_ids(text)) for text in texts)) > room:
+                short = query if len(query) <= 40 else f"{query[:40]}..."
+                raise InputError(
+                    f"query {short!r}: with the model's prompt it has {length} tokens, and behind an image there is "
+                    f"room for {room}."
+                )
 
     @torch.no_grad()
     def _guesses(
@@ -247,16 +300,12 @@ class ImageLabeler:
 
         if not 1 <= count <= MOST_GUESSES:
             raise InputError(f"`count` is {count}: ask for 1 to {MOST_GUESSES} names or tags.")
-        self._check_codes(codes)
         beams = max(LEAST_BEAMS, BEAMS_EACH * count)
-        prompt_ids = self._encoder.text_ids(prompt)
         batch_size = max(1, min(self.batch_size, self.batch_size * FULL_BATCH_BEAMS // beams))
-        found, views = [], self._views(codes)
-        for prefix, ids_BT in self._prefixes(codes, batch_size):
-            prompt_BT = torch.tensor(prompt_ids, dtype=torch.long, device=ids_BT.device).expand(len(ids_BT), -1)
-            others_B = (
-                1 - self._log_prob(prefix, ids_BT, prompt_ids, never).exp() if never else torch.ones(len(ids_BT))
-            )
+        (codes_SL, views), found = self._flat(codes), []
+        for prefix, ids_BT in self._prefixes(codes_SL, batch_size):
+            prompt_BT = ids_BT.new_tensor(self._encoder.text_ids(prompt)).expand(len(ids_BT), -1)
+            others_B = 1 - self._log_prob(prefix, ids_BT, prompt, never).exp() if never else torch.ones(len(ids_BT))
             ids_BT = torch.cat([ids_BT, prompt_BT], dim=1)
             cache = copy.deepcopy(prefix)
             cache.batch_repeat_interleave(beams)
@@ -296,22 +345,19 @@ class ImageLabeler:
                 texts[text] += share
         return texts
 
-    def _check_codes(self, codes: torch.Tensor) -> None:
+    def _flat(self, codes: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Return the codes of all views of images, and how many views of each there are."""
         length = self.processor.image_seq_length
         if codes.ndim not in (2, 3) or not codes.numel() or codes.shape[-1] != length:
             raise InputError(
                 f"`codes` has the shape {list(codes.shape)}: give {length} codes of each image, one image at "
                 "least, as `encode` returns them."
             )
+        return codes.flatten(0, -2), codes.shape[1] if codes.ndim == 3 else 1
 
-    @staticmethod
-    def _views(codes: torch.Tensor) -> int:
-        """Return how many views of each image there are codes of."""
-        return codes.shape[1] if codes.ndim == 3 else 1
-
-    def _prefixes(self, codes: torch.Tensor, batch_size: int) -> Iterator[tuple[DynamicCache, torch.Tensor]]:
+    def _prefixes(self, codes_SL: torch.Tensor, batch_size: int) -> Iterator[tuple[DynamicCache, torch.Tensor]]:
         """Yield batches of views of images as ids `[B, T]`, with the cache of all but the last of these."""
-        for codes_B in codes.flatten(0, -2).split(batch_size):
+        for codes_B in codes_SL.split(batch_size):
             ids_BT = self._image_ids(codes_B)
             cache = DynamicCache(config=self.model.config)
             self.model(input_ids=ids_BT[:, :-1], cache=cache, use_cache=True, logits_to_keep=1)
@@ -322,25 +368,14 @@ class ImageLabeler:
         rows = [self._encoder.opened(self.processor.image_ids(view)) for view in codes_B.tolist()]
         return torch.tensor(rows, device=self.model.device)
 
-    def _begins(
-        self, prefix: DynamicCache, ids_BT: torch.Tensor, prompt: str, text: str, ends: Sequence[int]
-    ) -> torch.Tensor:
-        """Return `log p(text, then one of the ends | image, prompt)` `[B]`."""
-        words = self._word_ids(prompt, text)
-        return self._log_prob(prefix, ids_BT, self._encoder.text_ids(prompt), words, ends)
-
     def _word_ids(self, prompt: str, words: str) -> list[int]:
         return self._text_ids(prompt, f"{prompt} {words}" if prompt else words)
 
     def _log_prob(
-        self,
-        prefix: DynamicCache,
-        ids_BT: torch.Tensor,
-        before: Sequence[int],
-        words: Sequence[int],
-        ends: Sequence[int] = (),
+        self, prefix: DynamicCache, ids_BT: torch.Tensor, prompt: str, words: Sequence[int], ends: Sequence[int] = ()
     ) -> torch.Tensor:
-        """Return `log p(words, then one of the ends if there are any | image, before)` `[B]`."""
+        """Return `log p(words, then one of the ends if there are any | image, prompt)` `[B]`."""
+        before = self._encoder.text_ids(prompt)
         ids_BC = torch.tensor([*before, *words], device=ids_BT.device).expand(len(ids_BT), -1)
         inputs = torch.cat([ids_BT[:, -1:], ids_BC], dim=1)
         logits = self.model(input_ids=inputs, cache=copy.deepcopy(prefix), use_cache=True).logits

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -423,7 +424,7 @@ def test_an_svg_that_ends_the_renderer_is_left_out_and_the_next_one_is_rendered(
 def test_an_svg_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     (tmp_path / "icon.svg").write_text(SQUARE.format('viewBox="0 0 24 24"'))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with SvgRenderer() as renderer:
+    with closing(SvgRenderer()) as renderer:
         monkeypatch.setattr(renderer, "_start", lambda: subprocess.Popen(["sleep", "60"], **pipes))
         with pytest.raises(SkippedRow, match="takes too long"):
             renderer.render(tmp_path / "icon.svg", seconds=0.1)

@@ -13,8 +13,7 @@ from helpers.captions import IMAGES, caption_model, caption_processor
 from helpers.tiny import noise_images, tiny_model
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.errors_moma import InputError
-from modeling_moma.labelling.guesses import mean_guesses
-from modeling_moma.labelling.labeler import SHIFTS, CaptionForm, ImageLabeler, moved
+from modeling_moma.labelling.labeler import SHIFTS, CaptionForm, ImageLabeler, mean_guesses, moved
 from tokenization import MomaProcessor, add_image_tokens
 
 

@@ -20,8 +20,7 @@ from modeling_moma.cli import main as moma
 from modeling_moma.data.sources import Source
 from modeling_moma.errors_moma import InputError
 from modeling_moma.labelling import memory as memories
-from modeling_moma.labelling.guesses import Guess, mixed_guesses
-from modeling_moma.labelling.labeler import ImageLabeler, open_labeler
+from modeling_moma.labelling.labeler import Guess, ImageLabeler, mixed_guesses, open_labeler
 from modeling_moma.labelling.memory import MEMORY_FILE, ImageMemory
 from modeling_moma.labelling.reference_images import NamedImages, build_memory
 
