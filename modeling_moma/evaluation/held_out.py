@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from ..data.images import SkippedRow, image_file, read_image
 from ..data.jobs import JOB_FILE, read_job
 from ..data.kinds import CaptionDocuments
 from ..data.sources import TRAIN, undecoded_rows
-from ..data.token_documents import Documents
 from ..errors_moma import InputError
 
 
@@ -81,23 +81,16 @@ def read_held_out(
     unknown = [name for name in sources or () if name not in found]
     if unknown:
         raise InputError(f"--sources {unknown[0]!r}: with a split {split!r} {folder!r} has {list(found)}.")
-    chosen = {name: found[name] for name in sources} if sources else found
-    return {
-        name: _held_out_source(folder, processor, split, documents, seed, limit) for name, documents in chosen.items()
-    }
-
-
-def _held_out_source(
-    folder: str, processor: MomaProcessor, split: str, documents: Documents, seed: int, limit: int | None
-) -> HeldOutSource:
-    captioned = None
-    if isinstance(documents, CaptionDocuments):
-        rows = np.random.default_rng(seed).permutation(len(documents))[:limit].tolist()
-        codes = torch.as_tensor(np.stack([documents.codes(row) for row in rows]))
-        captions = [documents.caption(row) for row in rows]
-        images = real_images(folder, processor, documents, split, rows)
-        captioned = CaptionedImages(codes, captions, images)
-    return HeldOutSource(shuffled_held_out([documents], seed, limit), captioned)
+    result = {}
+    for name in sources or found:
+        documents, captioned = found[name], None
+        if isinstance(documents, CaptionDocuments):
+            rows = np.random.default_rng(seed).permutation(len(documents))[:limit].tolist()
+            codes = torch.as_tensor(np.stack([documents.codes(row) for row in rows]))
+            captions = [documents.caption(row) for row in rows]
+            captioned = CaptionedImages(codes, captions, real_images(folder, processor, documents, split, rows))
+        result[name] = HeldOutSource(shuffled_held_out([documents], seed, limit), captioned)
+    return result
 
 
 def real_images(
@@ -147,15 +140,13 @@ def _check_files(values: Iterable[Any], root: str) -> None:
 
 
 def _pixel_batches(processor: MomaProcessor, values: Iterable[tuple[str, Any]], root: str) -> Iterator[torch.Tensor]:
-    batch = []
-    for name, value in values:
-        try:
-            image, _ = read_image(value, root)
-        except SkippedRow as error:
-            raise InputError(f"{name}: {error}; it was tokenized, so its file has changed since.") from error
-        batch.append(processor.image_processor([image], return_tensors="pt")["pixel_values"])
-        if len(batch) == IMAGE_BATCH:
-            yield torch.cat(batch)
-            batch = []
-    if batch:
-        yield torch.cat(batch)
+    values = iter(values)
+    while part := list(islice(values, IMAGE_BATCH)):
+        pixels = []
+        for name, value in part:
+            try:
+                image, _ = read_image(value, root)
+            except SkippedRow as error:
+                raise InputError(f"{name}: {error}; it was tokenized, so its file has changed since.") from error
+            pixels.append(processor.image_processor([image], return_tensors="pt")["pixel_values"])
+        yield torch.cat(pixels)

@@ -2,19 +2,24 @@
 """Causal losses of a source by modality, with the figures that follow from them: perplexity, bits for each code."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from tokenization import MomaDataCollator
 
 from ..configuration_moma import RULES, MomaConfig
 from ..errors_moma import InputError
 from ..frames_moma import TEXT
 from ..routing_moma import MomaRouterBase
-from .measures import EXPERT_CHOICE, ModalityLosses, loss_outputs
 
 
 CAUSAL = "causal"
+# name of that routing in reports, never without its warning
+EXPERT_CHOICE = "expert_choice (sees the future, not a measure of quality)"
 # text targets but for the tokens that begin and end an image or the like, of which most are certain
 WORDS = "words"
 
@@ -62,22 +67,36 @@ def trains_by_expert_choice(model) -> bool:
     return has_routers and any(not RULES[rule].is_causal for rule in rules)
 
 
+@torch.no_grad()
 def document_losses(
     model, processor, documents: Sequence[dict], batch_size: int, routing: str | None, description: str
 ) -> dict:
     """Return the losses of documents under one routing."""
-    losses, frames = ModalityLosses(), FrameLosses(model.config)
-    for inputs, output in loss_outputs(model, processor, list(documents), batch_size, routing, description):
-        losses.add(output)
-        frames.add(inputs["labels"], output.logits)
-    sums = {**losses.sums, WORDS: losses.sums[TEXT] - frames.sum}
-    counts = {**losses.counts, WORDS: losses.counts[TEXT] - frames.count}
+    collate = MomaDataCollator(processor.tokenizer)
+    frames = model.config.frames.values()
+    frame_ids = torch.tensor([token for frame in frames for token in (frame.begin, frame.end)], device=model.device)
+    sums, counts = defaultdict(float), defaultdict(int)
+    frame_sum, frame_count = 0.0, 0
+    for start in tqdm(range(0, len(documents), batch_size), desc=description):
+        batch = collate(list(documents[start : start + batch_size]))
+        inputs = {name: values.to(model.device) for name, values in batch.items()}
+        output = model(**inputs, routing=routing)
+        for modality, loss in output.modality_losses.items():
+            count = int(output.modality_tokens[modality])
+            sums[modality] += float(loss) * count
+            counts[modality] += count
+        targets = inputs["labels"][:, 1:]
+        is_frame = torch.isin(targets, frame_ids)
+        logits = output.logits[:, :-1][is_frame].float()
+        frame_sum += float(F.cross_entropy(logits, targets[is_frame], reduction="sum"))
+        frame_count += int(is_frame.sum())
+    overall, total = sum(sums.values()), sum(counts.values())
+    modalities = [modality for modality in counts if modality != TEXT]
+    sums[WORDS], counts[WORDS] = sums[TEXT] - frame_sum, counts[TEXT] - frame_count
     means = {part: sums[part] / counts[part] if counts[part] else None for part in sums}
-    words = means[WORDS]
-    codes = {part: means[part] for part in losses.counts if part != TEXT}
-    total = sum(losses.counts.values())
+    words, codes = means[WORDS], {part: means[part] for part in modalities}
     return {
-        "overall": sum(losses.sums.values()) / total,
+        "overall": overall / total,
         **means,
         "perplexity": None if words is None else perplexity(words),
         "bits_per_code": {part: None if nats is None else nats / math.log(2) for part, nats in codes.items()},
@@ -91,19 +110,3 @@ def perplexity(nats: float) -> float:
         return math.exp(nats)
     except OverflowError:
         return math.inf
-
-
-class FrameLosses:
-    """Adds up the losses of the tokens that begin and end images and the like."""
-
-    def __init__(self, config: MomaConfig):
-        tokens = [token for frame in config.frames.values() for token in (frame.begin, frame.end)]
-        self._tokens = torch.tensor(tokens, dtype=torch.long)
-        self.sum, self.count = 0.0, 0
-
-    def add(self, labels: torch.Tensor, logits: torch.Tensor):
-        """Add those of a batch: labels `[B, T]`, -100 where there is no target, and logits `[B, T, V]`."""
-        targets = labels[:, 1:]
-        is_frame = torch.isin(targets, self._tokens.to(targets.device))
-        self.sum += float(F.cross_entropy(logits[:, :-1][is_frame].float(), targets[is_frame], reduction="sum"))
-        self.count += int(is_frame.sum())

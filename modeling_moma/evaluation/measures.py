@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a MoMa and its image tokenizer do on held-out rows: losses, captions, drawings, reconstructions."""
+"""What a MoMa and its image tokenizer make of held-out rows: captions, drawings, reconstructions."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from tqdm.auto import tqdm
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-# name of that routing in reports, never without its warning
-EXPERT_CHOICE = "expert_choice (sees the future, not a measure of quality)"
 # pixel values lie in [-1, 1]
 VALUE_RANGE = 2.0
 
@@ -60,60 +57,6 @@ def held_out_batches(documents: Sequence[Documents], processor, batch_size: int,
     examples = shuffled_held_out(documents, seed)
     num_full = len(examples) // batch_size * batch_size
     return padded_batches(processor, examples[: num_full or None], batch_size)
-
-
-class ModalityLosses:
-    """Adds up the losses of a model's outputs by modality, each batch by its number of targets."""
-
-    def __init__(self):
-        self.sums: dict[str, float] = defaultdict(float)
-        self.counts: dict[str, int] = defaultdict(int)
-
-    def add(self, output):
-        """Add the losses of an output of [`MomaForCausalLM`] that was given labels."""
-        for modality, loss in output.modality_losses.items():
-            count = int(output.modality_tokens[modality])
-            self.sums[modality] += float(loss) * count
-            self.counts[modality] += count
-
-    def means(self) -> dict[str, float]:
-        """Return `overall`, one entry for each modality (0 without targets), and `tokens`, the number of targets."""
-        total = sum(self.counts.values())
-        result = {"overall": sum(self.sums.values()) / total}
-        result.update({modality: self.sums[modality] / max(count, 1) for modality, count in self.counts.items()})
-        return {**result, "tokens": total}
-
-
-@torch.no_grad()
-def loss_outputs(
-    model,
-    processor,
-    examples: list[dict],
-    batch_size: int,
-    routing: str | None = None,
-    description: str = "loss",
-) -> Iterator[tuple[dict[str, torch.Tensor], Any]]:
-    """Yield each batch of the examples and the model's output for it; see [`held_out_loss`]."""
-    collate = MomaDataCollator(processor.tokenizer)
-    for start in tqdm(range(0, len(examples), batch_size), desc=description):
-        batch = collate(examples[start : start + batch_size])
-        inputs = {name: values.to(model.device) for name, values in batch.items()}
-        yield inputs, model(**inputs, routing=routing)
-
-
-def held_out_loss(
-    model,
-    processor,
-    examples: list[dict],
-    batch_size: int,
-    routing: str | None = None,
-    description: str = "loss",
-) -> dict[str, float]:
-    """Return the mean cross-entropy in nats per target token."""
-    losses = ModalityLosses()
-    for _, output in loss_outputs(model, processor, examples, batch_size, routing, description):
-        losses.add(output)
-    return losses.means()
 
 
 @torch.no_grad()

@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Retrieval by likelihood: where the true caption stands among many for an image, and the true image for a caption.
+"""What a model's likelihoods tell of images and their captions: which are pairs, and what one says of the other.
 
 Shape suffixes:
-    N pairs, Q queries, A answers, L codes of an image.
+    N pairs, Q queries, A answers, L codes of an image, P prefixes, C continuations, B continuations at once,
+    T their length, V vocabulary.
 """
 
+import copy
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import DynamicCache
 
 from ..data.encoding import DocumentEncoder
 from ..errors_moma import InputError
 from .held_out import CaptionedImages
-from .scoring import continuation_log_probs, paired_log_probs
 
 
 DEFAULT_PAIRS = 64
@@ -128,3 +134,135 @@ def rank_figures(rank_N: torch.Tensor, candidates_N: torch.Tensor) -> dict:
             "median_rank": ((candidates + 1) / 2).mean().item(),
         },
     }
+
+
+def check_information(source: str, captions: Sequence[str]) -> None:
+    """Raise `ValueError` where a source has too few captions with words."""
+    number = sum(bool(text.strip()) for text in captions)
+    if number < 2:
+        raise InputError(f"information: the source {source!r} has {number} images with words; it needs two at least.")
+
+
+def measure_information(model, processor, rows: CaptionedImages, batch_size: int) -> dict:
+    """Return by how many nats captions make their images likelier, and images their captions.
+
+    Were the model's two directions parts of one distribution, both numbers would be the same mutual information. A
+    model that draws what it is asked for takes as much from a caption as it takes from an image when it names it.
+
+    An image's codes are scored behind its caption and behind nothing; a caption's words and what ends them behind its
+    image and, before an image, behind nothing. That an image or words come first is none of what is scored.
+    """
+    encoder = DocumentEncoder(processor)
+    pairs = [
+        (encoder.text_ids(text), image) for text, image in zip(rows.captions, rows.codes.tolist()) if text.strip()
+    ]
+    if len(pairs) < 2:
+        raise InputError(f"information: {len(pairs)} pairs of an image and its caption; there must be two at least.")
+    words = [ids for ids, _ in pairs]
+    framed = [processor.image_ids(image) for _, image in pairs]
+    begin, codes = framed[0][0], [ids[1:-1] for ids in framed]
+    nothing = [encoder.opened([])] * len(pairs)
+
+    def nats(before, after):
+        return -paired_log_probs(model, before, after, batch_size)
+
+    image = {
+        "alone": nats([[*ids, begin] for ids in nothing], codes),
+        "with_other": nats([[*encoder.opened(ids), begin] for ids in words], codes),
+    }
+    caption = {
+        "alone": nats(nothing, [[*ids, begin] for ids in words]) + _words_come_first(model, nothing[0], begin),
+        "with_other": nats([encoder.opened(ids) for ids in framed], [[*ids, encoder.eos] for ids in words]),
+    }
+    found: dict = {"pairs": len(pairs)}
+    for name, by_condition in (("image", image), ("caption", caption)):
+        taken_N = by_condition["alone"] - by_condition["with_other"]
+        found[name] = {condition: values_N.mean().item() for condition, values_N in by_condition.items()}
+        found[name] |= {
+            "taken": taken_N.mean().item(),
+            "standard_error": taken_N.std().item() / math.sqrt(len(pairs)),
+        }
+    by_image, by_caption = found["image"]["taken"], found["caption"]["taken"]
+    return {**found, "ratio": by_image / by_caption if by_caption > 0 else None}
+
+
+@torch.no_grad()
+def _words_come_first(model, ids: list[int], begin: int) -> float:
+    """Return the log-probability that a document does not begin with an image."""
+    logits_V = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1]
+    return torch.log1p(-logits_V.double().softmax(-1)[begin]).item()
+
+
+@torch.no_grad()
+def continuation_log_probs(
+    model,
+    prefixes: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    batch_size: int,
+    description: str = "scores",
+) -> torch.Tensor:
+    """Return `log p(continuation | prefix)` in nats, summed over the tokens of the continuation.
+
+    Every prefix is read once; its continuations go on from the cache of it.
+    """
+    if not all(map(len, prefixes)) or not all(map(len, continuations)):
+        raise InputError("`prefixes` or `continuations` has an empty one: each needs one token at least.")
+    scores_PC = torch.empty(len(prefixes), len(continuations), dtype=torch.float64)
+    # rows of about one length pad little
+    order = sorted(range(len(continuations)), key=lambda index: len(continuations[index]))
+    for row, prefix in enumerate(tqdm(prefixes, desc=description)):
+        ids = torch.tensor([list(prefix)], device=model.device)
+        cache = DynamicCache(config=model.config)
+        last_V = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            scores_PC[row, chosen] = _scores(model, cache, last_V, [continuations[index] for index in chosen]).cpu()
+    return scores_PC
+
+
+def _scores(model, cache: DynamicCache, last_V: torch.Tensor, continuations: list[Sequence[int]]) -> torch.Tensor:
+    """Return the scores `[B]` of continuations of the prefix that the cache holds, whose last logits are `last_V`."""
+    lengths_B = torch.tensor([len(ids) for ids in continuations])
+    rows = [torch.as_tensor(ids, dtype=torch.long) for ids in continuations]
+    # id 0 is a token like any other: the mask hides what stands behind the end
+    ids_BT = pad_sequence(rows, batch_first=True).to(model.device)
+    is_token_BT = (torch.arange(ids_BT.shape[1]) < lengths_B[:, None]).to(model.device)
+    scores_B = last_V.double().log_softmax(-1)[ids_BT[:, 0]]
+    if ids_BT.shape[1] == 1:
+        return scores_B
+    cache = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(len(rows))
+    # the last token predicts nothing; a row that ends earlier has padding for it
+    seen_BT = torch.ones(len(rows), int(cache.get_seq_length()), dtype=torch.bool, device=model.device)
+    mask_BS = torch.cat([seen_BT, is_token_BT[:, :-1]], dim=1).long()
+    logits_BTV = model(input_ids=ids_BT[:, :-1], attention_mask=mask_BS, cache=cache, use_cache=True).logits
+    return scores_B - _losses(logits_BTV, ids_BT, is_token_BT)
+
+
+def _losses(logits_BTV: torch.Tensor, ids_BT: torch.Tensor, is_scored_BT: torch.Tensor) -> torch.Tensor:
+    """Return the sums `[B]` of the cross-entropies of scored tokens by the logits of the positions before them."""
+    losses_BT = F.cross_entropy(logits_BTV.float().transpose(1, 2), ids_BT[:, 1:], reduction="none")
+    return (losses_BT.double() * is_scored_BT[:, 1:]).sum(dim=1)
+
+
+@torch.no_grad()
+def paired_log_probs(
+    model, prefixes: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], batch_size: int
+) -> torch.Tensor:
+    """Return `log p(continuation | prefix)` in nats for each prefix with the continuation of its own."""
+    if not all(map(len, prefixes)) or not all(map(len, continuations)) or len(prefixes) != len(continuations):
+        raise InputError("`prefixes` and `continuations` are to be pairs, and to have one token at least each.")
+    scores = []
+    for start in range(0, len(prefixes), batch_size):
+        chosen = slice(start, start + batch_size)
+        pairs = list(zip(prefixes[chosen], continuations[chosen]))
+        rows = [torch.tensor([*prefix, *continuation]) for prefix, continuation in pairs]
+        ids_BT = pad_sequence(rows, batch_first=True).to(model.device)
+        place_T = torch.arange(ids_BT.shape[1])
+        begins_B1 = torch.tensor([[len(prefix)] for prefix, _ in pairs])
+        lengths_B1 = torch.tensor([[len(row)] for row in rows])
+        is_scored_BT = ((place_T >= begins_B1) & (place_T < lengths_B1)).to(model.device)
+        mask_BT = (place_T < lengths_B1).long().to(model.device)
+        logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits[:, :-1]
+        scores.append(-_losses(logits_BTV, ids_BT, is_scored_BT).cpu())
+    return torch.cat(scores)

@@ -24,7 +24,7 @@ from image_sets.icon_names import spaced
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.measures import encode_images, image_batches
-from modeling_moma.evaluation.scoring import paired_log_probs
+from modeling_moma.evaluation.retrieval import paired_log_probs
 
 
 # makers who draw a thing, where it is clear what it looks like

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from modeling_moma.evaluation.distributions import frechet_distance, precision_recall
+from modeling_moma.evaluation.drawings import frechet_distance, precision_recall
 
 
 def noise(*shape, seed=0):

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from helpers.tiny import tiny_model, tiny_processor, tiny_vq_model
-from modeling_moma.evaluation.distributions import frechet_distance
-from modeling_moma.evaluation.drawings import compare_features, feature_extractor, measure_drawings
+from modeling_moma.evaluation.drawings import compare_features, feature_extractor, frechet_distance, measure_drawings
 from modeling_moma.evaluation.held_out import CaptionedImages
 from modeling_moma.evaluation.measures import decode_images, draw_images
 from tokenization import MomaProcessor

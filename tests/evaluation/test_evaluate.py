@@ -16,7 +16,7 @@ from modeling_moma.cli.evaluate import main
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.evaluation.evaluate import MEASURES, MeasureSettings, measure_sources
 from modeling_moma.evaluation.held_out import CaptionedImages, HeldOutSource, read_held_out
-from modeling_moma.evaluation.measures import EXPERT_CHOICE
+from modeling_moma.evaluation.losses import EXPERT_CHOICE
 from modeling_moma.evaluation.report import report_tables
 
 

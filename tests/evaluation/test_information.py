@@ -9,8 +9,8 @@ import torch
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma.evaluation.evaluate import MeasureSettings, measure_sources
 from modeling_moma.evaluation.held_out import CaptionedImages, HeldOutSource
-from modeling_moma.evaluation.information import measure_information
 from modeling_moma.evaluation.report import report_tables
+from modeling_moma.evaluation.retrieval import measure_information
 
 
 CAPTIONS = ["noto: red apple", "castle", " ", "red <eos> fruit"]

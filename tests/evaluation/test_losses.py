@@ -8,8 +8,14 @@ import torch
 
 from helpers.tiny import tiny_model, tiny_processor
 from modeling_moma.data.encoding import DocumentEncoder
-from modeling_moma.evaluation.losses import CAUSAL, document_losses, perplexity, source_losses, trains_by_expert_choice
-from modeling_moma.evaluation.measures import EXPERT_CHOICE, held_out_loss
+from modeling_moma.evaluation.losses import (
+    CAUSAL,
+    EXPERT_CHOICE,
+    document_losses,
+    perplexity,
+    source_losses,
+    trains_by_expert_choice,
+)
 
 
 EXPERTS = {"num_experts": {"text": 2, "image": 2}}
@@ -99,7 +105,7 @@ def test_expert_choice_stands_beside_with_its_warning_only_where_routers_were_tr
     routed = tiny_model(processor, **EXPERTS)
     losses = source_losses(routed, processor, documents, 4)
     assert list(losses) == [CAUSAL, EXPERT_CHOICE] and "not a measure of quality" in EXPERT_CHOICE
-    whole = held_out_loss(routed, processor, documents, 4, "expert_choice")
+    whole = document_losses(routed, processor, documents, 4, "expert_choice", "")
     assert losses[EXPERT_CHOICE]["overall"] == pytest.approx(whole["overall"], abs=1e-5)
     dense = tiny_model(processor, num_experts=1)
     assert list(source_losses(dense, processor, documents, 4)) == [CAUSAL]

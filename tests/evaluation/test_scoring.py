@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers.tiny import tiny_model, tiny_processor
-from modeling_moma.evaluation.scoring import continuation_log_probs, paired_log_probs
+from modeling_moma.evaluation.retrieval import continuation_log_probs, paired_log_probs
 
 
 MODELS = {

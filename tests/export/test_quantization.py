@@ -15,8 +15,8 @@ from helpers.released import RELEASED, skip_without_released_model
 from helpers.tiny import IMAGE_IDS, noise_images, randomize_auxiliary, tiny_config
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.held_out import CaptionedImages
-from modeling_moma.evaluation.information import measure_information
 from modeling_moma.evaluation.measures import draw_images, load_model, write_captions
+from modeling_moma.evaluation.retrieval import measure_information
 from modeling_moma.export.quantization import quantized_share, torchao_config
 from modeling_moma.hub.loading import open_model, refuse_non_finite, require_plain_weights
 from modeling_moma.labelling.labeler import ImageLabeler

@@ -425,7 +425,7 @@ def test_an_svg_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     (tmp_path / "icon.svg").write_text(SQUARE.format('viewBox="0 0 24 24"'))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with closing(SvgRenderer()) as renderer:
-        monkeypatch.setattr(renderer, "_start", lambda: subprocess.Popen(["sleep", "60"], **pipes))
+        monkeypatch.setattr(renderer, "_process", subprocess.Popen(["sleep", "60"], **pipes))
         with pytest.raises(SkippedRow, match="takes too long"):
             renderer.render(tmp_path / "icon.svg", seconds=0.1)
         monkeypatch.undo()
