@@ -23,8 +23,8 @@ from ..errors_moma import InputError
 from ..modeling_moma import MomaForCausalLM
 from ..routing_moma import MomaAuxiliaryRouter
 from ..utils.atomic_files import write_folder_aside
-from ..utils.finite_json import finite_json
 from ..utils.hardware import refuse_data_parallel
+from ..utils.records import finite_json
 from .observation import RouterRecord, auxiliary_rule, named_routers, observed_routers, run_observed, threshold_rule
 from .selection_counts import SelectionCounts
 from .thresholds import require_auxiliary_routers

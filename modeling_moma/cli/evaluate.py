@@ -140,7 +140,7 @@ def evaluate(args: Arguments) -> tuple[dict, str]:
 
 def run(args: Arguments) -> None:
     from ..utils.atomic_files import atomic_write, check_place
-    from ..utils.finite_json import finite_json
+    from ..utils.records import finite_json
 
     check_flags(args)
     if args.output is not None:

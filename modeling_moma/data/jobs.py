@@ -20,8 +20,7 @@ from tokenization.audio_codecs_moma import AUDIO
 from ..errors_moma import InputError
 from ..hub.names import no_folder
 from ..utils.atomic_files import atomic_write, check_new_folder, check_writable
-from ..utils.digests import files_digest
-from ..utils.records import read_record
+from ..utils.records import files_digest, read_record
 from .encoding import has_caption_template, loaded_encoder, template_digest
 from .sources import (
     HELD_OUT_RULE,

@@ -24,8 +24,8 @@ from ..data.encoding import processor_fingerprint
 from ..data.images import SkippedRow
 from ..errors_moma import InputError
 from ..utils.atomic_files import atomic_write, check_place
-from ..utils.finite_json import only_finite
 from ..utils.messages import one_line
+from ..utils.records import only_finite
 from . import FILE_NAME_SHARE
 from .file_names import file_name_shares, with_file_names
 from .images import LARGEST_FILE, SVG_ENDINGS, SVG_SIDE, folder_files, read_files

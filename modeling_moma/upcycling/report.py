@@ -11,7 +11,7 @@ from ..configuration_moma import RULES
 from ..modeling_moma import MomaExpertGroup, MomaFeedForward, MomaForCausalLM
 from ..routing_moma import MomaRouter
 from ..token_groups_moma import token_modalities
-from ..utils.finite_json import only_finite
+from ..utils.records import only_finite
 from .tensor_sources import kept_groups, tensor_sources
 
 
