@@ -22,8 +22,7 @@ from .arguments import Flag, parse_fields, title_of
 
 if TYPE_CHECKING:
     from ..configuration_moma import MomaConfig
-    from ..planning.layouts import Layout
-    from ..planning.memory import Memory
+    from ..planning.layouts import Layout, Memory
     from ..planning.plans import Hardware, Plan
 
 GIGA = 1e9

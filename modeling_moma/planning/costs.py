@@ -44,11 +44,8 @@ def flops_per_token(
     Raises:
         ValueError: unknown modality or routing, or a length below 1.
     """
-    check_config(config)
     if modality not in config.modalities:
         raise InputError(f"`modality` must be one of {config.modalities}, got {modality!r}.")
-    if isinstance(sequence_length, bool) or not isinstance(sequence_length, int):
-        raise TypeError(f"`sequence_length` must be an int, got {sequence_length!r}.")
     if sequence_length < 1:
         raise InputError(f"`sequence_length` must be at least 1, got {sequence_length}.")
     depth_routing = routing
@@ -86,25 +83,14 @@ def training_flops(
         `float`: FLOPs, forward and backward.
 
     Raises:
-        TypeError: `tokens_by_modality` is not a mapping.
         ValueError: unknown modality, or a negative number of tokens.
     """
-    if not isinstance(tokens_by_modality, Mapping):
-        raise TypeError(
-            f"`tokens_by_modality` must map modalities to numbers of tokens, got {type(tokens_by_modality).__name__}."
-        )
     total = 0.0
     for modality, count in tokens_by_modality.items():
         if not (math.isfinite(count) and count >= 0):
             raise InputError(f"`tokens_by_modality` has {count} tokens of {modality!r}: must be 0 or more.")
         total += count * flops_per_token(config, modality, sequence_length, training=True, routing=routing)
     return total
-
-
-def check_config(config):
-    """Raise `TypeError` for what is no `MomaConfig`."""
-    if not isinstance(config, MomaConfig):
-        raise TypeError(f"`config` must be a MomaConfig, got {type(config).__name__}.")
 
 
 def group_of(config: MomaConfig, modality: str) -> str:

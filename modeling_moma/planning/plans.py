@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from ..configuration_moma import MomaConfig
 from ..errors_moma import InputError
 from .costs import flops_per_token
-from .layouts import Layout
-from .memory import Memory, training_memory
-from .traffic import Collective, training_traffic
+from .layouts import Collective, Layout, Memory, training_memory, training_traffic
 
 
 GIGA = 1e9

@@ -181,27 +181,22 @@ def test_rows_of_table_1_are_compute_matched():
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "match"),
+    ("change", "match"),
     [
-        ({"modality": "audio"}, ValueError, "modality"),
-        ({"sequence_length": 0}, ValueError, "sequence_length"),
-        ({"sequence_length": 2.0}, TypeError, "sequence_length"),
-        ({"routing": "soft"}, ValueError, "routing"),
-        ({"config": None}, TypeError, "config"),
+        ({"modality": "audio"}, "modality"),
+        ({"sequence_length": 0}, "sequence_length"),
+        ({"routing": "soft"}, "routing"),
     ],
 )
-def test_bad_arguments_of_flops_are_named(change, error, match):
+def test_bad_arguments_of_flops_are_named(change, match):
     arguments = {"config": tiny_config(), "modality": "text", "sequence_length": 8, **change}
-    with pytest.raises(error, match=match):
+    with pytest.raises(ValueError, match=match):
         flops_per_token(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "error"),
-    [({"text": -1}, ValueError), ({"text": math.nan}, ValueError), ({"audio": 1}, ValueError), ([1, 2], TypeError)],
-)
-def test_bad_token_counts_are_refused(tokens, error):
-    with pytest.raises(error):
+@pytest.mark.parametrize("tokens", [{"text": -1}, {"text": math.nan}, {"audio": 1}])
+def test_bad_token_counts_are_refused(tokens):
+    with pytest.raises(ValueError):
         training_flops(tiny_config(), tokens, 8)
 
 

@@ -5,9 +5,8 @@ import pytest
 
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.planning.costs import flops_per_token
-from modeling_moma.planning.layouts import Layout
+from modeling_moma.planning.layouts import Collective, Layout
 from modeling_moma.planning.plans import GIGA, Hardware, candidate_layouts, plan_training
-from modeling_moma.planning.traffic import Collective
 
 
 SMALL, LARGE = MomaConfig.from_preset("moma-90m-4t4i"), MomaConfig.from_preset("moma-1.4b-4t4i")

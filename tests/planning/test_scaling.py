@@ -5,9 +5,15 @@ import torch
 from modeling_moma import devices_moma
 from modeling_moma.configuration_moma import MomaConfig
 from modeling_moma.modeling_moma import MomaExperts, MomaForCausalLM
-from modeling_moma.planning.layouts import Layout
-from modeling_moma.planning.memory import activation_bytes, experts_per_token, parameter_parts, training_memory
-from modeling_moma.planning.traffic import Collective, training_traffic
+from modeling_moma.planning.layouts import (
+    Collective,
+    Layout,
+    activation_bytes,
+    experts_per_token,
+    parameter_parts,
+    training_memory,
+    training_traffic,
+)
 
 
 SIZES = {
