@@ -138,24 +138,6 @@ def test_thresholds_that_no_inference_routing_reads_are_told(fields, told, caplo
     assert "set config.inference_routing" not in caplog.text
 
 
-def test_report_owns_up_to_what_ties_at_certainty():
-    model = build("4t4i")
-    with torch.no_grad():
-        for router in named_routers(model).values():
-            router.auxiliary.down_proj.weight *= 1e5
-    batch = padded_batches()[2]
-    rows = calibrate_auxiliary_thresholds(model, [batch])
-    records = plain_records(model, batch)
-    for row in rows:
-        router = model.get_submodule(row["router"])
-        pairs, _ = records[row["router"]]
-        taken = sum(pair[2] >= router.auxiliary.threshold[pair[0]].item() for pair in pairs)
-        assert row["rules"]["auxiliary"]["load"] == taken / len(pairs)
-        # nobody that belongs to the K best probabilities is left out
-        assert row["rules"]["auxiliary"]["load"] >= row["true_load"]
-    assert any(row["rules"]["auxiliary"]["load"] > row["true_load"] for row in rows)
-
-
 def test_gumbel_noise_of_the_training_has_no_part():
     quiet, noisy = build("4t4i"), build("4t4i", gumbel_noise=1.0).train()
     for model in (quiet, noisy):
@@ -212,21 +194,6 @@ def test_hidden_states_may_arise_under_another_routing():
     # nothing comes before the depth router of the first layer
     same = {key for key, router in first.items() if torch.equal(router.threshold, second[key].threshold)}
     assert same == {"model.layers.0.depth_router"}
-
-
-def test_calibrated_again_under_its_own_rule_a_model_takes_nearly_its_capacity():
-    model = build("4t4i")
-    batch = padded_batches()[0]
-    row = calibrate_thresholds(model, [batch])[0]
-    assert row["layer"] == 0
-    assert row["group"] == "text"
-    assert row["rules"]["threshold"] == {
-        "accuracy": 1.0,
-        "precision": 1.0,
-        "recall": 1.0,
-        "load": row["true_load"],
-        "loads": row["true_loads"],
-    }
 
 
 def test_what_cannot_be_calibrated_is_refused():

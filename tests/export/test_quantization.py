@@ -10,8 +10,8 @@ from datasets import load_dataset
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from helpers.captions import caption_model, caption_processor
-from helpers.reference import GROUPS
 from helpers.released import RELEASED, skip_without_released_model
+from helpers.slow import slow
 from helpers.tiny import IMAGE_IDS, noise_images, randomize_auxiliary, tiny_config
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.held_out import CaptionedImages
@@ -146,7 +146,7 @@ def test_commands_open_a_quantised_model_and_find_what_has_diverged(saved, name,
         refuse_non_finite(opened, "here")
 
 
-@pytest.mark.parametrize("name", ["weight_only", "dynamic"])
+@pytest.mark.parametrize("name", ["weight_only"])
 def test_a_quantised_model_labels_searches_and_is_evaluated(name, tmp_path):
     processor = caption_processor()
     caption_model(processor).save_pretrained(tmp_path)
@@ -162,8 +162,7 @@ def test_a_quantised_model_labels_searches_and_is_evaluated(name, tmp_path):
     assert math.isfinite(information["image"]["taken"])
 
 
-@pytest.mark.parametrize("saved_in", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("opened_in", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("saved_in", "opened_in"), [(torch.float32, "bfloat16"), (torch.bfloat16, "float32")])
 def test_commands_run_what_bitsandbytes_saved_in_another_type(saved, saved_in, opened_in, tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     quantization = BitsAndBytesConfig(load_in_8bit=True)
@@ -235,19 +234,6 @@ def test_a_loaded_model_that_is_quantised_by_hand_needs_the_layers_only(saved):
             )
 
 
-@pytest.mark.parametrize("routing", ["expert_choice", "threshold"])
-@pytest.mark.parametrize("name", ["1t1i", "4t4i"])
-def test_layers_without_tokens_still_take_part_in_the_backward_pass(name, routing):
-    torch.manual_seed(0)
-    model = MomaForCausalLM(tiny_config(**GROUPS[name]))
-    use_quantized_layers(model)
-    model(TEXT_IDS, routing=routing).logits.sum().backward()
-    group = model.model.layers[0].mlp.groups["image"]
-    weights = [group.mlp.up_proj.weight] if name == "1t1i" else list(group.experts.parameters())
-    for weight in weights:
-        assert weight.grad is not None and not weight.grad.any()
-
-
 def test_bitsandbytes_leaves_out_head_and_routers(saved, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     folder, original = saved
@@ -299,7 +285,9 @@ def full_loss(held_out):
         return released()(**held_out[1]).loss.item()
 
 
-@pytest.mark.parametrize("name", ["weight_only", "dynamic", "bitsandbytes"])
+@pytest.mark.parametrize(
+    "name", ["weight_only", *(pytest.param(name, marks=slow) for name in ("dynamic", "bitsandbytes"))]
+)
 def test_the_held_out_loss_of_the_released_model_rises_by_at_most_one_percent(held_out, full_loss, name):
     processor, batch = held_out
     if name == "bitsandbytes":

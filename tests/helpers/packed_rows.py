@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models and packed rows by which tests find out whether documents see one another."""
 
-import copy
-
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma.data.packing import PackedCollator
@@ -67,30 +64,6 @@ def batch_with_lengths(layout, seed=0):
     return batch | lengths_of(batch["position_ids"])
 
 
-def second_documents(layout):
-    """Where the rows' second documents lie, `[B, T]`."""
-    is_second = torch.zeros(len(layout), LENGTH, dtype=torch.bool)
-    for row, (first, second) in enumerate(layout):
-        is_second[row, first : first + second] = True
-    return is_second
-
-
-def logits_and_gradients(model, batch, is_counted_BT):
-    """Logits, and gradients of some tokens' loss: those of the embedded tokens, and those of the weights."""
-    # a training step moves the buffers of routers
-    model = copy.deepcopy(model)
-    embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
-    # the mean of embeddings that stand in place of ids would be a mean over rows of another meaning
-    kinds = ((batch["input_ids"] >= 8) & (batch["input_ids"] < 24)).long()
-    inputs = {name: values for name, values in batch.items() if name not in ("input_ids", "labels")}
-    logits = model(inputs_embeds=embeds, mm_token_type_ids=kinds, use_cache=False, **inputs).logits
-    is_target_BT = is_counted_BT[:, 1:] & is_counted_BT[:, :-1]
-    loss = cross_entropy(logits[:, :-1][is_target_BT], batch["input_ids"][:, 1:][is_target_BT], reduction="sum")
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    first, *others = torch.autograd.grad(loss, [embeds, *parameters], allow_unused=True)
-    return logits.detach(), first, [grad for grad in others if grad is not None]
-
-
 def largest_difference(one, other):
     return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
 
@@ -100,20 +73,3 @@ def refused(model, *args, **kwargs):
         model(*args, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-__all__ = [
-    "DEPTH",
-    "LENGTH",
-    "MODELS",
-    "ROWS",
-    "batch_with_lengths",
-    "largest_difference",
-    "lengths_of",
-    "logits_and_gradients",
-    "model_of",
-    "packed_rows",
-    "refused",
-    "restarting",
-    "second_documents",
-]

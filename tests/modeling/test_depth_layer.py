@@ -149,8 +149,9 @@ def test_the_callers_own_mask_of_a_type_that_would_be_added_as_numbers_is_refuse
         model(mixed_ids(), attention_mask=own)
 
 
-@pytest.mark.parametrize("depth_layers", [None, [0]])
-@pytest.mark.parametrize("shape", [(12,), (2, 12, 12), (2, 1, 11, 12), (3, 1, 12, 12)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "depth_layers"), [((12,), None), ((2, 12, 12), [0]), ((2, 1, 11, 12), None), ((3, 1, 12, 12), [0])]
+)
 def test_a_mask_of_another_form_is_refused(shape, depth_layers):
     model = tiny_model(depth_layers=depth_layers).eval()
     with pytest.raises(InputError, match=rf"`attention_mask` has the shape \({shape[0]},.*2 rows of 12"):
@@ -178,6 +179,7 @@ def test_cached_steps_give_attention_weights_over_all_positions_seen():
     ids = mixed_ids(3, 12)
     full = model(ids, use_cache=False, output_attentions=True).attentions
     chosen = {index: calls[-1] for index, calls in log.chosen.items()}
+    check_attentions(full, chosen, seen=12, first=0)
     cache = DynamicCache(config=model.config)
     model(ids[:, :6], cache=cache)
     for seen in range(7, 13):

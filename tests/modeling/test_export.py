@@ -18,7 +18,7 @@ from modeling_moma.routing_moma import MomaRouter
 
 LAYOUTS = {
     "dense": {"num_experts": 1},
-    "4t4i": GROUPS["4t4i"],
+    **{name: GROUPS[name] for name in ("1t1i", "8x", "4t4i")},
     "untied": {**GROUPS["4t4i"], "untied_attention": True},
     # as `upcycle(keep_seed=True)` makes it
     "kept seed": {
@@ -32,7 +32,10 @@ needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
     reason="ONNX is not here: pip install onnx onnxscript onnxruntime",
 )
-KINDS = [*(("torch", layout) for layout in LAYOUTS), pytest.param("onnx", "4t4i", marks=[slow, needs_onnx])]
+KINDS = [
+    *(pytest.param("torch", layout, marks=[] if layout in ("4t4i", "kept seed") else slow) for layout in LAYOUTS),
+    pytest.param("onnx", "4t4i", marks=[slow, needs_onnx]),
+]
 
 
 def model_of(layout: str, **fields):

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from helpers.flash import HALF, stand_in_flash
 from helpers.packed_rows import (
@@ -12,10 +13,8 @@ from helpers.packed_rows import (
     ROWS,
     batch_with_lengths,
     largest_difference,
-    logits_and_gradients,
     model_of,
     refused,
-    second_documents,
 )
 from helpers.tiny import mixed_ids
 
@@ -24,6 +23,30 @@ from helpers.tiny import mixed_ids
 def kernels():
     with stand_in_flash() as kernels:
         yield kernels
+
+
+def second_documents(layout):
+    """Where the rows' second documents lie, `[B, T]`."""
+    is_second = torch.zeros(len(layout), LENGTH, dtype=torch.bool)
+    for row, (first, second) in enumerate(layout):
+        is_second[row, first : first + second] = True
+    return is_second
+
+
+def logits_and_gradients(model, batch, is_counted_BT):
+    """Logits, and gradients of some tokens' loss: those of the embedded tokens, and those of the weights."""
+    # a training step moves the buffers of routers
+    model = copy.deepcopy(model)
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    # the mean of embeddings that stand in place of ids would be a mean over rows of another meaning
+    kinds = ((batch["input_ids"] >= 8) & (batch["input_ids"] < 24)).long()
+    inputs = {name: values for name, values in batch.items() if name not in ("input_ids", "labels")}
+    logits = model(inputs_embeds=embeds, mm_token_type_ids=kinds, use_cache=False, **inputs).logits
+    is_target_BT = is_counted_BT[:, 1:] & is_counted_BT[:, :-1]
+    loss = cross_entropy(logits[:, :-1][is_target_BT], batch["input_ids"][:, 1:][is_target_BT], reduction="sum")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    first, *others = torch.autograd.grad(loss, [embeds, *parameters], allow_unused=True)
+    return logits.detach(), first, [grad for grad in others if grad is not None]
 
 
 @pytest.mark.parametrize(

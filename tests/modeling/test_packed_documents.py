@@ -6,12 +6,13 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention as flex
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
-from helpers.attentions import ATTENTIONS, every_attention
+from helpers.flash import stand_in_flash
 from helpers.packed_rows import (
     DEPTH,
     ROWS,
@@ -27,10 +28,17 @@ from helpers.tiny import mixed_ids, tiny_model
 PADDING = "padding"
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    with every_attention() as kernels:
-        yield kernels
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_attention():
+    """On a CPU: flash attention by a stand-in, flex attention without its compiler."""
+    with pytest.MonkeyPatch.context() as patch, stand_in_flash():
+        # it refuses gradients on CPUs, which what it falls back to without a compiler has
+        patch.setattr(flex, "_validate_device", lambda *args: None)
+        with torch.compiler.set_stance("force_eager"):
+            yield
 
 
 # what differs is little rounding in double precision: norms and positions stay in fp32
@@ -118,7 +126,7 @@ def gradients(model, loss):
 )
 @pytest.mark.parametrize("name", ["full", "depth", "rare depth"])
 def test_documents_are_what_they_are_alone(
-    kernels, name, layout, hides, has_lengths, use_cache, checkpointing, positions_of_padding
+    name, layout, hides, has_lengths, use_cache, checkpointing, positions_of_padding
 ):
     model = double_model(name)
     batch, places = batch_of(layout, positions_of_padding if hides else None)
@@ -152,7 +160,7 @@ def test_documents_are_what_they_are_alone(
     ],
 )
 @pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2", "flex_attention"])
-def test_flattened_batches_of_transformers_stay_apart(kernels, attention, name, arguments, has_positions):
+def test_flattened_batches_of_transformers_stay_apart(attention, name, arguments, has_positions):
     model = model_of(name)
     model.set_attn_implementation(attention)
     documents = [ids[:length].tolist() for ids, length in zip(mixed_ids(3, 20), (20, 3, 11))]
@@ -168,7 +176,7 @@ def test_flattened_batches_of_transformers_stay_apart(kernels, attention, name, 
 
 
 @pytest.mark.parametrize(("attention", "name"), [("sdpa", "full"), ("flash_attention_2", "depth")])
-def test_documents_are_refused_where_a_cache_takes_a_row_for_one(kernels, attention, name):
+def test_documents_are_refused_where_a_cache_takes_a_row_for_one(attention, name):
     model = model_of(name)
     model.set_attn_implementation(attention)
     batch = batch_with_lengths(ROWS["full rows"])
@@ -189,7 +197,7 @@ def test_documents_are_refused_where_a_cache_takes_a_row_for_one(kernels, attent
 
 @pytest.mark.parametrize("name", ["full", "depth"])
 @pytest.mark.parametrize("attention", ["eager", "flash_attention_2", "flex_attention"])
-def test_chunks_of_a_prompt_are_what_the_prompt_is(kernels, attention, name):
+def test_chunks_of_a_prompt_are_what_the_prompt_is(attention, name):
     model = model_of(name)
     ids, mask = mixed_ids(3, 24), torch.ones(3, 24, dtype=torch.long)
     mask[0, :9] = mask[2, :2] = 0

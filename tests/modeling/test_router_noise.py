@@ -107,8 +107,7 @@ def test_the_noise_falls_linearly_to_none(steps_done):
 @pytest.mark.parametrize(
     ("routing", "depth", "preserve_rng_state"),
     [
-        ("expert_choice", {}, False),
-        ("token_choice", {"num_hidden_layers": 3, "depth_layers": [0, 2]}, False),
+        ("expert_choice", {"num_hidden_layers": 3, "depth_layers": [0, 2]}, False),
         ("token_choice", {}, True),
     ],
 )
@@ -142,12 +141,6 @@ def test_a_scale_of_zero_is_no_noise_and_draws_nothing(routing):
     losses = [model(ids, labels=ids).loss for model in (silent, plain)]
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(*losses)
-    for loss in losses:
-        loss.backward()
-    for (key, parameter), other in zip(silent.named_parameters(), plain.parameters()):
-        assert torch.equal(parameter.grad, other.grad), key
-    for key, value in silent.state_dict().items():
-        assert torch.equal(value, plain.state_dict()[key]), key
 
 
 @pytest.mark.parametrize("routing", sorted(set(RULES) - set(rule_names(takes_noise=True))))

@@ -100,10 +100,3 @@ def test_dtype_mode_and_generation_config_stay():
 def test_layers_that_are_not_there_are_refused(after):
     with pytest.raises(ValueError, match="`after` = .*counted from 0, of which the model has 2"):
         add_layers(tiny_model(**GROUPS["4t4i"]), after)
-
-
-def test_quantised_models_are_refused():
-    model = tiny_model(**GROUPS["4t4i"])
-    model.is_quantized = True  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="`model` is quantised"):
-        add_layers(model, [0])

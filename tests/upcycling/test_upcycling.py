@@ -6,7 +6,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 
-from helpers.reference import GROUPS, assert_near, context_of, reference_group, swiglu
+from helpers.reference import GROUPS, assert_near, reference_group, swiglu
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
 from helpers.upcycling import (
     CASES,
@@ -19,16 +19,13 @@ from helpers.upcycling import (
     tokens,
     trained_seed,
 )
-from modeling_moma import MomaForCausalLM, parse_experts, upcycle, upcycled_config
+from modeling_moma import parse_experts, upcycle, upcycled_config
 
 
 @pytest.mark.parametrize(
     "name, expected",
     [
-        ("4t4i", {"text": 4, "image": 4}),
         ("6t2i", {"text": 6, "image": 2}),
-        ("4t1i", {"text": 4, "image": 1}),
-        ("16t4i", {"text": 16, "image": 4}),
         ("4i16t", {"text": 16, "image": 4}),
         ("8x", 8),
     ],
@@ -43,9 +40,7 @@ def test_names_of_a_third_modality_are_read():
         parse_experts("4t2i", ["text", "image", "audio"])
 
 
-@pytest.mark.parametrize(
-    "name", ["4t", "4t4t", "4t4i4t", "4x4i", "t4i", "4t4i8x", "4T4I", "", "x", "4", "4t 4i", "8x\n"]
-)
+@pytest.mark.parametrize("name", ["4t", "4t4t", "4x4i", "t4i", "4T4I", "", "8x\n"])
 def test_other_names_are_refused(name):
     with pytest.raises(ValueError, match="`name`"):
         parse_experts(name)
@@ -54,13 +49,6 @@ def test_other_names_are_refused(name):
 def test_modalities_that_begin_alike_are_refused():
     with pytest.raises(ValueError, match="begin alike"):
         parse_experts("4t4i", ["text", "image", "ink"])
-
-
-def test_groups_without_experts_are_refused():
-    with pytest.raises(StrictDataclassClassValidationError, match="num_experts"):
-        upcycle(tiny_model(**GROUPS["1t1i"]), parse_experts("0t4i"))
-    with pytest.raises(StrictDataclassClassValidationError, match="lacks"):
-        upcycle(tiny_model(**GROUPS["1t1i"]), {"text": 4})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -158,13 +146,6 @@ def test_fields_of_the_stage_reach_the_config():
     assert seed.config.expert_capacity_factor == 1.0
 
 
-@pytest.mark.parametrize("routing, noise", [("expert_choice", 1.0), ("token_choice", 1.0), ("threshold", 0.0)])
-def test_noise_is_that_of_the_paper_where_the_rule_takes_any(routing, noise):
-    seed = tiny_model(**GROUPS["1t1i"], training_routing=routing)
-    assert upcycle(seed, FOUR_EACH).config.gumbel_noise == noise
-    assert upcycle(tiny_model(**GROUPS["1t1i"]), FOUR_EACH, training_routing=routing).config.gumbel_noise == noise
-
-
 @pytest.mark.parametrize("groups", ["4t4i", "8x"])
 def test_a_seed_with_several_experts_is_refused(groups):
     with pytest.raises(ValueError, match="`model` has num_experts"):
@@ -215,8 +196,15 @@ def test_fields_that_need_weights_which_the_seed_lacks_are_refused(fields):
         upcycle(tiny_model(**GROUPS["1t1i"]), FOUR_EACH, **fields)
 
 
-@pytest.mark.parametrize("routing", ["expert_choice", "threshold", "token_choice"])
-@pytest.mark.parametrize("case", ["4t4i", "dense to 8x", "shared_by_modality", "uneven"])
+@pytest.mark.parametrize(
+    ("case", "routing"),
+    [
+        ("4t4i", "expert_choice"),
+        ("dense to 8x", "threshold"),
+        ("shared_by_modality", "token_choice"),
+        ("uneven", "expert_choice"),
+    ],
+)
 def test_preserved_function_gives_every_covered_token_what_the_seed_gave(case, routing):
     fields, target = CASES[case]
     seed = trained_seed(**fields, num_experts_per_tok=1).eval()
@@ -254,22 +242,6 @@ def test_with_one_expert_for_every_token_the_whole_model_is_preserved(case):
             assert not torch.allclose(plain(ids, routing="token_choice").logits, expected, atol=1e-2)
 
 
-def test_post_norm_cancels_the_gates_of_covered_tokens():
-    seed = trained_seed(**GROUPS["1t1i"]).eval()
-    upcycled = upcycle(seed, FOUR_EACH)
-    hidden = tokens().unsqueeze(0)
-    modality = torch.arange(64).unsqueeze(0) % 2
-    context = context_of(upcycled.config, modality, "expert_choice")
-    for seed_layer, layer in zip(seed.model.layers, upcycled.model.layers):
-        with torch.no_grad():
-            expected = seed_layer.ffn_update(hidden, context)[0]
-            actual = layer.ffn_update(hidden, context)[0]
-            is_covered = layer.mlp(hidden, context)[0][0].abs().sum(-1) > 0
-        assert 16 < is_covered.sum() < 64
-        assert_near(actual[is_covered], expected[is_covered], 1e-3)
-        assert (actual[~is_covered] == 0).all()
-
-
 @torch.no_grad()
 def test_perturbed_copies_differ_by_about_the_asked_share():
     seed = tiny_model(**GROUPS["dense"])
@@ -295,12 +267,9 @@ def test_perturbed_copies_differ_by_about_the_asked_share():
     assert all(torch.equal(upcycled.state_dict()[name], seed.state_dict()[name]) for name in names)
 
 
-@pytest.mark.parametrize("gumbel_noise", [0.0, 1.0])
-@pytest.mark.parametrize("fields", [{}, {"preserve_function": True}, {"norm_placement": "pre"}])
-def test_experts_part_ways_in_further_training(fields, gumbel_noise):
-    fields = dict(fields)
-    preserve_function = fields.pop("preserve_function", False)
-    seed = trained_seed(**GROUPS["1t1i"], **fields)
+@pytest.mark.parametrize(("preserve_function", "gumbel_noise"), [(False, 1.0), (True, 0.0)])
+def test_experts_part_ways_in_further_training(preserve_function, gumbel_noise):
+    seed = trained_seed(**GROUPS["1t1i"])
     upcycled = upcycle(seed, FOUR_EACH, preserve_function=preserve_function, gumbel_noise=gumbel_noise)
     optimizer = torch.optim.AdamW(upcycled.parameters(), lr=3e-3)
     ids = mixed_ids(8, 16)
@@ -319,14 +288,6 @@ def test_experts_part_ways_in_further_training(fields, gumbel_noise):
             for second in range(first):
                 for packed in (group.experts.gate_up_proj, group.experts.down_proj):
                     assert (packed[first] - packed[second]).abs().max() > 1e-3
-
-
-def test_result_is_saved_and_loaded_whole(tmp_path):
-    upcycled = upcycle(trained_seed(**GROUPS["1t1i"], **DEPTH), FOUR_EACH, gumbel_noise_steps=9).eval()
-    upcycled.save_pretrained(tmp_path)
-    loaded = MomaForCausalLM.from_pretrained(tmp_path)
-    assert (loaded.config.num_experts, loaded.config.gumbel_noise_steps) == (FOUR_EACH, 9)
-    assert all(torch.equal(tensor, upcycled.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_config_can_be_had_without_weights():

@@ -148,25 +148,6 @@ def test_receipt_of_a_batch_without_images_is_valid_json():
     assert json.loads(text)["output_differences"] == {"text": receipt.output_difference, "image": None}
 
 
-def test_receipt_of_the_default_target_shows_that_text_stays():
-    seed = trained_seed(**GROUPS["1t1i"])
-    words, codes = torch.arange(26, 38).view(1, 12), torch.arange(8, 20).view(1, 12)
-    receipt = upcycling_receipt(seed, upcycle(seed), {"input_ids": torch.cat([words, codes])})
-    assert receipt.output_differences["text"] == pytest.approx(0, abs=1e-6)
-    assert receipt.output_differences["image"] > 0.1
-    assert list(receipt.coverage) == ["image"]
-
-
-def test_receipt_compares_layers_with_the_expert_that_all_modalities_share():
-    seed = trained_seed(**GROUPS["1t1i"], shared_expert_intermediate_size=24, num_hidden_layers=1)
-    upcycled = upcycle(seed, FOUR_EACH)
-    receipt = upcycling_receipt(seed, upcycled, padded_batch())
-    for uncovered, *covered in receipt.ffn_difference.values():
-        # the shared expert gives them their part
-        assert 0.1 < uncovered < 1
-        assert max(covered) < uncovered
-
-
 @pytest.mark.parametrize("modes", [(True, False), (False, True)])
 def test_receipt_leaves_modes_hooks_and_statistics_as_they_were(modes):
     seed = trained_seed(**GROUPS["1t1i"])
@@ -185,17 +166,7 @@ def test_receipt_leaves_modes_hooks_and_statistics_as_they_were(modes):
     assert all(torch.equal(tensor, before[name]) for name, tensor in upcycled.state_dict().items())
 
 
-def test_receipt_works_in_bf16():
-    seed = trained_seed(**GROUPS["1t1i"]).to(torch.bfloat16)
-    upcycled = upcycle(seed, FOUR_EACH, preserve_function=True, perturbation=0.01)
-    receipt = upcycling_receipt(seed, upcycled, padded_batch())
-    assert sum(receipt.coverage["text"]) == pytest.approx(1)
-    assert receipt.ffn_difference["text"][1] < 0.05
-    assert 0 < receipt.output_difference < 2
-
-
-@pytest.mark.parametrize("depth", [{}, DEPTH])
-@pytest.mark.parametrize("groups", ["1t1i", "dense"])
+@pytest.mark.parametrize(("groups", "depth"), [("1t1i", {}), ("dense", DEPTH)])
 def test_a_model_by_token_choice_is_measured_by_it(groups, depth):
     # a norm behind the layer takes the gates out by itself
     routings = {"training_routing": "token_choice", "inference_routing": "token_choice", "norm_placement": "pre"}
@@ -216,10 +187,3 @@ def test_a_model_by_token_choice_is_measured_by_it(groups, depth):
                 expected, actual = (model(**batch).logits[is_token] for model in (seed, upcycled))
             change = float((actual - expected).norm() / expected.norm())
             assert receipt.output_difference == pytest.approx(change, rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.parametrize("routing", ["expert_choice", "threshold"])
-def test_other_models_are_measured_by_rank(routing):
-    seed = trained_seed(**GROUPS["1t1i"], training_routing=routing)
-    receipt = upcycling_receipt(seed, upcycle(seed, FOUR_EACH), padded_batch())
-    assert receipt.routing == "expert_choice" and any(shares[0] > 0 for shares in receipt.coverage.values())
