@@ -23,6 +23,14 @@ def own_assets(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture(scope="module")
+def processor():
+    """The tiny processor of a file of tests."""
+    from helpers.tiny import tiny_processor
+
+    return tiny_processor()
+
+
 def pytest_collection_finish(session):
     _freeze_imports()
 

@@ -65,12 +65,8 @@ def test_a_pipeline_hears_and_speaks(model, processor, sound_file):
     (codes,) = model.decode_modality_tokens(ids, "audio")
     assert np.array_equal(said["generated_audio"], processor.decode_items("audio", [codes])[0])
     # the sound of the prompt is not the answer
-    (both,) = pipe(
-        audio=sound_file,
-        text="<audio>red",
-        generation_mode="audio",
-        generate_kwargs={"do_sample": False, "max_new_tokens": 30},
-    )
+    speak = {"do_sample": False, "max_new_tokens": 30}
+    (both,) = pipe(audio=sound_file, text="<audio>red", generation_mode="audio", generate_kwargs=speak)
     assert len(both["generated_audio"]) > 0
     with pytest.raises(ValueError, match="a row of token ids has no audio"):
         processor.post_process_multimodal_output(prompt["input_ids"], generation_mode="audio")
@@ -114,8 +110,6 @@ def test_chats_hear(model, processor, sound_file):
     "part, message",
     [
         ({"path": "nowhere.wav"}, r"^conversation\[1\]\['content'\]\[0\]: sound missing: .* file 'nowhere.wav'"),
-        ({"path": __file__}, r"sound damaged: .*test_audio_doors.py' cannot be decoded"),
-        ({"audio": tone(500) * 32767}, "sound not readable: float samples are in"),
         ({"audio": None}, "the number of <audio> tokens .* got 1 and 0"),
     ],
 )
@@ -129,44 +123,27 @@ def test_a_chat_names_the_part_whose_sound_cannot_be_read(processor, part, messa
 
 
 def write_recipe(folder) -> str:
-    """Tones with their names, drawings with theirs, and documents of a tone and a drawing."""
-    lines, documents, rng = [], [], np.random.default_rng(0)
+    """Tones with their names, and drawings with theirs."""
+    lines, rng = [], np.random.default_rng(0)
     for index in range(48):
         name = list(TONES)[index % 3]
         sound = tone(TONES[name] * rng.uniform(0.95, 1.05), rng.uniform(0.04, 0.06))
         (folder / f"{index}.wav").write_bytes(as_file(sound))
         noise_images(3)[index % 3].save(folder / f"{index}.png")
         lines.append({"audio": f"{index}.wav", "image": f"{index}.png", "name": name})
-        documents.append({"segments": [{"audio": f"{index}.wav"}, {"image": f"{index}.png"}]})
-    for name, rows in (("tones.jsonl", lines), ("documents.jsonl", documents)):
-        (folder / name).write_text("\n".join(map(json.dumps, rows)))
+    (folder / "tones.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data, sizes = {"data": str(folder / "tones.jsonl"), "text": "name"}, dict.fromkeys(("text", "image", "audio"), 48)
+    codec = {"num_codes": 16, "sampling_rate": RATE, "hop_length": 40, "win_length": 160, "num_mels": 8}
+    model = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model |= {"norm_placement": "pre", "num_experts": dict.fromkeys(sizes, 2)}
+    trainer = {"max_steps": 100, "per_device_train_batch_size": 16, "learning_rate": 5e-3, "logging_steps": 50}
     recipe = {
-        "sources": {
-            "tones": {"data": str(folder / "tones.jsonl"), "audio": "audio", "text": "name", "audio_first": 1.0},
-            "drawings": {"data": str(folder / "tones.jsonl"), "image": "image", "text": "name"},
-            "both": {"data": str(folder / "documents.jsonl"), "segments": "segments"},
-        },
+        "sources": {"tones": {**data, "audio": "audio", "audio_first": 1.0}, "drawings": {**data, "image": "image"}},
         "data": {"sequence_length": 64, "packed": True},
         "processor": {"vocab_size": 280},
-        "audio_tokenizer": {
-            "num_codes": 16,
-            "sampling_rate": RATE,
-            "hop_length": 40,
-            "win_length": 160,
-            "num_mels": 8,
-            "frames_per_code": 2,
-        },
-        "model": {
-            "hidden_size": 48,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
-            "norm_placement": "pre",
-            "num_experts": {"text": 2, "image": 2, "audio": 2},
-            "shared_expert_intermediate_size": {"text": 48, "image": 48, "audio": 48},
-        },
-        "trainer": {"max_steps": 100, "per_device_train_batch_size": 16, "learning_rate": 5e-3, "logging_steps": 50},
+        "audio_tokenizer": {**codec, "frames_per_code": 2},
+        "model": {**model, "max_position_embeddings": 64, "shared_expert_intermediate_size": sizes},
+        "trainer": trainer,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return str(folder / "recipe.yaml")
@@ -179,7 +156,7 @@ def test_commands_lead_from_a_recipe_to_a_sound(tmp_path, capsys):
     assert moma(["train-audio-tokenizer", recipe, "--output", place["audio"]]) == 0
     assert "16 codes, 100.0 a second, learnt from" in capsys.readouterr().out
     facts = json.loads((tmp_path / "audio" / "metrics.json").read_text())
-    assert facts["sounds"] + facts["held_out_sounds"] == 96 and 0 < facts["train_db"] < 6 and facts["left_out"] == {}
+    assert facts["sounds"] + facts["held_out_sounds"] == 48 and 0 < facts["train_db"] < 6 and facts["left_out"] == {}
     build = ["build-processor", recipe, "--image-tokenizer", place["vq"], "--output", place["processor"]]
     assert moma([*build, "--audio-tokenizer", place["audio"]]) == 0
     assert "16 of them codes of audio" in capsys.readouterr().out
@@ -200,10 +177,6 @@ def test_commands_lead_from_a_recipe_to_a_sound(tmp_path, capsys):
     assert moma([*ask, "--prompt", "high", "--output", output]) == 0
     samples, rate = soundfile.read(tmp_path / "said" / "sound-1.flac")
     assert rate == RATE and 0 < len(samples) <= 40 * 80
-    draw = ["generate", "--model", place["run"], "--audio", str(tmp_path / "0.wav"), "--mode", "image"]
-    assert moma([*draw, "--output", str(tmp_path / "drawn.png")]) == 0
-    assert (tmp_path / "drawn.png").is_file()
-    capsys.readouterr()
     measure = ["evaluate", "--model", place["run"], "--tokens", place["tokens"], "--split", "validation"]
     assert moma([*measure, "--measures", "losses", "--output", str(tmp_path / "report.json")]) == 0
     assert "audio" in capsys.readouterr().out
@@ -223,7 +196,6 @@ def test_library_codecs_are_built_into_a_processor(tmp_path, capsys):
     "arguments, message",
     [
         (["--audio", "nowhere.wav"], "sound missing: there is no file 'nowhere.wav'"),
-        (["--audio", __file__], "sound damaged"),
         (["--prompt", "red", "--mode", "audio", "--output", "sound.png"], "no ending of a format of sounds"),
         (["--prompt", "red", "--mode", "audio", "--candidates", "2"], "only images are chosen"),
         ([], "--prompt, --image, --audio: give at least one of them"),

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from helpers.tiny import noise_images, tiny_model, tiny_processor
+from helpers.tiny import noise_images, tiny_model
 from tokenization import MomaDataCollator
 
 
@@ -18,11 +18,6 @@ FIELDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
-
-
 def collated(processor, rows, side):
     processor.tokenizer.padding_side = side
     return MomaDataCollator(processor.tokenizer, pad_to_multiple_of=8)([{"input_ids": row} for row in rows])
@@ -32,12 +27,7 @@ def labelled(processor, side, return_tensors="pt"):
     noise = iter(noise_images(2))
     images = [[next(noise)] if "<image>" in text else [] for text in TEXTS]
     return processor(
-        images=images,
-        text=TEXTS,
-        padding=True,
-        padding_side=side,
-        return_labels=True,
-        return_tensors=return_tensors,
+        images=images, text=TEXTS, padding=True, padding_side=side, return_labels=True, return_tensors=return_tensors
     )
 
 

@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
 import pytest
-from transformers import (
-    AutoTokenizer,
-    TextStreamer,
-    pipeline,
-)
+from transformers import TextStreamer, pipeline
 from transformers.utils import logging
 
 from helpers.tiny import noise_images, tiny_model, tiny_processor
@@ -101,19 +97,6 @@ def test_a_batch_of_unequal_prompts_gives_the_words_of_each_alone(any_to_any, im
     assert [answer["generated_text"] for answer in answers] == [answer["generated_text"] for answer in alone]
 
 
-@pytest.mark.parametrize("task", ["any-to-any", "image-text-to-text"])
-def test_chats_with_images(task, model, processor, images):
-    pipe = pipeline(task, model=model, processor=processor)
-    answers = pipe(text=[look(image) for image in images], max_new_tokens=4)
-    assert len(answers) == 2
-    for image, answer in zip(images, answers):
-        inputs = processor.apply_chat_template(
-            look(image), tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-        )
-        turn = answer[0]["generated_text"][-1]
-        assert turn == {"role": "assistant", "content": greedy(model, processor, inputs, max_new_tokens=4)[0]}
-
-
 def test_words_are_streamed_as_they_come(any_to_any, processor):
     streamer = Pieces(processor.tokenizer)
     (answer,) = any_to_any(
@@ -127,18 +110,6 @@ def test_text_generation_loads_the_checkpoint_and_continues_a_prompt(folder, mod
     (answer,) = pipe("noto: red", max_new_tokens=4, do_sample=False)
     inputs = processor(text="noto: red", return_tensors="pt")
     assert answer["generated_text"] == "noto: red" + greedy(model, processor, inputs, max_new_tokens=4)[0]
-
-
-def test_text_generation_cuts_a_prompt_that_is_too_long(folder, model):
-    limit = model.config.max_position_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=limit)
-    words = "red apple " * limit
-    assert len(tokenizer(words, truncation=True)["input_ids"]) == limit
-    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    options = {"max_new_tokens": 4, "do_sample": False, "return_full_text": False}
-    (answer,) = pipe(words, handle_long_generation="hole", **options)
-    kept = tokenizer.decode(tokenizer(words)["input_ids"][4 - limit :])
-    assert answer == pipe(kept, add_special_tokens=False, **options)[0]
 
 
 def test_text_generation_pads_a_batch_on_the_left(model, processor):

@@ -20,7 +20,7 @@ from transformers import (
 
 from helpers.absent import WITHOUT_PACKAGES
 from helpers.forked_python import run_python
-from helpers.tiny import randomize_auxiliary, tiny_model, tiny_processor
+from helpers.tiny import randomize_auxiliary, tiny_model
 from modeling_moma import MomaConfig, MomaForCausalLM, MomaModel
 from modeling_moma.routing_moma import MomaRouterBase
 from tokenization import MomaProcessor
@@ -32,7 +32,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM,
-                          AutoProcessor)
+                          AutoProcessor, AutoTokenizer)
 
 folder, image, output = sys.argv[1:]
 trust = {"trust_remote_code": True}
@@ -53,6 +53,7 @@ drawn = processor.post_process_multimodal_output(results["codes"], generation_mo
 results["drawn"] = torch.tensor(bytearray(drawn.tobytes())) / 255
 image_processor = AutoImageProcessor.from_pretrained(folder, **trust)
 results["pixel_values"] = image_processor(Image.open(image), return_tensors="pt")["pixel_values"]
+results["words"] = AutoTokenizer.from_pretrained(folder, **trust)("red apple", return_tensors="pt")["input_ids"]
 names["AutoConfig"] = type(AutoConfig.from_pretrained(folder, **trust)).__name__
 names["AutoProcessor"] = type(processor).__name__
 names["AutoImageProcessor"] = type(image_processor).__name__
@@ -68,11 +69,6 @@ NAMES = {
     "AutoModelForMultimodalLM": "MomaForCausalLM",
     "AutoProcessor": "MomaProcessor",
 }
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 DEPTH = {"num_hidden_layers": 4, "depth_layers": [0, 2], "depth_capacity": {"text": 0.5, "image": 0.25}}
@@ -125,6 +121,7 @@ def expected_results(model, processor, image):
         "AutoModelForCausalLM": logits,
         "AutoModelForMultimodalLM": logits,
         "codes": codes,
+        "words": processor.tokenizer("red apple", return_tensors="pt")["input_ids"],
         "drawn": torch.tensor(bytearray(drawn.tobytes())) / 255,
         "pixel_values": processor.image_processor(Image.open(image), return_tensors="pt")["pixel_values"],
     }

@@ -43,10 +43,6 @@ def write_index(folder: Path, weight_map: dict, name="model.safetensors.index.js
     (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def read_index(folder: Path) -> dict:
-    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-
-
 @pytest.mark.parametrize("save", [save_single, save_sharded])
 def test_every_tensor_is_read_as_it_was_saved(save, tmp_path):
     reader = CheckpointReader(save(tmp_path))
@@ -98,56 +94,33 @@ def test_file_cut_after_opening_is_refused_at_reading(tmp_path):
         _ = reader["a"]
 
 
-def test_missing_shard_is_refused_by_name(tmp_path):
-    save_sharded(tmp_path)
-    (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model-00002-of-00002.safetensors: this shard is missing.*'c'"):
-        CheckpointReader(tmp_path)
-
-
-def test_key_of_the_index_that_the_shard_lacks_is_named(tmp_path):
-    save_sharded(tmp_path)
-    write_index(tmp_path, {**read_index(tmp_path), "lost": "model-00001-of-00002.safetensors"})
-    with pytest.raises(CheckpointError, match="'lost'"):
-        CheckpointReader(tmp_path)
-
-
-def test_key_of_a_shard_that_the_index_lacks_is_named(tmp_path):
-    save_sharded(tmp_path)
-    write_index(tmp_path, {name: shard for name, shard in read_index(tmp_path).items() if name != "b"})
-    with pytest.raises(CheckpointError, match="'b', which the index"):
-        CheckpointReader(tmp_path)
-
-
-def test_index_cannot_point_out_of_the_folder(tmp_path):
-    save_single(tmp_path)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"c": "model-00003-of-00002.safetensors"}, "model-00003-of-00002.safetensors: this shard is missing.*'c'"),
+        ({"lost": "model-00001-of-00002.safetensors"}, "'lost'"),
+        ({"b": None}, "'b', which the index"),
+        ({"a": "../model.safetensors"}, "outside the folder"),
+    ],
+)
+def test_index_that_contradicts_the_shards_is_refused(changes, message, tmp_path):
     folder = tmp_path / "inner"
     folder.mkdir()
-    write_index(folder, {"a": "../model.safetensors"})
-    with pytest.raises(CheckpointError, match="outside the folder"):
+    save_single(tmp_path)
+    save_sharded(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"] | changes
+    write_index(folder, {name: shard for name, shard in index.items() if shard})
+    with pytest.raises(CheckpointError, match=message):
         CheckpointReader(folder)
 
 
 @pytest.mark.parametrize(
-    "info, likely",
-    [
-        ({"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 40]}, "invalid shape, data type, or offset"),
-        ({"dtype": "F33", "shape": [3, 4], "data_offsets": [0, 48]}, "`F33`"),
-        ({"dtype": "F32", "shape": [3, 4]}, "missing field `data_offsets`"),
-        ({"dtype": "F32", "shape": [3, 4], "data_offsets": [-8, 40]}, "`-8`"),
-        ({"dtype": "C64", "shape": [3, 2], "data_offsets": [0, 48]}, "'broken' is of the type C64"),
-    ],
+    "info", [{"shape": [3, 4], "data_offsets": [0, 40]}, {"dtype": "C64", "shape": [3, 2], "data_offsets": [0, 48]}]
 )
-def test_header_that_contradicts_itself_is_refused_with_what_is_wrong(info, likely, tmp_path):
-    text = json.dumps({"broken": info}).encode()
+def test_header_that_contradicts_itself_is_refused(info, tmp_path):
+    text = json.dumps({"broken": {"dtype": "F32", **info}}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(48))
-    with pytest.raises(CheckpointError, match=f"model.safetensors: .*{likely}"):
-        CheckpointReader(tmp_path)
-
-
-def test_other_files_are_no_safetensors(tmp_path):
-    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 5\n")
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="model.safetensors: "):
         CheckpointReader(tmp_path)
 
 
@@ -171,43 +144,27 @@ class Malicious:
         return (os.mkdir, ("ran",))
 
 
-def test_allowed_pickle_still_runs_no_code(tmp_path, monkeypatch):
+def test_state_dict_alone_is_read_and_no_code_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"a": Malicious()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pytorch_model.bin"):
-        CheckpointReader(tmp_path, allow_pickle=True)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_truncated_pickle_is_refused_by_name(tmp_path):
-    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
-    os.truncate(tmp_path / "pytorch_model.bin", (tmp_path / "pytorch_model.bin").stat().st_size - 100)
-    with pytest.raises(CheckpointError, match="pytorch_model.bin"):
-        CheckpointReader(tmp_path, allow_pickle=True)
-
-
-def test_training_checkpoint_is_refused_with_what_to_do_and_its_state_dict_alone_is_read(tmp_path):
     torch.save({"state_dict": TENSORS, "epoch": 3, "callbacks": Malicious()}, tmp_path / "last.ckpt")
-    with pytest.raises(CheckpointError, match=r"last.ckpt.*training code is installed, save the state_dict alone"):
+    with pytest.raises(CheckpointError, match=r"last.ckpt.*save the state_dict alone"):
         read_pickle(tmp_path / "last.ckpt")
+    assert not (tmp_path / "ran").exists()
     torch.save({"state_dict": TENSORS, "epoch": 3}, tmp_path / "plain.ckpt")
     assert read_pickle(tmp_path / "plain.ckpt").keys() == TENSORS.keys()
-    for content in ([TENSORS], {"state_dict": 3}, {"a": 1.0}):
-        torch.save(content, tmp_path / "other.ckpt")
-        with pytest.raises(CheckpointError, match="other.ckpt: it holds no tensors by name"):
-            read_pickle(tmp_path / "other.ckpt")
+    os.truncate(tmp_path / "plain.ckpt", (tmp_path / "plain.ckpt").stat().st_size - 100)
+    with pytest.raises(CheckpointError, match="plain.ckpt: .*damaged"):
+        read_pickle(tmp_path / "plain.ckpt")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"https://example.org/vqgan.ckpt\n",
-        b"Repository not found",
-        b"rate limit exceeded",
-        b"GGUF\x03\0\0\0",
-        b"just notes",
-    ],
-)
+@pytest.mark.parametrize("content", [[TENSORS], {"state_dict": 3}, {"a": 1.0}, {0: torch.zeros(1)}], ids=repr)
+def test_pickle_without_tensors_by_name_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="other.ckpt: it holds no tensors by name"):
+        read_pickle(tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize("content", [b"https://example.org/vqgan.ckpt\n", b"Repository not found", b"GGUF\x03\0\0\0"])
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
     (tmp_path / "link.ckpt").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"link.ckpt: .*damaged"):

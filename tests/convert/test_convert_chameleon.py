@@ -23,7 +23,6 @@ from modeling_moma.convert.chameleon import (
     config_from_chameleon,
     convert_chameleon,
     convert_tokenizer,
-    convert_vq_model,
     read_config,
 )
 from modeling_moma.convert.reading import CheckpointError
@@ -167,27 +166,13 @@ def test_logits_of_text_and_images_equal_the_sources(pair):
     assert receipt.relative_difference < 1e-5
 
 
-@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "temperature": 0.8, "top_p": 0.9}])
-def test_generates_the_sources_tokens(pair, sampling):
+def test_generates_the_sources_tokens(pair):
     source, converted, _ = pair
-    arguments = {**mixed_batch(), "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 1, **sampling}
-    torch.manual_seed(5)
+    arguments = {**mixed_batch(), "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 1, "do_sample": False}
     # MoMa's text mode also forbids the tokens around an image
     expected = source.generate(**arguments, suppress_tokens=[BEGIN, END])
-    torch.manual_seed(5)
-    found = converted.generate(**arguments, generation_mode="text")
     assert len(set(expected[:, 30:].flatten().tolist())) > 2
-    assert torch.equal(found, expected)
-
-
-def test_a_tied_head_that_differs_is_refused(tmp_path):
-    source = save_source(source_model(**SOURCES["tied"]), tmp_path / "source", tokenizer=False)
-    path = source / "model.safetensors"
-    tensors = load_file(path)
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, path)
-    with pytest.raises(CheckpointError, match="'lm_head.weight' differs from the embedding"):
-        convert_chameleon(source, tmp_path / "moma", probe=False)
-    assert not (tmp_path / "moma").exists()
+    assert torch.equal(converted.generate(**arguments, generation_mode="text"), expected)
 
 
 def test_layout_follows_the_vocabulary_map(pair):
@@ -307,15 +292,6 @@ def test_original_tokenizer_brings_its_decoder(seven, tmp_path):
     assert len(processor.decode_images(codes)) == 4
 
 
-def test_renumbering_leaves_the_sources_codebook_alone():
-    source = source_model(**PLAIN)
-    before = source.model.vqmodel.quantize.embedding.weight.clone()
-    vocabulary = ImageVocabulary.from_map(source.config.vocabulary_map)
-    vq_model = convert_vq_model(source.config, vocabulary, source.model.vqmodel.state_dict())
-    assert torch.equal(source.model.vqmodel.quantize.embedding.weight, before)
-    assert not torch.equal(vq_model.quantize.embedding.weight, before)
-
-
 def test_decoder_within_the_checkpoint_is_taken(seven, tmp_path):
     source, _ = seven
     folder = copy_source(seven, tmp_path)
@@ -342,12 +318,8 @@ def test_another_tokenizer_is_refused(seven, tmp_path):
     ("changes", "message"),
     [
         ({"model.layers.1.self_attn.k_norm.bias": None}, "model.layers.1.self_attn.k_norm.bias"),
-        ({"model.vqmodel.encoder.conv_in.bias": None}, 'Missing key.*"encoder.conv_in.bias"'),
-        ({"model.layers.2.mlp.up_proj.weight": torch.zeros(2)}, "model.layers.2.mlp.up_proj.weight"),
         ({"model.vqmodel.extra": torch.zeros(2)}, 'Unexpected key.*"extra"'),
-        ({"model.layers.0.mlp.down_proj.weight": torch.zeros(32, 47)}, "model.layers.0.mlp.down_proj.weight"),
         ({"model.layers.0.self_attn.q_norm.weight": torch.zeros(3, 8)}, "model.layers.0.self_attn.q_norm.weight"),
-        ({"model.vqmodel.quant_conv.bias": torch.zeros(3)}, r"quant_conv.bias: .*\[3\].*\[8\]"),
     ],
 )
 def test_keys_that_do_not_fit_are_named(seven, tmp_path, changes, message):
@@ -371,16 +343,6 @@ def test_scattered_image_ids_convert_without_a_processor(tmp_path):
     )
     assert any("left out" in reason for reason in receipt.ignored)
     assert not (tmp_path / "moma" / "vq_model").exists()
-
-
-def test_without_a_tokenizer_the_vq_model_is_written_alone(tmp_path):
-    source = source_model(**PLAIN)
-    save_source(source, tmp_path / "source", tokenizer=False)
-    receipt = convert_chameleon(tmp_path / "source", tmp_path / "moma")
-    assert any("without a processor" in reason for reason in receipt.ignored)
-    vq_model = MomaVQModel.from_pretrained(tmp_path / "moma" / "vq_model").eval()
-    pixels = torch.rand(4, 3, SIDE, SIDE) * 2 - 1
-    assert torch.equal(vq_model.get_image_tokens(pixels) + OFFSET, source.get_image_tokens(pixels).long())
 
 
 def test_parts_that_do_not_fit_together_leave_the_vq_model_alone(seven, tmp_path):
@@ -410,15 +372,6 @@ def test_released_sizes_are_those_of_the_default_configuration():
     for name in ("vocab_size", "modality_token_ranges", "begin_image_token_id", "end_image_token_id"):
         assert getattr(config, name) == getattr(default, name)
     assert (config.image_seq_length, config.head_dim, config.num_hidden_layers) == (1024, 128, 32)
-
-
-def test_precision_and_rounding_of_the_source_are_kept(tmp_path):
-    source = source_model(**PLAIN).to(torch.bfloat16)
-    save_source(source, tmp_path / "source", tokenizer=False)
-    convert_chameleon(tmp_path / "source", tmp_path / "moma")
-    converted = MomaForCausalLM.from_pretrained(tmp_path / "moma")
-    assert converted.dtype == torch.bfloat16
-    assert torch.equal(converted.lm_head.weight, source.lm_head.weight)
 
 
 def test_another_precision_can_be_asked_for(seven, tmp_path, capsys):
@@ -462,20 +415,14 @@ def test_chat_template_is_kept_and_takes_images_by_the_placeholder(write, seven,
     assert ids.count(BEGIN) == 1 and ids[-1] == TURN and len(ids) > IMAGE_LENGTH
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "preprocessor_config.json",
-        "generation_config.json",
-    ],
-)
+FILES = ["tokenizer", "tokenizer_config", "special_tokens_map", "preprocessor_config", "generation_config"]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_file_that_is_no_json_is_refused_by_name(name, seven, tmp_path):
     folder = copy_source(seven, tmp_path)
-    (folder / name).write_text('{"a": ')
-    with pytest.raises(CheckpointError, match=f"{name}: not a JSON file"):
+    (folder / f"{name}.json").write_text('{"a": ')
+    with pytest.raises(CheckpointError, match=f"{name}.json: not a JSON file"):
         convert_chameleon(folder, tmp_path / "moma")
     assert not (tmp_path / "moma").exists()
 

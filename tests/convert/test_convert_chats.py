@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import copy
 
 import pytest
 from jinja2 import TemplateError
@@ -46,24 +45,21 @@ IMAGE_CHAT = [
 ]
 
 
-@pytest.mark.parametrize("template", [CHATML, INDENTED, NEWLINE_FIRST], ids=["chatml", "indented", "newline-first"])
-@pytest.mark.parametrize("chat", [CHAT, CHAT[1:], [{"role": "user", "content": ""}]])
-@pytest.mark.parametrize("prompt", [False, True])
+CHATS = {
+    "chatml": (CHATML, CHAT, True),
+    "no-system": (CHATML, CHAT[1:], False),
+    "indented": (INDENTED, CHAT, False),
+    "newline-first": (NEWLINE_FIRST, [{"role": "user", "content": ""}], True),
+}
+
+
+@pytest.mark.parametrize("template, chat, prompt", CHATS.values(), ids=CHATS)
 def test_template_of_the_source_stays_for_texts_to_the_character(template, chat, prompt, tokenizer):
-    tokenizer = copy.deepcopy(tokenizer)
-    expected = tokenizer.apply_chat_template(
-        chat, chat_template=template, tokenize=False, add_generation_prompt=prompt
-    )
-    changed = with_image_parts(template)
-    assert (
-        tokenizer.apply_chat_template(chat, chat_template=changed, tokenize=False, add_generation_prompt=prompt)
-        == expected
-    )
+    changed, options = with_image_parts(template), {"tokenize": False, "add_generation_prompt": prompt}
+    expected = tokenizer.apply_chat_template(chat, chat_template=template, **options)
+    assert tokenizer.apply_chat_template(chat, chat_template=changed, **options) == expected
     parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in chat]
-    assert (
-        tokenizer.apply_chat_template(parts, chat_template=changed, tokenize=False, add_generation_prompt=prompt)
-        == expected
-    )
+    assert tokenizer.apply_chat_template(parts, chat_template=changed, **options) == expected
     assert with_image_parts(changed) == changed
 
 

@@ -202,44 +202,6 @@ def test_the_harness_finds_the_text_model_of_the_source(pair, converted, tmp_pat
     assert 1 < figures["hf", 1][1][1] / perplexities[1] < (1.002 if IS_WHOLE else 1.01)
 
 
-@torch.no_grad()
-def test_images_begin_at_a_uniform_loss_and_stand_in_chats(pair, converted, emoji_rows):
-    model, processor = pair[2], MomaProcessor.from_pretrained(converted[0])
-    codes = torch.tensor(processor.encode_images([row["image"] for row in emoji_rows]))
-    losses = []
-    for row, own in zip(emoji_rows, codes):
-        prompt = processor(text=f"{row['style']}: {row['label']}")["input_ids"][0]
-        ids = torch.tensor([[*prompt, *processor.image_ids(own)]])
-        output = model(input_ids=ids, labels=ids)
-        losses.append(float(output.modality_losses["image"]))
-    assert sum(losses) / len(losses) < 7.5
-
-    chat = [
-        {
-            "role": "user",
-            "content": [{"type": "image", "image": emoji_rows[0]["image"]}, {"type": "text", "text": "?"}],
-        }
-    ]
-    inputs = processor.apply_chat_template(
-        chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-    )
-    frame = processor.image_ids(codes[0])
-    ids = inputs["input_ids"][0].tolist()
-    start = ids.index(frame[0])
-    assert ids[start : start + len(frame)] == frame
-    assert processor.decode(ids[:start]).endswith("<|im_start|>user\n")
-    written = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, len(ids) :]
-    assert not set(written.tolist()) & set(processor.image_token_ids)
-
-
-@pytest.fixture(scope="module")
-def emoji_rows():
-    from datasets import load_dataset
-
-    rows = load_dataset(str(ROOT / "data" / "emoji"), split="validation")
-    return [rows[index] for index in range(0, len(rows), 140)]
-
-
 @pytest.mark.parametrize(
     "fields, named",
     [

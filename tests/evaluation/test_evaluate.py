@@ -15,7 +15,7 @@ from helpers.tiny import tiny_model, tiny_processor, write_tokens
 from modeling_moma.cli.evaluate import main
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.evaluation.evaluate import MEASURES, MeasureSettings, measure_sources
-from modeling_moma.evaluation.held_out import CaptionedImages, HeldOutSource, read_held_out
+from modeling_moma.evaluation.held_out import CaptionedImages, HeldOutSource
 from modeling_moma.evaluation.losses import EXPERT_CHOICE
 from modeling_moma.evaluation.report import report_tables
 
@@ -98,10 +98,6 @@ def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(sourc
     # of a package that is not there
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(ImportError, match="extra `train`"):
-        measure_sources(model, processor, {"few": few}, MeasureSettings(("losses", "drawings")))
-    monkeypatch.undo()
-    pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `train` is not installed")
-    with pytest.raises(ValueError, match="at least 8"):
         measure_sources(model, processor, {"few": few}, MeasureSettings(("losses", "drawings")))
 
 
@@ -187,25 +183,18 @@ def test_weights_of_a_training_that_has_diverged_are_not_measured(folder, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "more",
-    ["--temperature -1", "--top-k -1", "--top-p 1.5", "--guidance-scale -2", "--retrieval-pairs 1"],
-)
-def test_sampling_out_of_range_is_refused_by_the_command(folder, more, capsys):
-    with pytest.raises(SystemExit):
-        main(arguments(folder, *more.split()))
-    name, value = more.split()
-    assert f"{name} = {value!r} must be" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
     ("more", "message"),
     [
         ("--measures drawings --temperature 1e308", "--temperature = '1e308' must be"),
-        ("--measures drawings --guidance-scale 1e308", "--guidance-scale = '1e308' must be"),
+        ("--guidance-scale -2", "--guidance-scale = '-2' must be"),
+        ("--top-k -1", "--top-k = '-1' must be"),
+        ("--top-p 1.5", "--top-p = '1.5' must be"),
+        ("--retrieval-pairs 1", "--retrieval-pairs = '1' must be"),
+        ("--limit 0", "--limit = '0' must be at least 1"),
+        ("--measures beauty", "drawings"),
         ("--measures drawings --temperature 1e-320", "--temperature 1e-320: it is below"),
         ("--measures drawings --temperature 0 --top-k 5", "--top-k 5: nothing is sampled here"),
         ("--measures losses --guidance-scale 7", "--guidance-scale: it is read by `--measures drawings` alone"),
-        ("--temperature 0.7", "--temperature: it is read by `--measures drawings` alone"),
         ("--measures losses --retrieval-pairs 2", "--retrieval-pairs: it is read by `--measures retrieval` alone"),
         ("--output=", "--output '': it names no file"),
     ],
@@ -246,14 +235,3 @@ def test_output_that_cannot_be_written_is_refused_before_anything_is_read(folder
     for output, why in ((tmp_path / "file" / "report.json", "nothing can be written into"), (tmp_path, "is a folder")):
         with pytest.raises(ValueError, match=f"--output: .*{why}"):
             main(["--model", str(tmp_path / "none"), "--tokens", str(folder / "tokens"), "--output", str(output)])
-
-
-def test_unknown_measures_are_refused_by_the_command(folder, capsys):
-    with pytest.raises(SystemExit):
-        main(arguments(folder, "--measures", "beauty"))
-    assert "drawings" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(arguments(folder, "--limit", "0"))
-    assert "--limit = '0' must be at least 1" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="--limit 0"):
-        read_held_out(str(folder / "tokens"), tiny_processor(), "test", limit=0)

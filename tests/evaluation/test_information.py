@@ -48,9 +48,7 @@ def test_nats_are_those_of_a_loop_over_pairs_with_words(parts):
         words = processor.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         framed = processor.image_ids(codes)
         begin, image = framed[0], framed[1:-1]
-        nats["image"].append(
-            (loop_nats(model, [bos, begin], image), loop_nats(model, [bos, *words, begin], image)),
-        )
+        nats["image"].append((loop_nats(model, [bos, begin], image), loop_nats(model, [bos, *words, begin], image)))
         alone = loop_nats(model, [bos], [*words, begin], without=begin)
         nats["caption"].append((alone, loop_nats(model, [bos, *framed], [*words, eos])))
     assert found["pairs"] == 3

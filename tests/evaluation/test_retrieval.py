@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers.tiny import tiny_model, tiny_processor
-from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.evaluation.held_out import CaptionedImages
-from modeling_moma.evaluation.measures import padded_batches
 from modeling_moma.evaluation.retrieval import likeliest_drawings, measure_retrieval, rank_figures, ranks
 
 
@@ -120,16 +118,10 @@ def test_a_model_that_tells_nothing_apart_gets_nothing():
 
 
 def test_chance_is_what_random_orders_reach():
-    generator = torch.Generator().manual_seed(0)
-    count = torch.tensor([3, 6, 9, 9])
-    repeats = 20_000
-    candidates = count.repeat(repeats)
-    rank = 1 + (torch.rand(len(candidates), generator=generator) * candidates).long()
-    figures = rank_figures(rank, candidates)
-    chance = figures["chance"]
-    for name in ("recall@1", "recall@5", "mean_reciprocal_rank"):
-        assert figures[name] == pytest.approx(chance[name], abs=0.01)
+    chance = rank_figures(torch.tensor([1, 1, 1, 1]), torch.tensor([3, 6, 9, 9]))["chance"]
     assert chance["recall@5"] == pytest.approx((1 + 5 / 6 + 5 / 9 + 5 / 9) / 4)
+    reciprocals = [sum(1 / place for place in range(1, count + 1)) / count for count in (3, 6, 9, 9)]
+    assert chance["mean_reciprocal_rank"] == pytest.approx(fmean(reciprocals))
     assert rank_figures(torch.tensor([5]), torch.tensor([9]))["chance"]["median_rank"] == 5
 
 
@@ -139,29 +131,6 @@ def test_pairs_are_drawn_by_the_seed_and_two_are_needed(parts):
     assert two["pairs"] == 3 and two == measure_retrieval(model, processor, rows, 8, num_pairs=3, seed=1)
     with pytest.raises(ValueError, match="1 pairs"):
         measure_retrieval(model, processor, CaptionedImages(rows.codes[:1], CAPTIONS[:1]), 8)
-
-
-def test_a_caption_that_the_model_has_learnt_is_first():
-    processor = tiny_processor()
-    model = tiny_model(processor, num_experts=1).train()
-    codes = torch.randint(0, 32, (4, 16), generator=torch.Generator().manual_seed(1))
-    captions = ["noto: red apple", "castle", "twemoji: green apple", "fruit"]
-    examples = [
-        {"input_ids": DocumentEncoder(processor).caption(text, image, image_first)}
-        for text, image in zip(captions, codes)
-        for image_first in (True, False)
-    ]
-    (batch,) = padded_batches(processor, examples, 8)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(80):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    found = measure_retrieval(model.eval(), processor, CaptionedImages(codes, captions), 8)
-    for answers in ("captions", "images"):
-        assert {name: figures["recall@1"] for name, figures in found[answers].items()} == dict.fromkeys(
-            found[answers], 1.0
-        )
 
 
 def test_the_drawing_of_which_the_words_are_likeliest_is_chosen(parts):

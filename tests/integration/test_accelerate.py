@@ -10,17 +10,12 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
 from helpers.mixed import changed, copied_state, mixed_examples
-from helpers.tiny import tiny_model, tiny_processor
+from helpers.tiny import tiny_model
 from modeling_moma import MomaForCausalLM
 from tokenization import MomaDataCollator
 
 
 DEPTH = {"num_hidden_layers": 3, "depth_layers": [1], "depth_capacity": 0.5, "gumbel_noise": 0.5}
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@
 import pytest
 
 from helpers.mixed import FirstStep, build_trainer, changed, copied_state, mixed_examples
-from helpers.tiny import tiny_model, tiny_processor
+from helpers.tiny import tiny_model
 from modeling_moma import calibrate_thresholds, freeze_all_but, freeze_groups, unfreeze
 from tokenization import MomaDataCollator
 
@@ -22,11 +22,6 @@ def is_of(modality, name):
     """Whether a tensor is of a modality's group, or of its projections and norms of untied attention."""
     parts = (f".groups.{modality}.", f".modalities.{modality}.", f"norm.{modality}.")
     return any(part in name for part in parts)
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.mixed import FirstStep, build_trainer, changed, copied_state, losses, mixed_examples
-from helpers.tiny import tiny_model, tiny_processor
+from helpers.tiny import tiny_model
 from modeling_moma import MomaForCausalLM, MomaMetricsCallback
 from tokenization import MomaDataCollator
 
@@ -19,9 +19,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 DEPTH = {"num_hidden_layers": 3, "depth_layers": [1], "depth_capacity": 0.5}
 # fields of the model, what LoRA adapts, and how many matrices or stacks that is
 TARGETS = {
-    "attention": ({}, {"target_modules": ATTENTION}, 2 * 4),
     "attention by modality": ({"untied_attention": True}, {"target_modules": ATTENTION}, 2 * 2 * 4),
-    "experts of all groups": ({}, {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, 2 * 2 * 2),
     # a width that grouped products refuse
     "experts of one group": (
         {"intermediate_size": 20},
@@ -39,11 +37,6 @@ TARGETS = {
         3 * 4 + 3 * 2 * 2,
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 def trained_adapter(base, processor, output, callbacks=(), **targets):

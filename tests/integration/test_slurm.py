@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.slow import slow
 from helpers.tiny import write_training
 from modeling_moma import MomaForCausalLM
 
@@ -45,6 +46,7 @@ PartitionName=main Nodes=ALL Default=YES State=UP
 """
 
 pytestmark = [
+    slow,
     pytest.mark.skipif(
         any(shutil.which(name) is None for name in PROGRAMS),
         reason="Slurm is not installed (apt-get install slurm-wlm)",
@@ -121,12 +123,8 @@ def write_job(folder: Path) -> Path:
     (folder / "job.sh").write_text(script)
     write_training(folder, num_experts={"text": 2, "image": 2})
     recipe = json.loads((folder / "recipe.json").read_text())
-    recipe["trainer"] = {
-        "max_steps": STEPS,
-        "save_steps": SAVE_STEPS,
-        "save_total_limit": 99,
-        "per_device_train_batch_size": 2,
-    }
+    numbers = {"max_steps": STEPS, "save_steps": SAVE_STEPS, "save_total_limit": 99}
+    recipe["trainer"] = {**numbers, "per_device_train_batch_size": 2}
     (folder / "mixture.yaml").write_text(json.dumps(recipe))
     return folder / "job.sh"
 

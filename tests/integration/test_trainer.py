@@ -3,13 +3,12 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.mixed import FirstStep, build_trainer, changed, copied_state, losses, mixed_examples
-from helpers.tiny import tiny_model, tiny_processor
+from helpers.tiny import tiny_model
 from modeling_moma import depth_moma
 from modeling_moma.routing_moma import MomaRouterBase
 
@@ -24,11 +23,6 @@ TOKENWISE = {
     "threshold": {"training_routing": "threshold", **FIXED},
     "depth": {"training_routing": "threshold", **DEPTH, **FIXED},
 }
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 def settled(model):
@@ -109,32 +103,16 @@ def test_evaluation_is_causal_and_in_plain_nats(processor, tmp_path):
     assert abs(found - oracle.loss.item()) > 1e-4
 
 
-def test_predictions_are_logits_alone(processor, tmp_path):
-    model = tiny_model(processor, output_router_logits=True)
-    found = build_trainer(model, processor, tmp_path).predict(mixed_examples(processor, 4))
-    assert isinstance(found.predictions, np.ndarray)
-    assert found.predictions.shape == (*found.label_ids.shape, model.config.vocab_size)
-
-
 def test_best_model_comes_back_and_weights_alone_are_saved(processor, tmp_path):
     # the worst is called the best, so that the last checkpoint is not it
-    trainer = build_trainer(
-        tiny_model(processor),
-        processor,
-        tmp_path,
-        max_steps=4,
-        learning_rate=1e-2,
-        save_strategy="steps",
-        save_steps=2,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_only_model=True,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=True,
-    )
+    options = {"max_steps": 4, "learning_rate": 1e-2, "save_only_model": True, "load_best_model_at_end": True}
+    options |= {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    options |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = build_trainer(tiny_model(processor, output_router_logits=True), processor, tmp_path, **options)
     trainer.train()
     assert losses(trainer, "eval_loss")[1] < losses(trainer, "eval_loss")[0]
+    predictions = trainer.predict(mixed_examples(processor, 4))
+    assert predictions.predictions.shape == (*predictions.label_ids.shape, trainer.model.config.vocab_size)
     assert not (tmp_path / "checkpoint-2" / "optimizer.pt").exists()
     # who may read the settings may read the weights
     assert len({path.stat().st_mode for path in (tmp_path / "checkpoint-2").iterdir() if path.is_file()}) == 1

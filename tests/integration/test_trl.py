@@ -10,7 +10,7 @@ from datasets import Image as ImageFeature
 from transformers import Trainer
 
 from helpers.mixed import losses, mixed_examples
-from helpers.tiny import noise_images, tiny_model, tiny_processor
+from helpers.tiny import noise_images, tiny_model
 from modeling_moma import MomaForCausalLM, MomaMetricsCallback
 
 
@@ -25,28 +25,14 @@ class OwnLossSFTTrainer(trl.SFTTrainer):
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
-
-
-@pytest.fixture(scope="module")
 def images():
     return noise_images(4)
 
 
 def settings(**fields):
-    defaults = {
-        "max_steps": 1,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-    }
-    return {**defaults, **fields}
+    sizes = {"max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    quiet = {"save_strategy": "no", "report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    return {**sizes, **quiet, **fields}
 
 
 def build_sft(model, processing_class, dataset, output, trainer_class=trl.SFTTrainer, callbacks=(), **fields):
@@ -106,14 +92,8 @@ def test_conversations_with_images_in_any_turn_are_learnt(processor, images, tmp
 
 
 def test_loss_of_the_answers_alone_counts_images_that_are_answers(processor, images, tmp_path):
-    trainer = build_sft(
-        tiny_model(processor),
-        processor,
-        talks(images),
-        tmp_path,
-        per_device_train_batch_size=2,
-        assistant_only_loss=True,
-    )
+    options = {"per_device_train_batch_size": 2, "assistant_only_loss": True}
+    trainer = build_sft(tiny_model(processor), processor, talks(images), tmp_path, **options)
     labels = one_batch(trainer)["labels"]
     texts = {processor.tokenizer.decode(row[row != -100], skip_special_tokens=False) for row in labels}
     [codes] = processor.encode_images(images[:1])

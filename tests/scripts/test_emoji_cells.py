@@ -13,7 +13,6 @@ from image_sets.splits import merge_cells, split_emoji
     [
         ("waving hand: dark skin tone", "waving hand"),
         ("man: medium-light skin tone, red hair", "man: red hair"),
-        ("kiss: man, man, light skin tone, dark skin tone", "kiss: man, man"),
         ("kiss: person, person, light skin tone, dark skin tone", "kiss"),
         ("family: man, boy", "family: man, boy"),
         ("light skin tone", "light skin tone"),
@@ -30,17 +29,10 @@ def test_cells_that_share_an_image_are_merged_through_a_chain():
 
 
 def make_rows():
-    cells = [
-        (f"label {i}", family) for i in range(200) for family in ("x", "y", "z") for _ in range(1 + (family == "z"))
-    ]
+    places = [(i, family, copy) for i in range(200) for family, copy in (("x", 0), ("y", 0), ("z", 0), ("z", 1))]
     # every tenth label of one family has the image of the label before it
-    images = [
-        (family, i - (family == "x" and i % 10 == 9), copy if family == "z" else 0)
-        for i in range(200)
-        for family in ("x", "y", "z")
-        for copy in range(1 + (family == "z"))
-    ]
-    return cells, images
+    images = [(family, i - (family == "x" and i % 10 == 9), copy) for i, family, copy in places]
+    return [(f"label {i}", family) for i, family, _ in places], images
 
 
 def test_split_keeps_cells_images_and_labels_apart_and_hits_the_shares():

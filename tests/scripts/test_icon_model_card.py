@@ -31,11 +31,7 @@ def test_another_report_is_written_into_a_folder_without_a_card(tmp_path):
     report["search"]["test_words"] = None
     write_card(tmp_path, report)
     card = (tmp_path / "README.md").read_text()
-    for text in (
-        "value: 0.1234",
-        "| `test`, MoMa | 12.3 % |",
-        "value: 0.3\n",
-    ):
+    for text in ("value: 0.1234", "| `test`, MoMa | 12.3 % |", "value: 0.3\n"):
         assert text in card, text
     assert "- Memory: " not in card and "| `test_words` |" not in card
     (tmp_path / "README.md").write_text(card.replace("<!-- tags: end -->", ""))

@@ -13,13 +13,7 @@ import build_typical_icons
 from helpers.icons import write_icons
 from helpers.tiny import tiny_model, tiny_processor
 from icon_evaluation.samples import open_split, order
-from icon_evaluation.typical import (
-    KnownDrawings,
-    candidates,
-    in_black,
-    name_scores,
-    typical_caption,
-)
+from icon_evaluation.typical import KnownDrawings, candidates, in_black, name_scores, typical_caption
 from image_sets.icon_images import COLOURS, paint, unpaint
 from modeling_moma.data.encoding import DocumentEncoder
 

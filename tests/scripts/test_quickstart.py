@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import quickstart
 from helpers.released import skip_without_released_model
+from helpers.slow import slow
 from helpers.tiny import tiny_model, tiny_processor
 
 
@@ -165,6 +166,7 @@ def test_what_measures_a_fine_tuning_is_not_learnt_in_it(model_folder, data_fold
         assert len(set(images)) == learnt + held_out
 
 
+@slow
 def test_the_model_of_emoji_is_shown_by_its_own_recipe_with_the_losses_of_its_card(tmp_path, capsys, monkeypatch):
     skip_without_released_model()
     monkeypatch.chdir(ROOT)

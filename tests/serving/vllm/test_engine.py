@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.served import CONFIGURATIONS, greedy, prompts, save, served_model
-from helpers.tiny import noise_images, tiny_processor
+from helpers.tiny import noise_images
 
 
 vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: `make test-vllm`")
@@ -38,19 +38,12 @@ def ask(llm, answers, new_tokens=None):
     """Greedy tokens for all prompts at once."""
     params = [
         vllm.SamplingParams(
-            temperature=0.0,
-            max_tokens=new_tokens or len(answer.ids),
-            extra_args={"generation_mode": answer.mode},
+            temperature=0.0, max_tokens=new_tokens or len(answer.ids), extra_args={"generation_mode": answer.mode}
         )
         for answer in answers
     ]
     outputs = llm.generate([{"prompt_token_ids": answer.prompt} for answer in answers], params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,7 @@ import pytest
 import torch
 
 from helpers.served import greedy, prompts, served_model
-from helpers.tiny import tiny_processor
 from modeling_moma.serving.vllm import guided_frame
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 
 from helpers.served import CONFIGURATIONS, greedy, prompts, save, served_model
 from helpers.server_process import running
-from helpers.tiny import noise_images, tiny_processor
+from helpers.tiny import noise_images
 from modeling_moma.serving.vllm import guided_frame, server_logprobs
 
 
@@ -20,11 +20,6 @@ openai = pytest.importorskip("openai")
 START_SECONDS = 240
 NAME = "moma"
 pytestmark = pytest.mark.timeout(400)
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return tiny_processor()
 
 
 @pytest.fixture(scope="module")
