@@ -15,7 +15,6 @@ from modeling_moma.data.kinds import CaptionDocuments
 from modeling_moma.evaluation.losses import EXPERT_CHOICE, document_losses
 from modeling_moma.evaluation.measures import encode_images, image_batches, load_model
 from modeling_moma.hub.loading import refuse_non_finite
-from modeling_moma.hub.upload import installed_code
 from modeling_moma.labelling.labeler import open_labeler
 from modeling_moma.training.recipe import read_recipe
 
@@ -28,12 +27,6 @@ LOSSES_OF_32 = {
     "causal": {"tokens": 4746, "text": 0.87144, "image": 3.26987, "overall": 2.94139},
     EXPERT_CHOICE: {"tokens": 4746, "text": 0.871, "image": 3.26986, "overall": 2.94130},
 }
-
-
-@pytest.mark.parametrize("name", installed_code())
-def test_the_code_that_travels_with_the_model_is_that_of_the_packages(name):
-    source = installed_code()[name]
-    assert (FOLDER / name).read_text() == source.read_text(), f"copy {source.relative_to(ROOT)} to {FOLDER.name}"
 
 
 @each_model
