@@ -31,19 +31,12 @@ def images():
 @pytest.fixture(scope="module")
 def conversation(images):
     """Two images in one turn of the user, two around words in one of the assistant."""
-    see, draw = images[:2], images[2:]
+    shown, *drawn = [{"type": "image", "image": image} for image in images[1:]]
     return [
-        {"role": "user", "content": [{"type": "image", "image": image} for image in see]},
+        {"role": "user", "content": [{"type": "image", "image": images[0]}, shown]},
         {"role": "assistant", "content": "noto: red apple"},
         {"role": "user", "content": [{"type": "text", "text": "castle"}]},
-        {
-            "role": "assistant",
-            "content": [
-                {"type": "image", "image": draw[0]},
-                {"type": "text", "text": " and "},
-                {"type": "image", "image": draw[1]},
-            ],
-        },
+        {"role": "assistant", "content": [drawn[0], {"type": "text", "text": " and "}, drawn[1]]},
     ]
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from helpers.absent import WITHOUT_PACKAGES
 from helpers.hub_server import HubServer, run_client
 from helpers.released import RELEASED, released_repository, skip_without_released_model
+from helpers.slow import slow
 from helpers.tiny import CARD, tiny_model
 from modeling_moma.compat_moma import complete_model_card
 from modeling_moma.hub.upload import check_loads, lay_out
@@ -274,6 +275,7 @@ def test_weights_of_an_older_layout_and_files_of_an_older_processor_do_not_stay(
     assert_same_files(server.store, name, folders / "shards", tmp_path / "stays")
 
 
+@slow
 def test_a_push_to_an_impossible_branch_commits_nothing(server, push, folders):
     name = "someone/moma-branch"
     result = push("--model", folders / "second", "--repo-id", name, "--revision", "no..branch", succeeds=False)
@@ -281,6 +283,7 @@ def test_a_push_to_an_impossible_branch_commits_nothing(server, push, folders):
     assert server.store.log(name) == ["initial commit"]
 
 
+@slow
 def test_a_private_push_to_a_public_repository_is_refused(server, push, folders):
     name = "someone/moma-public"
     server.store.create(name, private=False)
@@ -307,6 +310,7 @@ def test_a_push_without_a_token_sends_nothing(server, push, folders):
     assert name.replace("/", "--") not in {path.name for path in (server.store.folder / "repositories").iterdir()}
 
 
+@slow
 def test_the_released_model_can_be_pushed_with_the_installed_code(server, push, tmp_path):
     skip_without_released_model()
     arguments = ("--model", RELEASED, "--dataset", "data/emoji=someone/emoji")

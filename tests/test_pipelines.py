@@ -55,10 +55,6 @@ def greedy(model, processor, inputs, **kwargs):
     return processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def look(image):
-    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "name it"}]}]
-
-
 def test_an_image_in_words_out(any_to_any, model, processor, images):
     answers = any_to_any(images=images[0], text="<image>", max_new_tokens=4, return_full_text=False)
     inputs = processor(images=images[0], text="<image>", return_tensors="pt")
@@ -95,6 +91,17 @@ def test_a_batch_of_unequal_prompts_gives_the_words_of_each_alone(any_to_any, im
     answers = any_to_any(text=[text for text, _ in rows], images=[shown for _, shown in rows], **wanted)
     alone = [any_to_any(text=text, images=shown, **wanted)[0] for text, shown in rows]
     assert [answer["generated_text"] for answer in answers] == [answer["generated_text"] for answer in alone]
+
+
+def test_a_chat_with_an_image(model, processor, images):
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    chat = [{"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "name it"}]}]
+    (answer,) = pipe(text=[chat], max_new_tokens=4)
+    inputs = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    said = greedy(model, processor, inputs, max_new_tokens=4)[0]
+    assert answer[0]["generated_text"][-1] == {"role": "assistant", "content": said}
 
 
 def test_words_are_streamed_as_they_come(any_to_any, processor):

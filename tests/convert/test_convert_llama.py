@@ -107,12 +107,8 @@ def test_old_rows_stay_and_new_rows_lie_around_their_mean(source, convert, token
     new_ids = torch.arange(len(tokenizer), model.config.vocab_size)
     assert len(new_ids) == 35
     images = slice(*model.config.modality_token_ranges["image"][0])
-    for old, rows in (
-        (original.model.embed_tokens.weight, model.model.embed_tokens.weight),
-        (original.lm_head.weight, model.lm_head.weight),
-    ):
-        kept = old[: len(tokenizer)]
-        assert torch.equal(rows[: len(tokenizer)], kept)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        kept, rows = original.state_dict()[name][: len(tokenizer)], model.state_dict()[name]
         deviation = (rows[new_ids] - kept.mean(dim=0)) / kept.std(dim=0)
         assert 0.09 < deviation.std() < 0.11
         assert torch.pdist(rows[images]).min() > 0
@@ -144,11 +140,8 @@ def test_codes_begin_near_a_uniform_loss_and_old_rows_stay(pair):
     source, model, receipt, num_ids = pair
     # a guess among 32 codes is 3.5 nats; random small models leave no room to tell words from images well
     assert receipt.image_loss < math.log(32) + 2.5
-    for old, rows in (
-        (source.get_input_embeddings().weight, model.get_input_embeddings().weight),
-        (source.get_output_embeddings().weight, model.get_output_embeddings().weight),
-    ):
-        assert torch.equal(rows[:num_ids], old[:num_ids])
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(model.state_dict()[name][:num_ids], source.state_dict()[name][:num_ids])
     images = slice(*model.config.modality_token_ranges["image"][0])
     assert torch.pdist(model.get_input_embeddings().weight[images]).min() > 0
 
@@ -183,6 +176,13 @@ def test_generation_settings_of_a_chat_model_stay(source, convert, tmp_path):
     assert (config.do_sample, config.temperature) == (True, 0.6)
     assert config.eos_token_id == [7, 9, 2]
     assert config.pad_token_id == 0
+
+
+def test_half_precision_stays_bit_by_bit(tmp_path, tokenizer, convert):
+    original = save_source(tmp_path / "source", CONFIGS["qwen3"], tokenizer, dtype=torch.bfloat16).state_dict()
+    assert convert(tmp_path / "source").relative_difference < 1e-5
+    model = MomaForCausalLM.from_pretrained(tmp_path / "moma")
+    assert model.dtype == torch.bfloat16 and torch.equal(model.state_dict()[Q_PROJ], original[Q_PROJ])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.int8, torch.float8_e4m3fn], ids=str)

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from helpers.tiny import tiny_model, tiny_processor, tiny_vq_model
+from helpers.tiny import tiny_model, tiny_vq_model
 from modeling_moma.evaluation.drawings import compare_features, feature_extractor, frechet_distance, measure_drawings
 from modeling_moma.evaluation.held_out import CaptionedImages
 from modeling_moma.evaluation.measures import decode_images, draw_images
@@ -20,8 +20,7 @@ def mean_colours(images):
 
 
 @pytest.fixture(scope="module")
-def parts():
-    processor = tiny_processor()
+def parts(processor):
     codes = torch.randint(0, 32, (11, 16), generator=torch.Generator().manual_seed(0))
     # `<image>` in a caption is what it is, not a place for an image
     captions = ["noto: red apple", "castle <image>", "fruit"] * 3 + ["red", "green"]

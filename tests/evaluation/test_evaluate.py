@@ -101,8 +101,7 @@ def test_wishes_that_cannot_be_met_are_refused_before_anything_is_measured(sourc
         measure_sources(model, processor, {"few": few}, MeasureSettings(("losses", "drawings")))
 
 
-def test_figures_that_are_no_numbers_are_null_in_the_file(folder, tmp_path, capsys):
-    processor = tiny_processor()
+def test_figures_that_are_no_numbers_are_null_in_the_file(folder, tmp_path, capsys, processor):
     processor.save_pretrained(tmp_path / "model")
     model = tiny_model(processor)
     # finite, but no logit of them is

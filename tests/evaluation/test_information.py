@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 import pytest
 import torch
 
-from helpers.tiny import tiny_model, tiny_processor
+from helpers.tiny import tiny_model
 from modeling_moma.evaluation.evaluate import MeasureSettings, measure_sources
 from modeling_moma.evaluation.held_out import CaptionedImages, HeldOutSource
 from modeling_moma.evaluation.report import report_tables
@@ -17,8 +17,7 @@ CAPTIONS = ["noto: red apple", "castle", " ", "red <eos> fruit"]
 
 
 @pytest.fixture(scope="module")
-def parts():
-    processor = tiny_processor()
+def parts(processor):
     codes = torch.randint(0, 32, (4, 16), generator=torch.Generator().manual_seed(0))
     model = tiny_model(processor, num_experts={"text": 2, "image": 2}, initializer_range=0.3)
     return model, processor, CaptionedImages(codes, CAPTIONS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers.tiny import tiny_model, tiny_processor
+from helpers.tiny import tiny_model
 from modeling_moma.evaluation.held_out import CaptionedImages
 from modeling_moma.evaluation.retrieval import likeliest_drawings, measure_retrieval, rank_figures, ranks
 
@@ -18,8 +18,7 @@ CAPTIONS = ["noto: red apple", "twemoji: green apple", "castle", "castle", "frui
 
 
 @pytest.fixture(scope="module")
-def parts():
-    processor = tiny_processor()
+def parts(processor):
     codes = torch.randint(0, 32, (7, 16), generator=torch.Generator().manual_seed(0))
     codes[5] = codes[4]
     model = tiny_model(processor, num_experts={"text": 2, "image": 2}, initializer_range=0.3)

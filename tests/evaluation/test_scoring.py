@@ -26,8 +26,7 @@ def loop_score(model, prefix, continuation):
 
 
 @pytest.mark.parametrize("name, batch_size", [("dense", 1), ("experts", 2), ("token_choice", 16), ("depth", 2)])
-def test_scores_are_those_of_a_loop_over_single_pairs(name, batch_size):
-    processor = tiny_processor()
+def test_scores_are_those_of_a_loop_over_single_pairs(name, batch_size, processor):
     model = tiny_model(processor, initializer_range=0.3, **MODELS[name])
     image = processor.image_ids(torch.arange(16))
     prefixes = [[1], [1, 60, 61, 62], [1, *image], [1, 70, image[0]]]

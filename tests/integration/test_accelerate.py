@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 
 from helpers.mixed import changed, copied_state, mixed_examples
 from helpers.tiny import tiny_model
-from modeling_moma import MomaForCausalLM
 from tokenization import MomaDataCollator
 
 
@@ -74,14 +73,3 @@ def test_saved_and_loaded_state_goes_on_bit_equal(processor, tmp_path):
     assert not changed(copied_state(whole.model), second.model.state_dict())
     counters = [tensor for name, tensor in second.model.state_dict().items() if name.endswith("num_updates")]
     assert counters and all((counter == 12).all() for counter in counters)
-
-
-def test_model_of_the_loop_is_saved_as_a_plain_one(processor, tmp_path):
-    loop = Loop(tiny_model(processor), processor, mixed_precision="bf16")
-    found = loop.run(4)
-    assert sum(found[-4:]) < sum(found[:4])
-    plain = loop.accelerator.unwrap_model(loop.model)
-    plain.save_pretrained(tmp_path, save_function=loop.accelerator.save)
-    loaded = MomaForCausalLM.from_pretrained(tmp_path)
-    assert not changed(plain.state_dict(), loaded.state_dict())
-    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from datasets import config
 
 from helpers.icons import NAMES, icon, write_icons
-from helpers.tiny import tiny_model, tiny_processor
+from helpers.tiny import tiny_model
 from icon_evaluation.measures import (
     Query,
     chance,
@@ -47,8 +47,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def parts():
-    processor = tiny_processor()
+def parts(processor):
     return tiny_model(processor, num_experts={"text": 3, "image": 2}, initializer_range=0.3), processor
 
 

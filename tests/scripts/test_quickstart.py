@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import quickstart
 from helpers.released import skip_without_released_model
 from helpers.slow import slow
-from helpers.tiny import tiny_model, tiny_processor
+from helpers.tiny import tiny_model
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,8 +35,7 @@ ICONS_LOSSES = {"eval_loss": 3.8688, "eval_text_loss": 4.5234, "eval_image_loss"
 
 
 @pytest.fixture
-def model_folder(tmp_path):
-    processor = tiny_processor()
+def model_folder(tmp_path, processor):
     tiny_model(processor, num_experts={"text": 2, "image": 3}).save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
