@@ -43,19 +43,6 @@ def test_offloading_and_prefetching_change_nothing(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("depth_layers", "length"), [(None, 5), ([0, 2], 1), ([0, 2], 5)])
-def test_a_static_cache_that_was_reset_is_as_a_fresh_one(depth_layers, length):
-    model, ids = make_model(depth_layers=depth_layers), mixed_ids(2, length, 0)
-    caches = [new_cache(model, "static") for _ in range(2)]
-    model.generate(mixed_ids(2, 7, 1), cache=caches[0], max_new_tokens=4)
-    caches[0].reset()
-    call = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    then, expected = (model.generate(ids, cache=cache, **call) for cache in caches)
-    assert torch.equal(then.sequences, expected.sequences)
-    torch.testing.assert_close(then.logits, expected.logits, atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize(
     ("kind", "forget", "hidden", "then_hidden"),
     [

@@ -167,8 +167,6 @@ def test_a_document_that_overflows_stays_alone(always, asked, worst):
         ([500, 12], False),
         # longer than what a head of this size may keep
         ([300, 212], False),
-        # short rows: tiles are as large as they are
-        ([8, 8, 8], False),
         ([1] * 64, False),
     ],
 )

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Generation with frames of several modalities: images of six codes, sounds of any length; speech has no frame."""
 
 import copy
 from functools import partial
@@ -14,36 +15,52 @@ from modeling_moma.modeling_moma import MomaForCausalLM
 
 
 PAD, BOS, EOS, BEGIN, END = 1, 0, 2, 3, 4
-START, STOP, LENGTH = 100, 160, 6
+START, STOP, LENGTH = 100, 140, 6
+FRAMES = {"image": (BEGIN, END, range(START, STOP), LENGTH), "audio": (5, 6, range(140, 160), None)}
+SPEECH = range(160, 170)
 CODES = [100, 101, 102, 103, 104, 105]
 IMAGE = [BEGIN, *CODES, END]
+SOUND = [5, 140, 141, 6]
+STRATEGIES = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 0},
+    "top_k": {"do_sample": True, "top_k": 3, "temperature": 0.5},
+    "beams": {"num_beams": 3, "do_sample": False},
+    "beam_sampling": {"num_beams": 2, "do_sample": True},
+    "three_answers": {"do_sample": True, "num_return_sequences": 3},
+    "guidance": {"do_sample": True, "guidance_scale": 3.0},
+    "guidance_three_answers": {"do_sample": True, "guidance_scale": 3.0, "num_return_sequences": 3},
+    "without_cache": {"do_sample": False, "use_cache": False},
+}
+FEW = [STRATEGIES[name] for name in ("greedy", "sampling", "beams", "guidance", "without_cache")]
 
 
-def make_config(**kwargs):
+def make_model(**kwargs):
+    torch.manual_seed(0)
     fields = {
-        "vocab_size": 160,
+        "vocab_size": 170,
         "hidden_size": 32,
         "intermediate_size": 24,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "max_position_embeddings": 96,
+        "max_position_embeddings": 64,
         "pad_token_id": PAD,
         "bos_token_id": BOS,
         "eos_token_id": EOS,
-        "begin_image_token_id": BEGIN,
-        "end_image_token_id": END,
-        "image_seq_length": LENGTH,
-        "modality_token_ranges": {"image": [[START, STOP]]},
-        "num_experts": {"text": 2, "image": 2},
+        "begin_image_token_id": 3,
+        "end_image_token_id": 4,
+        "image_seq_length": 6,
+        "modality_token_ranges": {"image": [[100, 140]], "audio": [[140, 160]], "speech": [[160, 170]]},
+        "modality_frames": {"audio": {"begin": 5, "end": 6, "length": None}},
+        "num_experts": {"text": 2, "image": 2, "audio": 2, "speech": 1},
         "initializer_range": 0.2,
     }
-    return MomaConfig(**{**fields, **kwargs})
+    return MomaForCausalLM(MomaConfig(**{**fields, **kwargs})).eval()
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    return MomaForCausalLM(make_config()).eval()
+    return make_model()
 
 
 def batch(*rows):
@@ -56,43 +73,38 @@ def batch(*rows):
 # three rows in different states: no image yet, a whole one behind, and a begun one
 STATES = batch([BOS, 20, 21, 22], [BOS, *IMAGE, 30, BEGIN], [BOS, 40, BEGIN, 110, 111])
 TEXTS = batch([BOS, 20, 21, 22, 23, 24], [BOS, 30])
-
-STRATEGIES = {
-    "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True, "top_k": 0},
-    "top_k": {"do_sample": True, "top_k": 3, "temperature": 0.5},
-    "beams": {"num_beams": 3, "do_sample": False},
-    "beam_sampling": {"num_beams": 2, "do_sample": True},
-    "three_answers": {"do_sample": True, "num_return_sequences": 3},
-    "guidance": {"do_sample": True, "guidance_scale": 3.0},
-    "guidance_three_answers": {"do_sample": True, "guidance_scale": 3.0, "num_return_sequences": 3},
-    "without_cache": {"do_sample": False, "use_cache": False},
-}
+PROMPTS = batch([BOS, 20, 21], [BOS, *IMAGE, 30], [BOS, *SOUND, *IMAGE])
+# no sound yet, one begun, one with a code, and a whole one behind
+SOUNDS = batch([BOS, 20, 21], [BOS, *IMAGE, 5], [BOS, 40, 5, 141], [BOS, *SOUND, 30])
+MIXED = batch([BOS, 20, 21], [BOS, 3, 101], [BOS, 40, 5, 141])
 
 
-def grammar_violation(row):
-    """First breach of the grammar in a row of ids, or None; written as a plain loop over the tokens."""
-    count = None
-    for place, token in enumerate(row):
-        is_code = START <= token < STOP
-        if count is None:
-            if is_code or token == END:
-                return place, token
-            count = 0 if token == BEGIN else None
-        elif count < LENGTH:
-            if not is_code:
-                return place, token
+def frames_of(row):
+    """The modality of each frame of a row, or a failure at the first breach; a plain loop over the tokens."""
+    found, open_frame, count = [], None, 0
+    for token in row:
+        owner = next((name for name, (_, _, codes, _) in FRAMES.items() if token in codes), None)
+        begun = next((name for name, frame in FRAMES.items() if frame[0] == token), None)
+        ended = next((name for name, frame in FRAMES.items() if frame[1] == token), None)
+        assert token not in SPEECH, row
+        if open_frame is None:
+            assert owner is None and ended is None, row
+            open_frame, count = begun, 0
+        elif owner is not None:
             count += 1
-        elif token == END:
-            count = None
+            assert owner == open_frame, row
         else:
-            return place, token
-    return None if count is None else (len(row), "open")
+            length = FRAMES[open_frame][3]
+            assert ended == open_frame and (count == length if length else count >= 1), row
+            found.append(open_frame)
+            open_frame = None
+    assert open_frame is None, row
+    return found
 
 
 def assert_grammar(rows):
     for row in rows.tolist():
-        assert grammar_violation(row) is None, row
+        frames_of(row)
 
 
 # an image alone, with words before and behind it, two of them, and words alone
@@ -185,7 +197,7 @@ def test_image_mode_ends_the_row_after_the_image_when_there_is_more_room(model, 
 
 def test_interleaved_images_stay_inside_the_context():
     torch.manual_seed(0)
-    model = MomaForCausalLM(make_config(max_position_embeddings=20)).eval()
+    model = make_model(max_position_embeddings=20)
     bias = {(BEGIN,): 50.0, (EOS,): 30.0}
     call = {"generation_mode": "interleaved", "sequence_bias": bias, "do_sample": False, "max_new_tokens": 40}
     # 20 positions hold one more image after 12, none after 13
@@ -217,7 +229,7 @@ def test_too_few_new_tokens_raise_with_the_numbers(model):
 
 @pytest.mark.parametrize("is_given", [True, False])
 def test_a_configured_number_of_new_tokens_goes_before_a_length(is_given):
-    model = MomaForCausalLM(make_config()).eval()
+    model = make_model()
     call = {"generation_mode": "image", "max_length": 60, "do_sample": False}
     config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD) if is_given else model.generation_config
     if is_given:
@@ -333,8 +345,8 @@ def test_bad_calls_raise_by_name(model):
 
 def test_text_only_model_generates_text_and_refuses_images():
     torch.manual_seed(0)
-    fields = {"modality_token_ranges": {}, "num_experts": 2}
-    model = MomaForCausalLM(make_config(**fields, begin_image_token_id=None, end_image_token_id=None)).eval()
+    fields = {"modality_token_ranges": {}, "modality_frames": None, "num_experts": 2}
+    model = make_model(**fields, begin_image_token_id=None, end_image_token_id=None)
     assert model.generate(torch.tensor([[BOS, 20]]), max_new_tokens=3).shape[1] <= 5
     for mode in ("image", "interleaved"):
         with pytest.raises(ValueError, match="`generation_mode` must be one of \\('text',\\), got '"):
@@ -346,7 +358,7 @@ def test_text_only_model_generates_text_and_refuses_images():
 )
 def test_a_model_may_draft_for_itself_with_its_first_layers(mode, depth):
     torch.manual_seed(0)
-    model = MomaForCausalLM(make_config(num_hidden_layers=4, **depth)).eval()
+    model = make_model(num_hidden_layers=4, **depth)
     ids = torch.tensor([[BOS, 20, 21, 22]])
     call = {"generation_mode": mode, "do_sample": False, "max_new_tokens": LENGTH + 4}
     expected = model.generate(ids, **call)
@@ -369,10 +381,10 @@ def test_a_model_may_draft_for_itself_with_its_first_layers(mode, depth):
 )
 def test_rows_end_at_the_last_position(num_prompt, strategy):
     torch.manual_seed(0)
-    model = MomaForCausalLM(make_config(max_position_embeddings=40)).eval()
+    model = make_model(max_position_embeddings=40)
     strategy = dict(strategy)
     if strategy.pop("assistant", False):
-        strategy["assistant_model"] = MomaForCausalLM(make_config(max_position_embeddings=40)).eval()
+        strategy["assistant_model"] = make_model(max_position_embeddings=40)
     call = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, "suppress_tokens": [EOS]}
     # tokens that come again, so that lookup finds drafts
     ids = torch.tensor([[BOS, *[20, 21, 22] * 13]])[:, :num_prompt]
@@ -423,7 +435,7 @@ def cached_turn(model, num_seen, static=False):
 @pytest.mark.parametrize(("static", "num_new"), [(False, 1), (True, 5), (False, 8)])
 def test_new_ids_alone_need_a_mask_over_what_the_cache_holds(num_new, static):
     torch.manual_seed(0)
-    model = MomaForCausalLM(make_config()).eval()
+    model = make_model()
     ids, cache = cached_turn(model, 8, static)
     new = torch.full((1, num_new), 30)
     with pytest.raises(InputError, match=f"`cache` holds 8 positions and the prompt has {num_new}, so none is left"):
@@ -439,7 +451,7 @@ def test_new_ids_alone_need_a_mask_over_what_the_cache_holds(num_new, static):
 )
 def test_rows_of_new_ids_end_at_the_last_position(configured, depth):
     torch.manual_seed(0)
-    model = MomaForCausalLM(make_config(max_position_embeddings=40, **depth)).eval()
+    model = make_model(max_position_embeddings=40, **depth)
     ids, cache = cached_turn(model, 30)
     new = torch.tensor([[20, 21]])
     whole = torch.cat([ids, new], dim=1)
@@ -502,3 +514,165 @@ def test_own_options_of_generation_are_saved_with_the_model(model, tmp_path):
     assert {name: getattr(loaded, name) for name in own} == own and loaded.generation_mode == "image"
     model.save_pretrained(tmp_path / "none")
     assert MomaForCausalLM.from_pretrained(tmp_path / "none").generation_config._from_model_config
+
+
+@pytest.mark.parametrize(("loved", "strategy"), zip([3, 6, 150, 165, 5], FEW))
+def test_text_mode_writes_no_token_of_any_modality(model, strategy, loved):
+    out = model.generate(**PROMPTS, max_new_tokens=6, sequence_bias={(loved,): 100.0}, **strategy)
+    new = out[:, PROMPTS["input_ids"].shape[1] :]
+    assert not ((new >= 100) | ((new >= 3) & (new <= 6))).any()
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_codes_of_a_modality_without_a_frame_are_never_written(mode):
+    model = make_model(modality_frames=None)
+    for loved in (150, 165):
+        bias = {(loved,): 100.0, (3,): 5.0}
+        out = model.generate(**PROMPTS, generation_mode=mode, max_new_tokens=12, sequence_bias=bias, do_sample=False)
+        new = out[:, PROMPTS["input_ids"].shape[1] :]
+        assert not (new >= 140).any()
+    with pytest.raises(ValueError, match=r"must be one of \('text', 'interleaved', 'image'\), got 'audio'"):
+        model.generate(**PROMPTS, generation_mode="audio")
+
+
+@pytest.mark.parametrize(("max_new_tokens", "strategy"), zip([3, 12, None, 3, 12], FEW))
+def test_audio_mode_gives_every_row_exactly_one_sound(model, strategy, max_new_tokens):
+    torch.manual_seed(0)
+    # an untrained model seldom ends a sound
+    call = {"sequence_bias": {(6,): 2.0}, "max_new_tokens": max_new_tokens, **strategy}
+    out = model.generate(**SOUNDS, generation_mode="audio", **call)
+    width = SOUNDS["input_ids"].shape[1]
+    assert [frames_of(row).count("audio") for row in out.tolist()] == [1, 1, 1, 2]
+    for row in out[:, width:].tolist():
+        assert set(row[row.index(6) + 1 :]) <= {EOS, PAD}
+    assert out.shape[1] <= (64 if max_new_tokens is None else width + max_new_tokens)
+    assert [len(codes) > 0 for codes in model.decode_modality_tokens(out, "audio")] == [True] * 5
+    assert model.decode_image_tokens(out).shape == (1, 6)
+
+
+def test_a_sound_may_last_to_the_end_of_the_context(model):
+    out = model.generate(**SOUNDS, generation_mode="audio", do_sample=False, sequence_bias={(6,): -100.0})
+    assert out.shape[1] == 64
+    assert (out[:, -1] == 6).all()
+
+
+@pytest.mark.parametrize("length", [1, 6])
+def test_a_third_modality_may_have_a_fixed_length(length):
+    model = make_model(modality_frames={"audio": {"begin": 5, "end": 6, "length": length}})
+    prompts = batch([BOS, 20], [BOS, 20, 5])
+    out = model.generate(**prompts, generation_mode="audio", do_sample=False)
+    codes = model.decode_modality_tokens(out, "audio")
+    assert codes.shape == (2, length) and codes.min() >= 0 and codes.max() < 20
+    assert out.shape[1] == 3 + length + 2
+
+
+@pytest.mark.parametrize(("max_new_tokens", "strategy"), zip([25, 8, 7, 25, 25], FEW))
+def test_interleaved_mode_keeps_the_grammar_of_all_frames(model, strategy, max_new_tokens):
+    torch.manual_seed(0)
+    bias = {(3,): 4.0, (5,): 4.0, (6,): 2.0}
+    call = {"generation_mode": "interleaved", "max_new_tokens": max_new_tokens, "sequence_bias": bias, **strategy}
+    found = [frames_of(row) for row in model.generate(**MIXED, **call).tolist()]
+    assert found[1][0] == "image" and found[2][0] == "audio"
+    if max_new_tokens == 25 and "num_beams" not in strategy:
+        assert {name for row in found for name in row} == {"image", "audio"}
+
+
+def test_interleaved_mode_begins_what_fits(model):
+    call = {**PROMPTS, "generation_mode": "interleaved", "do_sample": False}
+    width = PROMPTS["input_ids"].shape[1]
+    for room, bias, expected in (
+        (2, {(5,): 100.0}, 0),
+        (3, {(5,): 100.0}, 1),
+        (7, {(3,): 100.0}, 0),
+        (8, {(3,): 100.0}, 1),
+    ):
+        new = model.generate(**call, max_new_tokens=room, sequence_bias=bias)[:, width:]
+        begun = (new == 3) | (new == 5)
+        assert (begun.sum(1) >= expected).all() and (expected or not begun.any())
+        assert all(frames_of(row) is not None for row in new.tolist())
+
+
+@pytest.mark.parametrize(
+    ("mode", "drafted"), [("audio", "prompt_lookup"), ("interleaved", "prompt_lookup"), ("interleaved", "assistant")]
+)
+def test_drafts_keep_the_grammar_and_equal_greedy(model, mode, drafted):
+    call = {"generation_mode": mode, "do_sample": False, "max_new_tokens": 20, "sequence_bias": {(5,): 4.0, (6,): 2.0}}
+    ids = torch.tensor([[BOS, *SOUND, 20, *SOUND, 21]])
+    plain = model.generate(ids, **call)
+    more = {"prompt_lookup_num_tokens": 4}
+    if drafted == "assistant":
+        more = {"assistant_model": make_model(num_hidden_layers=1)}
+    assert torch.equal(model.generate(ids, **call, **more), plain)
+    assert frames_of(plain[0].tolist())
+
+
+@torch.no_grad()
+def test_guidance_sees_the_open_sound_alone(model):
+    call = {"generation_mode": "audio", "do_sample": False, "max_new_tokens": 12, "guidance_scale": 3.0}
+    row = model.generate(torch.tensor([[BOS, 40, 41, 5, 141]]), **call)
+    with_text = model(row).logits[0].log_softmax(-1)
+    alone = model(torch.cat([torch.tensor([[BOS]]), row[:, 3:]], dim=1)).logits[0].log_softmax(-1)
+    end = row[0].tolist().index(6)
+    assert end > 7
+    # the last token is forced
+    for place in range(5, end):
+        mixed = alone[place - 3] + 3.0 * (with_text[place - 1] - alone[place - 3])
+        allowed = [*range(140, 160), 6]
+        assert int(row[0, place]) == allowed[int(mixed[allowed].argmax())]
+
+
+def test_embedded_prompts_get_whole_sounds(model):
+    ids = torch.tensor([[BOS, 20, 21]])
+    embeds = model.get_input_embeddings()(ids)
+    for call in ({}, {"max_new_tokens": 9}):
+        call = {"generation_mode": "audio", "do_sample": False, "sequence_bias": {(6,): -100.0}, **call}
+        out = model.generate(inputs_embeds=embeds, **call)
+        assert frames_of(out[0].tolist()) == ["audio"]
+        assert torch.equal(out, model.generate(ids, **call)[:, 3:])
+
+
+@pytest.mark.parametrize(
+    ("row", "mode", "open_modality"),
+    [
+        ([BOS, 5, 141], "text", "audio"),
+        ([BOS, 5], "image", "audio"),
+        ([BOS, 3, 101], "audio", "image"),
+        ([BOS, 3], "text", "image"),
+    ],
+)
+def test_a_frame_that_the_mode_cannot_continue_raises(model, row, mode, open_modality):
+    message = f"row 1 ends inside a frame of '{open_modality}', which generation_mode='{mode}' cannot continue"
+    with pytest.raises(ValueError, match=message):
+        model.generate(**batch([BOS, 20], row), generation_mode=mode)
+
+
+def test_bad_calls_raise_with_the_numbers(model):
+    ids = torch.tensor([[BOS, 20, 21]])
+    with pytest.raises(ValueError, match="needs 3 new tokens, but there is room for 2"):
+        model.generate(ids, generation_mode="audio", max_new_tokens=2)
+    with pytest.raises(ValueError, match="A prompt of 62 positions leaves no room for 3 new tokens"):
+        model.generate(torch.full((1, 62), 30), generation_mode="audio")
+    with pytest.raises(ValueError, match=r"must be one of \('text', 'interleaved', 'audio', 'image'\), got 'video'"):
+        model.generate(ids, generation_mode="video")
+    with pytest.raises(ValueError, match=r"no frame for 'speech', only for \['audio', 'image'\]"):
+        model.decode_modality_tokens(ids, "speech")
+
+
+def test_codes_of_sounds_are_read_in_order(model):
+    ids = torch.tensor([[*SOUND, 20, 5, 159, 6], [*IMAGE], [20] * 4 + SOUND])
+    assert [codes.tolist() for codes in model.decode_modality_tokens(ids, "audio")] == [[0, 1], [19], [0, 1]]
+    assert model.decode_modality_tokens(ids, "image").tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert model.decode_modality_tokens(torch.tensor([[20, 21]]), "audio") == []
+    for row, message in (
+        ([20, 5, 140], "audio at row 0, position 1 is incomplete, with 1 codes"),
+        ([5, 6, 20], "position 0 is incomplete, with 0 codes"),
+        ([5, 140, 100, 6], "incomplete, with 1 codes"),
+        ([140, *SOUND], "1 codes stand outside the 1 frames of audio"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.decode_modality_tokens(torch.tensor([row]), "audio")
+    # the codes of a row are not those of the next one
+    with pytest.raises(ValueError, match="row 0, position 1 is incomplete, with 0 codes"):
+        model.decode_modality_tokens(torch.tensor([[20, 5], [140, 6]]), "audio")
+    with pytest.raises(ValueError, match="no frame for 'speech'"):
+        model.decode_modality_tokens(ids, "speech")

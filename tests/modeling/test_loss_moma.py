@@ -121,26 +121,6 @@ def test_labels_of_positions_chosen_at_will_have_to_be_shifted():
             model(ids, labels=labels, logits_to_keep=kept)
 
 
-@pytest.mark.parametrize(("mode", "training"), [(torch.no_grad, True), (torch.inference_mode, False)])
-def test_without_gradients_no_backward_of_the_head_runs(monkeypatch, mode, training):
-    monkeypatch.setattr(loss_moma, "CHUNK", 5)
-    model, ids = tiny_model().train(training), mixed_ids()
-    states = model.model(ids, use_cache=False).last_hidden_state
-    expected = loss_moma.causal_lm_loss(model.config, states, ids, training, head=model.lm_head)
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("a gradient was asked for")
-
-    monkeypatch.setattr(torch.autograd, "grad", refuse)
-    with mode():
-        found = loss_moma.causal_lm_loss(model.config, states, ids, training, head=model.lm_head)
-        output = model(ids, labels=ids, use_cache=False, skip_logits=True)
-    assert expected.loss.requires_grad and not found.loss.requires_grad and not output.loss.requires_grad
-    torch.testing.assert_close(found.loss, expected.loss.detach())
-    for name, loss in expected.modality_losses.items():
-        torch.testing.assert_close(found.modality_losses[name], loss)
-
-
 def test_loss_without_logits_holds_those_of_a_chunk():
     from benchmarks.speed.measures import PeakMemory
 

@@ -1,26 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import math
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointImpl,
-    apply_activation_checkpointing,
-    checkpoint_wrapper,
-)
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from helpers.reference import GROUPS, assert_near, fields_of
+from helpers.reference import GROUPS, assert_near, fields_of, trainable
 from helpers.tiny import mixed_ids, tiny_config, tiny_model
 from modeling_moma import token_groups_moma
 from modeling_moma.configuration_moma import RULES
 from modeling_moma.errors_moma import InputError
 from modeling_moma.loss_moma import causal_lm_loss
-from modeling_moma.modeling_moma import MomaDecoderLayer, MomaForCausalLM
+from modeling_moma.modeling_moma import MomaForCausalLM
 from modeling_moma.token_groups_moma import token_modalities
 
 
@@ -229,21 +223,6 @@ def test_checkpointing_rounds_as_plain_training_does(routing, use_reentrant):
         assert torch.equal(other.grad, parameter.grad), name
 
 
-@pytest.mark.parametrize(("fields", "form"), zip([{}, DEPTH], CheckpointImpl), ids=["experts", "depth"])
-def test_layers_that_others_checkpoint_give_the_same_gradients(fields, form):
-    model = tiny_model(**fields)
-    wrapped, ids = copy.deepcopy(model), mixed_ids()
-    # as Accelerate does it under FSDP
-    wrap = partial(checkpoint_wrapper, checkpoint_impl=form)
-    apply_activation_checkpointing(
-        wrapped, checkpoint_wrapper_fn=wrap, check_fn=lambda module: isinstance(module, MomaDecoderLayer)
-    )
-    for each in (model, wrapped):
-        each(ids, labels=ids).loss.backward()
-    for (name, parameter), other in zip(model.named_parameters(), wrapped.parameters()):
-        torch.testing.assert_close(other.grad, parameter.grad, msg=name)
-
-
 def test_a_training_step_keeps_a_cache_that_is_asked_for():
     model, ids = tiny_model(), mixed_ids()
     assert model(ids).cache is None
@@ -318,16 +297,6 @@ def auxiliary_parameters(model):
     return parameters
 
 
-def test_new_auxiliary_routers_are_random_with_the_papers_threshold():
-    torch.manual_seed(0)
-    model = MomaForCausalLM(tiny_config(**AUXILIARY))
-    for key, parameter in auxiliary_parameters(model).items():
-        assert 0.2 < parameter.std() < 0.4, key
-    thresholds = {key: value for key, value in model.state_dict().items() if key.endswith("auxiliary.threshold")}
-    assert len(thresholds) == 8
-    assert all((value == 0.5).all() for value in thresholds.values())
-
-
 def test_auxiliary_routers_are_frozen_also_once_loaded(tmp_path):
     model = tiny_model(**AUXILIARY)
     plain = tiny_model(**{**AUXILIARY, "auxiliary_routers": False, "inference_routing": "threshold"})
@@ -395,22 +364,6 @@ def test_router_logits_come_by_layer_and_group():
     assert sum(logits.shape[0] for logits in padded[:2]) == mask.sum()
 
 
-def test_gate_after_norm_teaches_the_router_of_tokens_with_one_expert():
-    """RMSNorm cancels a single expert's gate (MoMa's own order), unless the gate is applied after it."""
-    sizes = {}
-    for name, fields in (
-        ("paper", {}),
-        ("gate after norm", {"gate_after_norm": True}),
-        ("pre-norm", {"norm_placement": "pre"}),
-    ):
-        model = tiny_model(num_experts=4, training_routing="token_choice", rms_norm_eps=1e-8, **fields)
-        ids = mixed_ids(4, 16)
-        model(ids, labels=ids).loss.backward()
-        sizes[name] = sum(layer.mlp.groups["all"].router.weight.grad.norm().item() for layer in model.model.layers)
-    assert sizes["gate after norm"] > 100 * sizes["paper"]
-    assert sizes["pre-norm"] > 100 * sizes["paper"]
-
-
 @pytest.mark.parametrize(
     ("dtype", "fields"),
     [
@@ -425,3 +378,38 @@ def test_modalities_are_read_in_any_type_of_whole_numbers(fields, dtype):
     with torch.no_grad():
         logits = model(inputs_embeds=model.get_input_embeddings()(ids), mm_token_type_ids=types).logits
         torch.testing.assert_close(logits, model(ids).logits)
+
+
+THREE = {
+    "modality_token_ranges": {"speech": [[30, 36]], "image": [[8, 24]]},
+    "num_experts": {"speech": 2, "image": 3, "text": 1},
+}
+
+
+def test_in_training_all_weights_take_part_in_a_batch_of_one_modality():
+    model = tiny_model(**THREE, untied_attention=True)
+    model(torch.full((1, 4), 27), labels=torch.full((1, 4), 27)).loss.backward()
+    for key, parameter in trainable(model):
+        assert parameter.grad is not None, key
+        if ".image." in key or ".speech." in key:
+            assert not parameter.grad.any(), key
+
+
+@torch.no_grad()
+def test_in_inference_modalities_without_a_token_do_not_run():
+    model = tiny_model(untied_attention=True).eval()
+    seen = []
+    for key, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda *call, key=key: seen.append(key))
+    model(torch.full((1, 4), 27))
+    assert any("modalities.text" in key for key in seen) and not any("modalities.image" in key for key in seen)
+
+
+def test_a_token_meets_the_parameters_that_it_met():
+    tied, untied = (tiny_config(untied_attention=flag) for flag in (False, True))
+    for modality in tied.modalities:
+        counts = [config.num_parameters(active=True, modality=modality) for config in (tied, untied)]
+        assert counts[0] == counts[1]
+    # a second attention of four matrices of [16, 16], four norms of 8 for queries and keys, and two of 16, in 2 layers
+    assert untied.num_parameters() - tied.num_parameters() == 2 * (4 * 16 * 16 + 4 * 8 + 2 * 16)

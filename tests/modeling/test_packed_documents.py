@@ -14,7 +14,6 @@ from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
 from helpers.flash import stand_in_flash
 from helpers.packed_rows import (
-    DEPTH,
     ROWS,
     batch_with_lengths,
     largest_difference,
@@ -253,14 +252,3 @@ def test_full_layers_share_one_mask(precision, rows):
         # a causal mask is none
         assert kept_masks(model, length) == []
         assert kept_masks(model, length, attention_mask=torch.ones(2, length, dtype=torch.long)) == []
-
-
-def test_depth_layers_keep_masks_of_what_they_chose_alone():
-    length = 160
-    model = tiny_model(**{**DEPTH, "depth_capacity": 0.5}, max_position_embeddings=length).train()
-    inputs = {"position_ids": (torch.arange(length) % 50)[None]}
-    *chosen, shared = kept_masks(model, length, **inputs)
-    assert shared == (length, length) and len(chosen) == len(DEPTH["depth_layers"])
-    assert all(size < 0.75 * length for size, _ in chosen)
-    # alone they need none
-    assert kept_masks(model, length) == []

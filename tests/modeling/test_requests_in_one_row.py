@@ -179,16 +179,6 @@ def test_weights_are_built_on_meta_and_filled_in_later(processor, requests):
     assert torch.equal(separate_rows(model, requests), separate_rows(whole, requests))
 
 
-def test_all_that_the_head_adds_is_one_product(processor, requests):
-    model = tiny_model(processor, tie_word_embeddings=True)
-    assert model.base_model_prefix == "model"
-    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"model"}
-    ids = torch.tensor([requests[1]])
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits
-        torch.testing.assert_close(logits, model.model(input_ids=ids)[0] @ model.get_input_embeddings().weight.T)
-
-
 def test_attention_is_told_what_a_paged_cache_changes(processor):
     # flash attention reads keys from the blocks that the cache of continuous batching names
     class PagedCache:

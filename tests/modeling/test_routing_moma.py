@@ -14,13 +14,14 @@ from helpers.reference import (
     reference_cut,
     reference_feed_forward,
     reference_gated_feed_forward,
+    reference_selection,
     trainable,
 )
-from helpers.tiny import mixed_ids, randomize_auxiliary, tiny_config, tiny_model
+from helpers.tiny import IMAGE_IDS, left_padding, mixed_ids, randomize_auxiliary, tiny_config, tiny_model
 from modeling_moma import routing_moma
 from modeling_moma.configuration_moma import RULES
 from modeling_moma.modeling_moma import MomaFeedForward
-from modeling_moma.routing_moma import MomaRouter
+from modeling_moma.routing_moma import MomaRouter, update_routers
 from modeling_moma.token_groups_moma import token_modalities
 
 
@@ -259,31 +260,18 @@ def test_threshold_in_its_warm_up_takes_as_many_of_equal_tokens_as_expert_choice
 
 def test_token_choice_bias_moves_towards_balance():
     model = tiny_model(num_experts=4, training_routing="token_choice", router_bias_update_rate=0.02)
-    for layer in model.model.layers:
-        # one expert is everybody's favourite
-        layer.mlp.groups["all"].router.balance_bias[0] = 1.0
-    ids = mixed_ids(4, 16)
-
-    def spread():
-        model.eval()
-        logits = model(ids, output_router_logits=True, routing="token_choice").router_logits
-        model.train()
-        result = []
-        for layer, logit in zip(model.model.layers, logits):
-            bias = layer.mlp.groups["all"].router.balance_bias
-            load = torch.bincount((torch.sigmoid(logit) + bias).argmax(-1), minlength=4).float()
-            result.append((load / load.sum()).max().item())
-        return max(result)
-
-    start = spread()
-    before = model.model.layers[0].mlp.groups["all"].router.balance_bias.clone()
+    router, counts = model.model.layers[0].mlp.groups["all"].router, []
+    router.register_forward_hook(lambda module, args, output: counts.append(output[1].expert_P.bincount(minlength=4)))
+    # one expert is everybody's favourite
+    router.balance_bias[0] = 1.0
+    before, ids = router.balance_bias.clone(), mixed_ids(4, 16)
     model(ids)
-    step = model.model.layers[0].mlp.groups["all"].router.balance_bias - before
+    step = router.balance_bias - before
     assert step[0] == pytest.approx(-0.02, abs=1e-6) and (step[1:] > 0).all()
     for _ in range(80):
         model(ids)
-    assert start == 1.0
-    assert spread() < 0.5
+    assert counts[0].tolist() == [64, 0, 0, 0]
+    assert counts[-1].max() < 32
 
 
 def test_a_probability_at_the_threshold_is_taken():
@@ -310,3 +298,44 @@ def test_the_auxiliary_router_computes_in_fp32_under_autocast_and_in_a_bf16_mode
     assert_near(rounded, expected, 2e-2)
     # only the weights were rounded, not the products
     assert not torch.equal(rounded, rounded.bfloat16().float())
+
+
+# one pool of experts with a selection bias for each modality
+BIASES = {"num_experts": 4, "training_routing": "token_choice", "balance_bias_by_modality": True}
+SPEECH = {"modality_token_ranges": {"speech": [[30, 36]], "image": [list(IMAGE_IDS)]}}
+RATE = 0.02
+
+
+@pytest.mark.parametrize(("fields", "padding"), [({}, 4), ({"num_experts_per_tok": 2}, 0), (SPEECH, 4)])
+def test_a_step_moves_each_bias_by_the_load_of_its_modality(fields, padding):
+    torch.manual_seed(0)
+    config = tiny_config(**BIASES, **fields)
+    router = MomaRouter(config, "all")
+    torch.nn.init.normal_(router.weight)
+    router.balance_bias.normal_(std=0.2)
+    before = router.balance_bias.clone()
+    ids = mixed_ids(3, 10)
+    mask = left_padding(ids, padding)
+    modality_BT = token_modalities(config, ids)
+    context = context_of(config, modality_BT, "token_choice", mask == 0, track=True)
+    x_ND = context.split.split(torch.randn(*ids.shape, config.hidden_size))["all"]
+    logits, _ = router(x_ND, context)
+    modality_N = modality_BT[mask == 1].tolist() if padding else modality_BT.flatten().tolist()
+    pairs = reference_selection(router, torch.sigmoid(logits), "token_choice", x_ND, modality_N)
+    expected = before.clone()
+    for modality in range(len(config.modalities)):
+        load = [sum(e == expert and modality_N[t] == modality for t, e in pairs) for expert in range(4)]
+        mean = sum(load) / 4
+        for expert in range(4):
+            expected[modality, expert] += RATE * ((load[expert] < mean) - (load[expert] > mean))
+    update_routers(context, RATE)
+    assert torch.allclose(router.balance_bias, expected, atol=1e-6)
+    assert not torch.equal(router.balance_bias, before) and router.num_updates == 1
+
+
+def test_a_modality_without_a_token_moves_no_bias():
+    model = tiny_model(**BIASES, router_bias_update_rate=RATE)
+    model(torch.full((2, 6), 30))
+    for layer in model.model.layers:
+        bias = layer.mlp.groups["all"].router.balance_bias
+        assert bias[0].any() and not bias[1].any()

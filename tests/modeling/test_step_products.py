@@ -4,13 +4,11 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import DynamicCache
 
 from helpers.closeness import assert_as_near_as_plain
 from helpers.failures import must_not_raise
-from helpers.processes import run_group
-from helpers.tiny import mixed_ids, tiny_model
+from helpers.tiny import tiny_model
 from modeling_moma import cpu_moma
 from modeling_moma.cpu_moma import has_instructions, multiplies_with, use_cpu_layers
 
@@ -84,22 +82,6 @@ def test_what_is_more_than_a_product_is_called(layer, called, monkeypatch):
         assert len(called) == 5
 
 
-def test_weights_of_other_classes_multiply_by_themselves(layer, monkeypatch):
-    class Quantised(torch.Tensor):
-        used = 0
-
-        @classmethod
-        def __torch_function__(cls, func, types, args=(), kwargs=None):
-            cls.used += func is nn.functional.linear
-            return super().__torch_function__(func, types, args, kwargs)
-
-    monkeypatch.setattr(cpu_moma, "multiplies_with", lambda name: True)
-    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised), requires_grad=False)
-    with torch.no_grad():
-        layer(torch.randn(3, 12).bfloat16())
-    assert Quantised.used == 1
-
-
 def keep_under_another_name(layer):
     """As whoever computes weights by a property."""
     layer.original = layer.weight
@@ -134,28 +116,6 @@ def test_a_weight_that_is_no_parameter_of_its_layer_multiplies_there(place, rows
         y = layer(x)
     expected = x.float() @ weight.T + (1 if place is bias_as_a_plain_tensor else 0)
     torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)
-
-
-def fsdp1_work(rank, folder):
-    """A step and a prompt under FSDP1, whose layers keep weights as plain tensors, on a CPU with matrix units."""
-    cpu_moma.multiplies_with = lambda name: True
-    for fields in ({}, {"depth_layers": [0]}, {"num_experts": 1}):
-        model = tiny_model(shared_intermediate_size=8, **fields).bfloat16().eval()
-        ids = mixed_ids(rows=2, length=9)
-        calls = [ids, ids[:, :1]]
-        with torch.no_grad():
-            expected = [model(call).logits for call in calls]
-            wrapped = FullyShardedDataParallel(model, use_orig_params=False, device_id=torch.device("cpu"))
-            for call, logits in zip(calls, expected):
-                with must_not_raise(KeyError):
-                    found = wrapped(call).logits
-                torch.testing.assert_close(found, logits, rtol=0.02, atol=0.02)
-    (folder / f"{rank}").touch()
-
-
-def test_a_model_under_fsdp1_is_evaluated_in_bf16(tmp_path):
-    run_group(fsdp1_work, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 @torch.no_grad()
