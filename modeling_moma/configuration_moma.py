@@ -359,14 +359,15 @@ class MomaConfig(PreTrainedConfig):
     @property
     def frames(self) -> dict[str, ModalityFrame]:
         """The frames of the modalities that can be generated, see [`ModalityFrame`], in the order of `modalities`."""
-        tokens = {name: [frame[key] for key in FRAME_FIELDS] for name, frame in (self.modality_frames or {}).items()}
+        given = (self.modality_frames or {}).items()
+        tokens: dict[str, Any] = {name: [frame[key] for key in FRAME_FIELDS] for name, frame in given}
         if self.begin_image_token_id is not None and self.end_image_token_id is not None:
             tokens[IMAGE] = [self.begin_image_token_id, self.end_image_token_id, self.image_seq_length]
         return {
             name: ModalityFrame(
                 name,
                 tuple((start, stop) for start, stop in self.modality_token_ranges[name]),
-                *tokens[name],  # pyright: ignore[reportArgumentType]
+                *tokens[name],
             )
             for name in self.modalities
             if name != TEXT and name in tokens

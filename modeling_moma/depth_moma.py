@@ -94,15 +94,15 @@ class MomaDepthRouter(MomaRouterBase):
                 member_GBT = member_GBT & (context.modality_BT == pool_G11)
             selection.best_BT, statistics = self._rank(selection.scores_BT, member_GBT)
         selection.chosen_BT = rule.choose(selection)  # pyright: ignore[reportOptionalCall]
-        if context.padding_BT is not None:
-            selection.chosen_BT = selection.chosen_BT & ~context.padding_BT
+        if context.rows.padding_BT is not None:
+            selection.chosen_BT = selection.chosen_BT & ~context.rows.padding_BT
         if not context.track or member_GBT is None or statistics is None:
             return
         if rule.moves_bias:
             share_G = (member_GBT & selection.chosen_BT).sum((1, 2)) / member_GBT.sum((1, 2)).clamp(min=1)
             deficits = [capacity - share for capacity, share in zip(self.capacities, share_G)]
             statistics = statistics._replace(load_deficit_C=torch.stack(deficits))
-        context.record(self, statistics)
+        context.step_of(self).statistics = statistics
 
     def _rank(self, scores_BT: torch.Tensor, member_GBT: torch.Tensor) -> tuple[torch.Tensor, RouterStatistics]:
         """Return the top K of all pools, `[B, T]`, and where they part from the others."""
@@ -166,6 +166,7 @@ class DepthSelection:
     slot_RS: torch.Tensor | None = None
     past = 0
     is_step = False
+    is_recorded = False
 
     def __init__(
         self, router: MomaDepthRouter, context: RoutingContext, hidden_BTD: torch.Tensor, scores_BT: torch.Tensor
@@ -177,7 +178,7 @@ class DepthSelection:
     @property
     def is_token_BT(self) -> torch.Tensor:
         """False at padding, `[B, T]`."""
-        padding_BT = self.context.padding_BT
+        padding_BT = self.context.rows.padding_BT
         return torch.ones_like(self.scores_BT, dtype=torch.bool) if padding_BT is None else ~padding_BT
 
     def by_pool(self, values_G: torch.Tensor) -> torch.Tensor:
@@ -188,8 +189,10 @@ class DepthSelection:
     @torch.compiler.disable
     def pack(self, keep_empty_rows: bool) -> None:
         """Find where the chosen tokens of each row go at its front, with one device sync."""
-        split, chosen_BT = self.context.split, self.chosen_BT
-        groups = list(split.counts)  # pyright: ignore[reportAttributeAccessIssue]
+        chosen_BT = self.chosen_BT
+        # never a fixed one: see [`routing_of_batch`]
+        split: Any = self.context.split
+        groups = list(split.counts)
         group_BT = torch.where(chosen_BT, split.group_BT, len(groups))
         index_G11 = torch.arange(len(groups), device=chosen_BT.device).view(-1, 1, 1)
         count_B = chosen_BT.sum(1)
@@ -286,9 +289,9 @@ class DepthSelection:
 
         Packing keeps the order of a row, so the order of the columns is the causal one.
         """
-        name, context = config._attn_implementation, self.context
-        if context.custom_mask_BHQS is not None:
-            return self._pack_custom_mask(context.custom_mask_BHQS, dtype)
+        name, rows = config._attn_implementation, self.context.rows
+        if rows.own_mask_BHQS is not None:
+            return self._pack_own_mask(rows.own_mask_BHQS, dtype)
         if name not in ALL_MASK_ATTENTION_FUNCTIONS:
             return None
         num_stored, is_key_RK = max(self.num_stored), None
@@ -303,8 +306,8 @@ class DepthSelection:
             # no mask for padding slots alone: without cached keys they come after their row's tokens
             is_key_RK = self.key_slots() >= 0
         mask_function = causal_mask_function
-        if context.document_BT is not None:
-            document_RC = context.document_BT.expand(self.num_rows, -1)[self.row_R.unsqueeze(-1), self.index_RC]
+        if rows.document_BT is not None:
+            document_RC = rows.document_BT.expand(self.num_rows, -1)[self.row_R.unsqueeze(-1), self.index_RC]
             mask_function = and_masks(mask_function, same_document(document_RC))
         return ALL_MASK_ATTENTION_FUNCTIONS[name](
             batch_size=len(self.rows),
@@ -314,13 +317,13 @@ class DepthSelection:
             kv_offset=0,
             mask_function=mask_function,
             attention_mask=is_key_RK,
-            allow_is_causal_skip=not self.is_step and context.document_BT is None,
+            allow_is_causal_skip=not self.is_step and rows.document_BT is None,
             dtype=dtype,
             config=config,
             device=self.token_P.device,
         )
 
-    def _pack_custom_mask(self, mask_BHQS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _pack_own_mask(self, mask_BHQS: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if mask_BHQS.is_floating_point():
             # FSDP casts a layer's arguments, which the context is not
             mask_BHQS = mask_BHQS.to(dtype)
@@ -332,7 +335,7 @@ class DepthSelection:
 
     def unpack_attention(self, weights_RHCK: torch.Tensor | None) -> torch.Tensor | None:
         """Lay attention weights out over all positions seen, with zeros for the tokens that passed by."""
-        if weights_RHCK is None or not self.context.is_recorded:
+        if weights_RHCK is None or not self.is_recorded:
             return None
         num_seen = self.past + self.length
         # padding goes to one more column
@@ -424,19 +427,22 @@ class DepthLayer(nn.Module):
         _, selection = self.depth_router(hidden_states, routing_context)
         # weights take part in every training step and wherever processes wait for one another; a recorded layer has
         # attentions and router logits in every step
-        keep_empty_rows = self.training or is_distributed() or routing_context.is_recorded
+        selection.is_recorded = any(
+            kwargs.get(name, getattr(self.config, name)) for name in ("output_attentions", "output_router_logits")
+        )
+        keep_empty_rows = self.training or is_distributed() or selection.is_recorded
         # not passed on: position ids and tiles count all tokens, those that were not chosen too
         kwargs.pop("position_ids", None)
         kwargs.pop("tiles", None)
         lengths: Any = {name: kwargs.pop(name, None) for name in FLASH_LENGTHS}
         stored = None if cache is None else depth_cache_layer(cache, self.layer_idx)
-        is_step = stored is not None and hidden_states.shape[1] == 1 and routing_context.custom_mask_BHQS is None
+        is_step = stored is not None and hidden_states.shape[1] == 1 and routing_context.rows.own_mask_BHQS is None
         selection.is_step = is_step and not keep_empty_rows
         selection.pack(keep_empty_rows)
         packed_cache = None
         if cache is not None and stored is not None:
-            if routing_context.hidden is not None:
-                stored.hide(*routing_context.hidden)
+            if routing_context.rows.hidden is not None:
+                stored.hide(*routing_context.rows.hidden)
             selection.attach(cache, stored)
             packed_cache = selection
         if not selection.rows:
@@ -451,7 +457,7 @@ class DepthLayer(nn.Module):
         else:
             packing = None if selection.is_step else selection
             layout = {"attention_mask": selection.mask(self.config, x.dtype), "packing": packing}
-        context = routing_context.with_split(selection.split, selection.choose(routing_context.modality_BT))
+        context = routing_context.for_tokens(selection.split, selection.choose(routing_context.modality_BT))
         attention_update = self.attention_update(
             x,
             context,
@@ -471,9 +477,9 @@ class _RaggedRows:
     """
 
     # where the stored tokens stand among those seen, -1 behind the last one, `[B, S]`
-    slots: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
+    slots: Any
+    keys: Any
+    values: Any
     device: torch.device
     is_initialized: bool
     num_hidden = 0
@@ -485,7 +491,7 @@ class _RaggedRows:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = self.slots = None  # pyright: ignore[reportAttributeAccessIssue]
+        self.keys = self.values = self.slots = None
         self.is_initialized, self.cumulative_length, self.lengths, self.num_hidden = False, 0, [], 0
 
     def get_seq_length(self) -> int:

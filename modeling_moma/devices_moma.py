@@ -2,6 +2,7 @@
 """What the files of the model ask of tensors and of torch before they choose how to compute."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,3 +43,8 @@ def gradients_again(
         # experts that got no rows have no gradient
         found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True, allow_unused=True))
     return [next(found) if x.requires_grad else None for x in inputs]
+
+
+def moved(tensor: torch.Tensor | None, device: torch.device, non_blocking: bool) -> Any:
+    """Return a tensor on another device, and nothing for nothing."""
+    return None if tensor is None else tensor.to(device, non_blocking=non_blocking)

@@ -30,11 +30,59 @@ from .errors_moma import EACH_DEVICE, InputError
 FLASH_LENGTHS = tuple(FlashAttentionKwargs.__annotations__)
 
 
-class Documents(NamedTuple):
-    """What keeps the documents of packed rows apart, in the form that attention takes; nothing in other rows."""
+class Batch(NamedTuple):
+    """What the model was called with: ids or embeddings, and what tells of their positions."""
 
+    input_ids: torch.Tensor | None
+    inputs_embeds: torch.Tensor | None
+    attention_mask: Any
+    position_ids: torch.Tensor | None
+    mm_token_type_ids: torch.Tensor | None
+    # any cache of Transformers
+    cache: Any
+    # as collators give them: where documents begin in all rows, and the end; the number of each position's document
+    starts_E: torch.Tensor | None
+    seq_idx: torch.Tensor | None
+
+    @property
+    def inputs(self) -> Any:
+        """Ids or embeddings."""
+        return self.inputs_embeds if self.input_ids is None else self.input_ids
+
+    @property
+    def padding_mask_BS(self) -> torch.Tensor | None:
+        """0 at padding, for the positions of the cache and of the batch."""
+        is_ours = isinstance(self.attention_mask, torch.Tensor) and self.attention_mask.ndim == 2
+        return self.attention_mask if is_ours else None
+
+    @property
+    def own_mask_BHQS(self) -> torch.Tensor | None:
+        """A mask that the caller has made, to be added to the scores."""
+        is_own = isinstance(self.attention_mask, torch.Tensor) and self.attention_mask.ndim != 2
+        return self.attention_mask if is_own else None
+
+
+class Rows(NamedTuple):
+    """What attention knows of a batch's rows.
+
+    Attributes:
+        padding_BT (`torch.BoolTensor`, *optional*):
+            True at padding, where there is any.
+        document_BT (`torch.LongTensor`, *optional*):
+            number of each position's document, where rows hold several.
+        lengths (`FlashAttentionKwargs`, *optional*):
+            in its place for flash attention.
+        own_mask_BHQS (`torch.Tensor`, *optional*):
+            the caller's mask, for depth layers.
+        hidden (`tuple`, *optional*):
+            a mask of padding, and how many of the cached positions it hides, without and with those of the batch.
+    """
+
+    padding_BT: torch.Tensor | None = None
     document_BT: torch.Tensor | None = None
     lengths: FlashAttentionKwargs | None = None
+    own_mask_BHQS: torch.Tensor | None = None
+    hidden: tuple[torch.Tensor, int, int] | None = None
 
     @property
     def are_packed(self) -> bool:
@@ -55,42 +103,34 @@ def check_replica(model: PreTrainedModel) -> None:
 
 
 def document_questions(
-    config: MomaConfig,
-    given: Mapping[str, Any],
-    inputs: torch.Tensor,
-    attention_mask: Any,
-    padding_BT: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    cache: Cache | None,
-    past_length: int | torch.Tensor,
+    config: MomaConfig, batch: Batch, padding_BT: torch.Tensor | None, past_length: int | torch.Tensor
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     """Return where documents may begin, `[B, T]`, and the numbers that [`documents_of`] needs of that.
 
     A document begins where a position does not follow the one before it, or where the caller's lengths of flash
     attention say so. To a cache each row is one document.
     """
-    num_rows, length = inputs.shape[:2]
-    own_mask = attention_mask if padding_BT is None else None
-    if isinstance(own_mask, torch.Tensor):
-        _check_own_mask(config, own_mask, num_rows, length)
+    num_rows, length = batch.inputs.shape[:2]
+    cache, position_ids = batch.cache, batch.position_ids
     # nothing to do for a caller's own mask, for continuous batching, whose paged cache comes with its lengths, and for
     # attention registered elsewhere, which tells documents apart in its own way
     is_paged = cache is not None and not hasattr(cache, "get_seq_length")
-    if own_mask is not None or is_paged or config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+    has_own = batch.attention_mask is not None and padding_BT is None
+    if has_own or is_paged or config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
         return None, {}
     questions: dict[str, torch.Tensor] = {}
     positions = [] if position_ids is None else [position_ids.expand(num_rows, -1)]
-    starts_E = given.get(FLASH_LENGTHS[0])
+    starts_E = batch.starts_E
     if starts_E is not None:
-        is_start_N = torch.zeros(inputs.shape[:2].numel() + 1, dtype=torch.bool, device=starts_E.device)
+        is_start_N = torch.zeros(num_rows * length + 1, dtype=torch.bool, device=starts_E.device)
         is_start_N.index_fill_(0, starts_E.clamp(0, is_start_N.shape[0] - 1).long(), True)
         is_start_BT = is_start_N[:-1].view(num_rows, length)
         questions["fits"] = (starts_E[-1] == is_start_BT.numel()) & is_start_BT[:, 0].all()
         positions.append(_places(is_start_BT))
-    elif position_ids is None and given.get("seq_idx") is not None:
-        positions.append(_places(_with_rows(given["seq_idx"].diff() != 0)).expand(num_rows, -1))
+    elif position_ids is None and batch.seq_idx is not None:
+        positions.append(_places(_with_rows(batch.seq_idx.diff() != 0)).expand(num_rows, -1))
     # a static cache gives its length as a tensor, which may be 0 after `reset()`; reading it would be a device sync
-    may_be_later = attention_mask is None and (isinstance(past_length, torch.Tensor) or past_length > 0)
+    may_be_later = batch.attention_mask is None and (isinstance(past_length, torch.Tensor) or past_length > 0)
     if not positions or (length == 1 and not may_be_later):
         return None, questions
     begins_BT = document_begins(positions[0], padding_BT, may_jump=cache is not None)
@@ -108,7 +148,7 @@ def document_questions(
     return begins_BT, questions
 
 
-def documents_of(begins_BT: torch.Tensor | None, answers: Mapping[str, int], has_cache: bool) -> Documents:
+def documents_of(begins_BT: torch.Tensor | None, answers: Mapping[str, int], has_cache: bool) -> Rows:
     """Return the documents by the answers to [`document_questions`]."""
     if not answers.get("fits", True):
         raise InputError(
@@ -117,22 +157,22 @@ def documents_of(begins_BT: torch.Tensor | None, answers: Mapping[str, int], has
             "lengths the model finds documents by `position_ids`."
         )
     if begins_BT is None or not answers["begins"]:
-        return Documents()
+        return Rows()
     if has_cache:
         raise InputError(
             "`position_ids` begin again, within a row or behind what the cache holds, but to a cache each row is one "
             "document: pass `use_cache=False`, and no cache."
         )
     if "number" not in answers:
-        return Documents(begins_BT.cumsum(1))
+        return Rows(document_BT=begins_BT.cumsum(1))
     # sorted rather than `nonzero`, which would need a device sync for a number that is known
     first_E = begins_BT.flatten().byte().argsort(descending=True, stable=True)[: answers["number"]]
     starts_E = torch.nn.functional.pad(first_E, (0, 1), value=begins_BT.numel()).int()
     lengths: Any = dict(zip(FLASH_LENGTHS, (starts_E, starts_E, answers["longest"], answers["longest"])))
-    return Documents(lengths=lengths)
+    return Rows(lengths=lengths)
 
 
-def _check_own_mask(config: MomaConfig, mask: torch.Tensor, num_rows: int, length: int) -> None:
+def check_own_mask(config: MomaConfig, mask: torch.Tensor, num_rows: int, length: int) -> None:
     """Raise at a mask that is neither one of padding nor what the layers could add to their scores."""
     attention, shape = config._attn_implementation, tuple(mask.shape)
     fits = len(shape) == 4 and shape[0] in (1, num_rows) and shape[2] == length
@@ -174,23 +214,34 @@ def _places(is_start_BT: torch.Tensor) -> torch.Tensor:
     return place_T - torch.where(is_start_BT, place_T, 0).cummax(dim=1).values
 
 
-def causal_mask_of(
+def attention_inputs(
     config: MomaConfig,
     inputs_BTD: torch.Tensor,
     attention_mask: Any,
     cache: Cache | None,
-    documents: Documents,
-    has_padding: bool,
+    position_ids: torch.Tensor,
+    rows: Rows,
+) -> dict[str, Any]:
+    """Return what attention of all full layers is called with, found once: a mask, or lengths, of rows."""
+    return {
+        "attention_mask": _causal_mask(config, inputs_BTD, attention_mask, cache, rows),
+        # flash attention would look in every layer, with a device sync, for what has been found
+        "position_ids": None if uses_flash_attention_mask(config) else position_ids,
+        **(rows.lengths or {}),
+    }
+
+
+def _causal_mask(
+    config: MomaConfig, inputs_BTD: torch.Tensor, attention_mask: Any, cache: Cache | None, rows: Rows
 ) -> Any:
-    """Return the attention mask that all full layers of a forward share, in the form that attention takes."""
-    if documents.lengths is not None:
+    if rows.lengths is not None:
         return None
     num_rows, length = inputs_BTD.shape[:2]
     is_static = isinstance(cache, StaticCache)
-    if not has_padding and not is_static and getattr(attention_mask, "shape", None) == (num_rows, length):
+    if rows.padding_BT is None and not is_static and getattr(attention_mask, "shape", None) == (num_rows, length):
         # the mask hides no token, as was counted
         attention_mask = None
-    if documents.document_BT is None:
+    if rows.document_BT is None:
         mask = create_causal_mask(
             config=config,
             inputs_embeds=inputs_BTD,
@@ -204,7 +255,7 @@ def causal_mask_of(
             batch_size=num_rows,
             q_length=length,
             kv_length=length,
-            mask_function=and_masks(causal_mask_function, packed_sequence_mask_function(documents.document_BT)),
+            mask_function=and_masks(causal_mask_function, packed_sequence_mask_function(rows.document_BT)),
             attention_mask=None if attention_mask is None else attention_mask.to(inputs_BTD.device, torch.bool),
             allow_is_causal_skip=False,
             dtype=inputs_BTD.dtype,

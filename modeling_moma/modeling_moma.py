@@ -50,7 +50,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .compat_moma import complete_model_card, finish_saving, prepare_saving
 from .configuration_moma import MomaConfig, check_rules
 from .depth_moma import DepthLayer, DepthSelection, MomaDepthRouter
-from .documents_moma import causal_mask_of, check_replica, uses_flash_attention_mask
+from .documents_moma import Batch, attention_inputs, check_replica
 from .errors_moma import InputError
 from .experts_implementations_moma import DEFAULT_IMPLEMENTATION, choose_dispatch_layout, takes_any_width, takes_hints
 from .frames_moma import TEXT
@@ -232,11 +232,11 @@ class MomaAttention(MomaProjections):
         attention_mask: torch.Tensor | None,
         cache: Cache | DepthSelection | None = None,
         packing: DepthSelection | None = None,
-        routing_context: RoutingContext | None = None,
+        routing_context: Any = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Map `[B, T, D]` to `[B, T, D]`, and return weights `[B, H, T, S]` where the implementation makes them."""
-        query, key, value = self.project(hidden_states, routing_context)  # pyright: ignore[reportArgumentType]
+        query, key, value = self.project(hidden_states, routing_context)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if packing is not None:
@@ -262,11 +262,11 @@ class MomaAttention(MomaProjections):
         attn_output = attn_output.reshape(query.shape[0], query.shape[2], -1)
         if packing is not None:
             attn_output, attn_weights = packing.take_out(attn_output), packing.unpack_attention(attn_weights)
-        return self.project_back(attn_output, routing_context), attn_weights  # pyright: ignore[reportArgumentType]
+        return self.project_back(attn_output, routing_context), attn_weights
 
-    def attention_implementation(self) -> str:
+    def attention_implementation(self) -> Any:
         """Return the name of the attention that the model is set to."""
-        return self.config._attn_implementation  # pyright: ignore[reportReturnType]
+        return self.config._attn_implementation
 
     def project(
         self, hidden_states: torch.Tensor, context: RoutingContext
@@ -304,14 +304,15 @@ class MomaUntiedAttention(MomaAttention):
         states = context.run_by_group(hidden_states, to_heads, self.pad_empty_input)
         # of the heads that are here, which tensor parallelism splits
         num_keys = states.shape[2] // (self.num_key_value_groups + 2)
-        return states.split((num_keys * self.num_key_value_groups, num_keys, num_keys), dim=2)  # pyright: ignore[reportReturnType]
+        query, key, value = states.split((num_keys * self.num_key_value_groups, num_keys, num_keys), dim=2)
+        return query, key, value
 
     def project_back(self, attn_output: torch.Tensor, context: RoutingContext) -> torch.Tensor:
         """See [`MomaAttention.project_back`]."""
         return context.run_by_group(attn_output, lambda name, x: self._of(name).o_proj(x), self.pad_empty_input)
 
-    def _of(self, modality: str) -> MomaProjections:
-        return self.modalities[modality]  # pyright: ignore[reportReturnType]
+    def _of(self, modality: str) -> Any:
+        return self.modalities[modality]
 
 
 class ByModality(nn.ModuleDict):
@@ -424,7 +425,8 @@ class MomaExpertGroup(nn.Module):
                 selection = selection.normalized(num_tokens)
             # expert parallelism brings experts other rows than these, in unknown shares
             is_parallel = getattr(self.experts, "_is_expert_parallel", False)
-            may_hint = context.takes_hints and not is_parallel and (is_ours or selection.shape_EK is not None)
+            may_hint = takes_hints(self.router.config) and not is_parallel
+            may_hint = may_hint and (is_ours or selection.shape_EK is not None)
             y_PD = self.experts(
                 selection.dispatch(x_ND),
                 # equal shares come expert by expert, as hints say, so that `[E, K]` needs no copy
@@ -477,9 +479,8 @@ class MomaFeedForward(nn.Module):
         merged = context.split.merge({name: output[0] for name, output in outputs.items()}, hidden_states)
         gate = None
         if self.needs_gate:
-            gates = {name: output[1] for name, output in outputs.items()}
-            gate = context.split.merge(gates, hidden_states)  # pyright: ignore[reportArgumentType]
-            gate = gate.unsqueeze(-1).to(merged.dtype)
+            gates = {name: gate_N for name, (_, gate_N) in outputs.items() if gate_N is not None}
+            gate = context.split.merge(gates, hidden_states).unsqueeze(-1).to(merged.dtype)
         return self._with_shared(hidden_states, merged, gate)
 
     def _with_shared(
@@ -749,55 +750,33 @@ class MomaModel(MomaPreTrainedModel):
         """
         check_inputs(input_ids, inputs_embeds, position_ids)
         check_replica(self)
-        # routing comes before the embedding, so that a bad token id raises the clearer error
-        context = routing_of_batch(
-            self.config,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            mm_token_type_ids,
-            cache,
-            is_training=self.training,
-            routing=routing,
-            depth_routing=depth_routing,
-            is_recorded=bool(kwargs.get("output_router_logits", self.config.output_router_logits)),
-            pairs=choose_dispatch_layout(
-                self.config, input_ids, self.embed_tokens.weight if inputs_embeds is None else inputs_embeds
-            ),
-            takes_hints=takes_hints(self.config),
-            given=kwargs,
+        starts_E, seq_idx = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
+        batch = Batch(
+            input_ids, inputs_embeds, attention_mask, position_ids, mm_token_type_ids, cache, starts_E, seq_idx
         )
+        is_recorded = bool(kwargs.get("output_router_logits", self.config.output_router_logits))
+        states = self.embed_tokens.weight if inputs_embeds is None else inputs_embeds
+        pairs = choose_dispatch_layout(self.config, input_ids, states)
+        # routing comes before the embedding, so that a bad token id raises the clearer error
+        context = routing_of_batch(self.config, batch, self.training, routing, depth_routing, is_recorded, pairs)
         # a cache would take the documents of a row for one
-        if use_cache and cache is None and not context.documents.are_packed:
+        if use_cache and cache is None and not context.rows.are_packed:
             cache = DynamicCache(config=self.config)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        causal_mask = causal_mask_of(
-            self.config, hidden_states, attention_mask, cache, context.documents, context.has_padding
-        )
-        kwargs.update(context.lengths or {})  # pyright: ignore[reportCallIssue, reportArgumentType]
-        # not by gradients: checkpointing has them in the second of two forwards that have to agree
-        if self.training and context.document_BT is not None:
-            from .cpu_moma import tiles_of
-
-            kwargs["tiles"] = tiles_of(self.config, hidden_states, context.document_BT, context.padding_BT)  # pyright: ignore[reportGeneralTypeIssues]
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen_positions(cache)
             position_ids = position_ids.unsqueeze(0)
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        rows = context.rows
+        inputs = attention_inputs(self.config, hidden_states, attention_mask, cache, position_ids, rows)
+        inputs = {**kwargs, **inputs, "position_embeddings": self.rotary_emb(hidden_states, position_ids)}
+        # not by gradients: checkpointing has them in the second of two forwards that have to agree
+        if self.training and rows.document_BT is not None:
+            from .cpu_moma import tiles_of
+
+            inputs["tiles"] = tiles_of(self.config, hidden_states, rows.document_BT, rows.padding_BT)
         # fewer where the model drafts for itself (`assistant_early_exit`)
         for decoder_layer in islice(self.layers, self.config.num_hidden_layers):
-            hidden_states = decoder_layer(
-                hidden_states,
-                routing_context=context,
-                attention_mask=causal_mask,
-                # flash attention would look in every layer, with a device sync, for what has been found
-                position_ids=None if uses_flash_attention_mask(self.config) else position_ids,
-                position_embeddings=position_embeddings,
-                cache=cache,
-                use_cache=use_cache,
-                **kwargs,  # pyright: ignore[reportCallIssue]
-            )
+            hidden_states = decoder_layer(hidden_states, context, cache=cache, use_cache=use_cache, **inputs)
         hidden_states = self.norm(hidden_states)
         if context.track:
             update_routers(context, self.config.router_bias_update_rate)

@@ -52,7 +52,7 @@ class Selection:
     token_P: torch.Tensor
     expert: torch.Tensor
     weight_P: torch.Tensor
-    shape_EK: tuple[int, int] | None = None
+    shape_EK: Any = None
     has_padding: bool = False
     is_sorted: bool = False
     ends_E: torch.Tensor | None = None
@@ -127,12 +127,12 @@ class Selection:
     @property
     def token_EK(self) -> torch.Tensor:
         """The tokens of each expert where all choose `K`, `[E, K]`."""
-        return self.token_P.view(self.shape_EK)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return self.token_P.view(self.shape_EK)
 
     @property
     def weight_EK(self) -> torch.Tensor:
         """The gates of each expert where all choose `K` tokens, `[E, K]`."""
-        return self.weight_P.view(self.shape_EK)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return self.weight_P.view(self.shape_EK)
 
 
 # shares are written by hand: 0.55 means 11 / 20, not the binary number next to it, whose ceiling may be higher
@@ -250,7 +250,7 @@ class MomaRouterBase(Fp32Buffers):
     """
 
     # `None` in a model that has none
-    auxiliary: MomaAuxiliaryRouter
+    auxiliary: Any
 
     def __init__(
         self,
@@ -267,9 +267,7 @@ class MomaRouterBase(Fp32Buffers):
         self.threshold = nn.Buffer(torch.full((num_thresholds,), 0.5, dtype=torch.float32))
         self.balance_bias = nn.Buffer(torch.zeros(num_thresholds, dtype=torch.float32))
         self.num_updates = nn.Buffer(torch.zeros(updates_shape, dtype=torch.float32))
-        self.auxiliary = (  # pyright: ignore[reportAttributeAccessIssue]
-            MomaAuxiliaryRouter(config, num_scores, num_thresholds) if config.auxiliary_routers else None
-        )
+        self.auxiliary = MomaAuxiliaryRouter(config, num_scores, num_thresholds) if config.auxiliary_routers else None
 
     @property
     def momentum(self) -> float:
@@ -369,7 +367,8 @@ class MomaRouter(MomaRouterBase):
         if context.track:
             # inference compares scores without noise
             plain_NE = torch.sigmoid(logits_NE.detach()) if is_noisy else scores_NE.detach()
-            context.record(self, self._statistics(plain_NE, selection, is_noisy, rule.moves_bias, context))
+            statistics = self._statistics(plain_NE, selection, is_noisy, rule.moves_bias, context)
+            context.step_of(self).statistics = statistics
         return logits_NE, selection
 
     def capacity(self, num_tokens: int) -> int:
@@ -502,18 +501,18 @@ def update_routers(context: RoutingContext, bias_update_rate: float):
     are no numbers: the step that had them may be skipped, and a threshold would stay what it has become.
     """
     kinds: dict[Any, list[tuple[MomaRouterBase, RouterStatistics]]] = {}
-    for router, statistics in context.statistics.items():
-        if not router.is_frozen:
+    for router, step in context.steps.items():
+        if step.statistics is not None and not router.is_frozen:
             routing = context.routing if isinstance(router, MomaRouter) else context.depth_routing
             kind = RULES[routing].moves_bias, isinstance(router, MomaRouter), router.momentum, router.threshold.device
-            kinds.setdefault(kind, []).append((router, statistics))
+            kinds.setdefault(kind, []).append((router, step.statistics))
     # not as a decorator: a compiler leaves functions alone that name nothing of torch
     with torch.no_grad():
         stacks = [RouterStack.of(pairs, moves_bias=kind[0]) for kind, pairs in kinds.items()]
         if is_distributed() and stacks:
             _average_over_processes(stacks)
         for stack in stacks:
-            stack.update(context.state, bias_update_rate)
+            stack.update(context.states, bias_update_rate)
 
 
 @dataclass
@@ -554,15 +553,15 @@ class RouterStack:
             torch.cat(counts) * (threshold_S >= 0),
         )
 
-    def update(self, state: dict[Any, RouterState], bias_update_rate: float) -> None:
-        """Move the routers' buffers, and keep in `state` what they were."""
+    def update(self, states: dict[Any, RouterState], bias_update_rate: float) -> None:
+        """Move the routers' buffers, and keep in `states` what they were."""
         routers = self.routers
         sizes = [router.threshold.shape[0] for router in routers]
         before_S = torch.cat([router.threshold for router in routers])
         bias_S = torch.cat([router.balance_bias for router in routers], dim=-1)
         updates_S = torch.cat([router.num_updates.expand(size) for router, size in zip(routers, sizes)])
         old = [part.split(sizes, dim=-1) for part in (before_S, bias_S)]
-        state.update(zip(routers, map(RouterState, *old, self._counters(updates_S, sizes))))
+        states.update(zip(routers, map(RouterState, *old, self._counters(updates_S, sizes))))
         has_count_S = self.count_S > 0
         # the plain mean until it has seen enough steps, so that no start value lingers
         decay_S = (updates_S / (updates_S + 1)).clamp(max=routers[0].momentum)

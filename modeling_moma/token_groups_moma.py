@@ -10,20 +10,28 @@ Shape suffixes:
     router), M modalities.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from transformers.cache_utils import Cache, StaticCache
-from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import logging
 
 from .configuration_moma import RULES, MomaConfig, rule_of
-from .documents_moma import Documents, document_begins, document_questions, documents_of, uses_flash_attention_mask
+from .devices_moma import moved
+from .documents_moma import (
+    Batch,
+    Rows,
+    check_own_mask,
+    document_begins,
+    document_questions,
+    documents_of,
+    uses_flash_attention_mask,
+)
 from .errors_moma import InputError
 
 
@@ -73,10 +81,8 @@ class ModalitySplit:
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "ModalitySplit":
         """Return the same split on another device."""
-        order, inverse = (
-            None if each is None else each.to(device, non_blocking=non_blocking) for each in (self.order, self.inverse)
-        )
-        return ModalitySplit(self.counts, order, inverse, self.group_BT.to(device, non_blocking=non_blocking))
+        tensors = (moved(each, device, non_blocking) for each in (self.order, self.inverse, self.group_BT))
+        return ModalitySplit(self.counts, *tensors)
 
     def split(self, hidden_BTD: torch.Tensor) -> dict[str, torch.Tensor]:
         """Gather `[B, T, D]` into the groups' tokens, `[N, D]` each."""
@@ -256,14 +262,24 @@ class RouterStatistics(NamedTuple):
     count_C: torch.Tensor | None = None
 
 
+@dataclass
+class RouterStep:
+    """What one router leaves behind of one forward: what it saw, and its noise.
+
+    Recomputation under activation checkpointing may come with another state of the generator, and has to select the
+    same tokens again.
+    """
+
+    statistics: RouterStatistics | None = None
+    noise: torch.Tensor | None = None
+
+
 class RoutingContext:
     """What one forward of the model tells all its layers, and what their routers leave behind.
 
     Not a dataclass: FSDP rebuilds the dataclasses, dicts and lists among a layer's arguments when it casts them, and
     what routers leave in such a copy is lost. Objects of other classes go through as they are.
     """
-
-    _tensors = ("modality_BT", "padding_BT", "document_BT", "custom_mask_BHQS")
 
     def __init__(
         self,
@@ -272,29 +288,19 @@ class RoutingContext:
         track: bool = False,
         depth_routing: str | None = None,
         modality_BT: torch.Tensor | None = None,
-        padding_BT: torch.Tensor | None = None,
-        document_BT: torch.Tensor | None = None,
-        custom_mask_BHQS: torch.Tensor | None = None,
-        lengths: FlashAttentionKwargs | None = None,
+        rows: Rows | None = None,
         keep_empty_groups: bool = True,
         pairs: DispatchLayout = DispatchLayout.RAGGED,
-        takes_hints: bool = False,
-        is_recorded: bool = False,
     ):
-        self.routing = routing
+        self.routing, self.split, self.track = routing, split, track
         # both are given wherever there are depth layers
-        self.depth_routing: str = depth_routing  # pyright: ignore[reportAttributeAccessIssue]
-        self.modality_BT: torch.Tensor = modality_BT  # pyright: ignore[reportAttributeAccessIssue]
-        self.split, self.track = split, track
-        self.padding_BT, self.document_BT = padding_BT, document_BT
-        self.custom_mask_BHQS, self.lengths = custom_mask_BHQS, lengths
-        self.hidden: tuple[torch.Tensor, int, int] | None = None
-        self.keep_empty_groups, self.pairs, self.takes_hints = keep_empty_groups, pairs, takes_hints
-        self.is_recorded = is_recorded
-        self.statistics: dict[Any, RouterStatistics] = {}
-        self.state: dict[Any, RouterState] = {}
-        self.noise: dict[Any, torch.Tensor] = {}
-        self._by_device: dict[torch.device, RoutingContext] = {}
+        self.depth_routing: Any = depth_routing
+        self.modality_BT: Any = modality_BT
+        self.rows = rows or Rows()
+        self.keep_empty_groups, self.pairs = keep_empty_groups, pairs
+        self.steps: dict[Any, RouterStep] = {}
+        # apart, as compiled code is made anew where a dict that it reads has grown
+        self.states: dict[Any, RouterState] = {}
 
     @property
     def has_fixed_shapes(self) -> bool:
@@ -306,35 +312,16 @@ class RoutingContext:
         """Whether the device may be asked for the number of pairs."""
         return self.pairs is DispatchLayout.RAGGED
 
-    @property
-    def documents(self) -> Documents:
-        """What keeps the documents of packed rows apart."""
-        return Documents(self.document_BT, self.lengths)
-
-    @property
-    def has_padding(self) -> bool:
-        """Whether a position may be padding; without a device sync it is unknown."""
-        if self.padding_BT is None or not isinstance(self.split, ModalitySplit):
-            return self.padding_BT is not None
-        return sum(self.split.counts.values()) < self.padding_BT.numel()
-
     def to(self, device: torch.device | int | str, non_blocking: bool = False) -> "RoutingContext":
-        """Return the same context for layers on another device, which Accelerate's hooks ask for.
-
-        What routers leave behind lies in this one.
-        """
+        """Move the tensors in place, as Accelerate's hooks ask for before each layer; layers of a device move none."""
         device = torch.device(device)
-        if device == self.split.group_BT.device:
-            return self
-        # computed once for all layers of a device
-        if device not in self._by_device:
-            tensors = {name: getattr(self, name) for name in self._tensors}
-            moved = {
-                name: None if tensor is None else tensor.to(device, non_blocking=non_blocking)
-                for name, tensor in tensors.items()
-            }
-            self._by_device[device] = self._view(split=self.split.to(device, non_blocking), **moved)
-        return self._by_device[device]
+        if device != self.split.group_BT.device:
+            self.split = self.split.to(device, non_blocking)
+            self.modality_BT = moved(self.modality_BT, device, non_blocking)
+            rows = self.rows._asdict()
+            tensors = {name: moved(rows[name], device, non_blocking) for name in rows if name[-1].isupper()}
+            self.rows = self.rows._replace(**tensors)
+        return self
 
     @property
     def modality_N(self) -> torch.Tensor:
@@ -342,17 +329,22 @@ class RoutingContext:
         (modality_N1,) = self.split.split(self.modality_BT.unsqueeze(-1)).values()
         return modality_N1.squeeze(-1)
 
-    def with_split(self, split: ModalitySplit, modality_BT: torch.Tensor | None = None) -> "RoutingContext":
+    def for_tokens(self, split: ModalitySplit, modality_BT: torch.Tensor) -> "RoutingContext":
         """Return the same context for a part of the tokens; what routers leave behind lies in this one."""
-        return self._view(split=split, modality_BT=modality_BT)
+        return self._but(split=split, modality_BT=modality_BT)
 
     def allowing_host_sync(self) -> "RoutingContext":
         """Return the same context, in which layers may ask the device for numbers."""
-        return self if self.allow_host_sync else self._view(pairs=DispatchLayout.RAGGED)
+        return self if self.allow_host_sync else self._but(pairs=DispatchLayout.RAGGED)
 
     def with_routing(self, routing: str, track: bool = False) -> "RoutingContext":
         """Return a separate context for the same tokens, in which experts and depth layers choose by another rule."""
-        return self._copy(routing=routing, depth_routing=routing, track=track)
+        return self._but(routing=routing, depth_routing=routing, track=track, steps={}, states={})
+
+    def _but(self, **changes: Any) -> "RoutingContext":
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
 
     def run_by_group(
         self, x_BTD: torch.Tensor, run: Callable[[str, torch.Tensor], torch.Tensor], pad_empty_input: bool = False
@@ -367,108 +359,55 @@ class RoutingContext:
             outputs[name] = run(name, x_ND.new_zeros(1, x_ND.shape[1]))[:0] if is_empty else run(name, x_ND)
         return self.split.merge(outputs, x_BTD)
 
-    def _copy(self, **changes: Any) -> "RoutingContext":
-        names = ("routing", "split", "track", "depth_routing", "keep_empty_groups", "pairs", "takes_hints")
-        names += ("is_recorded", *self._tensors)
-        return RoutingContext(**{**{name: getattr(self, name) for name in names}, **changes})
-
-    def _view(self, **changes: Any) -> "RoutingContext":
-        view = self._copy(**changes)
-        view.statistics, view.state, view.noise, view.hidden = self.statistics, self.state, self.noise, self.hidden
-        return view
+    def step_of(self, router: Any) -> RouterStep:
+        """Return what a router leaves behind."""
+        return self.steps.setdefault(router, RouterStep())
 
     def router_state(self, router: Any) -> Any:
-        """Return the buffers of a router to select with.
-
-        Recomputation under activation checkpointing comes after `update_routers`, which has kept what they were, and
-        has to select the same tokens again.
-        """
-        return self.state.get(router, router)
+        """Return the buffers to select with: recomputation comes after [`update_routers`], which keeps them here."""
+        return self.states.get(router, router)
 
     def router_noise(self, router: Any, logits: torch.Tensor) -> torch.Tensor:
-        """Return a router's noise, drawn once: recomputation may come with another state of the generator."""
-        if router not in self.noise:
-            self.noise[router] = logistic_noise_like(logits)
-        return self.noise[router]
-
-    def record(self, router: Any, statistics: RouterStatistics):
-        """Keep what `update_routers` needs of one router's step."""
-        self.statistics[router] = statistics
+        """Return a router's noise, drawn once."""
+        step = self.step_of(router)
+        if step.noise is None:
+            step.noise = logistic_noise_like(logits)
+        return step.noise
 
 
 def routing_of_batch(
     config: MomaConfig,
-    input_ids: torch.Tensor | None,
-    inputs_embeds: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    mm_token_type_ids: torch.Tensor | None,
-    cache: Cache | None,
+    batch: Batch,
     is_training: bool,
     routing: str | None = None,
     depth_routing: str | None = None,
     is_recorded: bool = False,
     pairs: DispatchLayout = DispatchLayout.RAGGED,
-    takes_hints: bool = False,
-    given: Mapping[str, Any] = MappingProxyType({}),
 ) -> RoutingContext:
     """Describe the routing of one forward to all its layers, and raise where something cannot be routed."""
     routing, depth_routing = _resolve_rules(config, is_training, routing, depth_routing)
-    # the caller gives `input_ids` or `inputs_embeds`
-    inputs: torch.Tensor = input_ids if input_ids is not None else inputs_embeds  # pyright: ignore[reportAssignmentType]
-    past_length = seen_positions(cache)
-    has_records = is_recorded or bool(given.get("output_attentions", config.output_attentions))
-    # a cache gives its length as a tensor only if it is static and holds something
-    may_fix = _may_fix_shapes(config, inputs, routing, is_training)
-    is_exported = torch.compiler.is_exporting()
-    if is_exported:
+    if torch.compiler.is_exporting():
         check_exportable(config, routing, is_training)
-    documents, hidden = Documents(), None
-    if is_exported or (may_fix and isinstance(past_length, torch.Tensor)):
-        split, modality_BT, padding_BT = _split_fixed(
-            config,
-            input_ids,
-            inputs,
-            attention_mask,
-            mm_token_type_ids,
-            past_length,
-            cache.get_max_length() if isinstance(past_length, torch.Tensor) else None,  # pyright: ignore[reportOptionalMemberAccess]
-        )
-        # a program holds for rows of several documents, too, where its inputs may say so
-        if is_exported and position_ids is not None and attention_mask is None and cache is None:
-            begins_BT = document_begins(position_ids.expand(inputs.shape[0], -1))
-            documents = Documents(None if uses_flash_attention_mask(config) else begins_BT.cumsum(1))
+    # a cache gives its length as a tensor only if it is static and holds something; the caches of depth layers take as
+    # many tokens as there are
+    is_step = batch.inputs.shape[1] == 1 and isinstance(seen_positions(batch.cache), torch.Tensor)
+    may_fix = is_step and not config.depth_layers and rule_of(routing).is_causal and not is_training
+    if torch.compiler.is_exporting() or may_fix:
+        split, modality_BT, rows = _split_fixed(config, batch)
     else:
-        split, modality_BT, padding_BT, documents, hidden = _split_batch(
-            config,
-            input_ids,  # pyright: ignore[reportCallIssue]
-            inputs,
-            attention_mask,
-            position_ids,
-            mm_token_type_ids,
-            past_length,
-            cache,
-            given,
-        )
+        split, modality_BT, rows = _split_batch(config, batch)  # pyright: ignore[reportCallIssue]
     # samples drawn between the steps of a training are no steps; reentrant checkpointing has gradients here
     has_gradients = torch.is_grad_enabled()
-    context = RoutingContext(
+    return RoutingContext(
         routing,
         split,
         is_training and has_gradients,
         depth_routing,
         modality_BT,
-        padding_BT,
-        documents.document_BT,
-        lengths=documents.lengths,
+        rows,
         keep_empty_groups=is_training or has_gradients or is_distributed() or is_recorded,
         pairs=pairs,
-        takes_hints=takes_hints,
-        is_recorded=has_records,
     )
-    if config.depth_layers:
-        _describe_rows(context, attention_mask, hidden)
-    return context
 
 
 def check_inputs(input_ids: Any, inputs_embeds: Any, position_ids: torch.Tensor | None = None):
@@ -501,19 +440,64 @@ def seen_positions(cache: Cache | None) -> int | torch.Tensor:
     return cache.get_seq_length() if cache is not None and hasattr(cache, "get_seq_length") else 0
 
 
-def check_length(
-    config: MomaConfig, length: int, past_length: int | torch.Tensor, position_ids: torch.Tensor | None = None
+def check_batch(
+    config: MomaConfig, batch: Batch, past_length: int | torch.Tensor, num_columns: int | torch.Tensor | None = None
 ):
-    """Raise at positions that an unscaled model has never seen."""
-    limit = config.max_position_embeddings
-    # scaled rotary embeddings are made to go beyond
-    is_long = config.rope_parameters["rope_type"] == "default" and past_length + length > limit
-    # a row of many packed requests is longer than any of them
-    if is_long and (position_ids is None or position_ids.max() >= limit):
+    """Raise at a batch that is empty or too long, and at masks and modalities that do not fit it.
+
+    Ids outside the vocabulary, rows of padding alone and documents are found by [`split_modalities`] and
+    [`documents_of`], by numbers of which the device is asked once.
+    """
+    (num_rows, length), limit = batch.inputs.shape[:2], config.max_position_embeddings
+    if num_rows == 0 or length == 0:
+        name = "input_ids" if batch.input_ids is not None else "inputs_embeds"
+        raise InputError(f"`{name}` has {num_rows} rows of {length} tokens: the input is empty.")
+    is_exported, is_known = torch.compiler.is_exporting(), not isinstance(past_length, torch.Tensor)
+    has_room = isinstance(batch.cache, StaticCache) or isinstance(past_length, torch.Tensor)
+    capacity = batch.cache.get_max_length() if has_room else None
+    # a cache that ends before the limit needs no device sync for the number of its tokens, and a program cannot sync
+    if is_known or (capacity is not None and capacity > limit and not is_exported):
+        num_seen = past_length + length
+        # scaled rotary embeddings are made to go beyond
+        is_long = config.rope_parameters["rope_type"] == "default" and num_seen > limit
+        # a row of many packed requests is longer than any of them
+        if is_long and (is_exported or batch.position_ids is None or batch.position_ids.max() >= limit):
+            raise InputError(
+                f"The sequence has {num_seen} positions, but `max_position_embeddings` is {limit}: the model has "
+                "never seen later ones. Shorten the input, or set `rope_parameters` to a scaled type."
+            )
+    if is_known and capacity is not None and past_length + length > capacity:
         raise InputError(
-            f"The sequence has {past_length + length} positions, but `max_position_embeddings` is {limit}: the "
-            "model has never seen later ones. Shorten the input, or set `rope_parameters` to a scaled type."
+            f"`cache` has room for {capacity} positions, but there are {past_length + length} with those that it "
+            f"holds already: make it with `max_cache_len` of at least {past_length + length}."
         )
+    mask, modality_BT = batch.attention_mask, batch.mm_token_type_ids
+    if batch.padding_mask_BS is not None:
+        fewest = past_length + length if num_columns is None else num_columns
+        most = fewest if capacity is None else max(fewest, capacity)
+        if mask.shape[0] != num_rows or not fewest <= mask.shape[1] <= most:
+            or_more = " or more" if most > fewest else ""
+            raise InputError(
+                f"`attention_mask` has the shape {tuple(mask.shape)}, but there are {num_rows} rows of {int(fewest)} "
+                f"positions{or_more}: with a cache it has to cover the cached positions, too, and with a static one "
+                "alone it may go on to the end of the cache."
+            )
+    elif batch.own_mask_BHQS is not None:
+        check_own_mask(config, batch.own_mask_BHQS, num_rows, length)
+    elif mask is not None and config.depth_layers:
+        raise TypeError(
+            f"`attention_mask` is a {type(mask).__name__}: depth layers can pack tensors only, of shape "
+            "(batch_size, sequence_length) or (batch_size, 1, query_length, key_length)."
+        )
+    if batch.input_ids is not None or modality_BT is None:
+        return
+    if modality_BT.shape != batch.inputs.shape[:2]:
+        raise InputError(
+            f"`mm_token_type_ids` has the shape {tuple(modality_BT.shape)}, but `inputs_embeds` has {num_rows} rows "
+            f"of {length} positions: each needs its modality."
+        )
+    if modality_BT.is_floating_point():
+        raise InputError(f"`mm_token_type_ids` is of {modality_BT.dtype}: whole numbers are needed.")
 
 
 def check_exportable(config: MomaConfig, routing: str, is_training: bool):
@@ -566,141 +550,77 @@ def _resolve_rules(
     return routing, depth_routing
 
 
-def _may_fix_shapes(config: MomaConfig, inputs: torch.Tensor, routing: str, is_training: bool) -> bool:
-    """Return whether this is a step of one token, whose shapes must not depend on the token if the cache is static."""
-    # the caches of depth layers take as many tokens as there are
-    return inputs.shape[1] == 1 and not config.depth_layers and rule_of(routing).is_causal and not is_training
-
-
-def _split_fixed(
-    config: MomaConfig,
-    input_ids: torch.Tensor | None,
-    inputs: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    mm_token_type_ids: torch.Tensor | None,
-    past_length: int | torch.Tensor,
-    max_length: int | None,
-) -> tuple[FixedSplit, torch.Tensor, torch.Tensor | None]:
-    """Give every group every position: for steps with a static cache of `max_length`, and for exported programs."""
-    length = inputs.shape[1]
-    # a cache that ends before the limit needs no device sync for the number of its tokens, and a program cannot sync
-    if not isinstance(past_length, torch.Tensor):
-        check_length(config, length, past_length)
-    elif max_length > config.max_position_embeddings and not torch.compiler.is_exporting():  # pyright: ignore[reportOptionalOperand]
-        check_length(config, length, past_length)
-    modality_BT = _modalities(config, input_ids, inputs, mm_token_type_ids)
-    padding_BT = None
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        fewest = most = past_length + length
-        if isinstance(past_length, torch.Tensor):
-            # a device is asked only about a mask that looks too short: `reset()` may have emptied the cache
-            is_known = past_length.device.type == "cpu" or attention_mask.shape[1] <= length
-            if torch.compiler.is_compiling() or not is_known:
-                fewest = length + 1
-            most = max(fewest, max_length)  # pyright: ignore[reportArgumentType]
-        _check_mask(attention_mask, inputs.shape[0], fewest, most)
-        if isinstance(past_length, torch.Tensor):
-            places_T = past_length.view(1)
-            if length > 1:
-                places_T = places_T + torch.arange(length, device=places_T.device)
-            padding_BT = attention_mask.index_select(1, places_T) == 0
-        else:
-            padding_BT = attention_mask[:, past_length:fewest] == 0
+def _split_fixed(config: MomaConfig, batch: Batch) -> tuple[FixedSplit, torch.Tensor, Rows]:
+    """Give every group every position: for steps with a static cache, and for exported programs."""
+    num_rows, length = batch.inputs.shape[:2]
+    past_length, mask_BS = seen_positions(batch.cache), batch.padding_mask_BS
+    num_columns = None
+    if isinstance(past_length, torch.Tensor) and mask_BS is not None:
+        # a device is asked only about a mask that looks too short: `reset()` may have emptied the cache
+        is_known = past_length.device.type == "cpu" or mask_BS.shape[1] <= length
+        if torch.compiler.is_compiling() or not is_known:
+            num_columns = length + 1
+    check_batch(config, batch, past_length, num_columns)
+    modality_BT, padding_BT, document_BT = _modalities(config, batch), None, None
+    if mask_BS is not None and isinstance(past_length, torch.Tensor):
+        places_T = past_length.view(1)
+        if length > 1:
+            places_T = places_T + torch.arange(length, device=places_T.device)
+        padding_BT = mask_BS.index_select(1, places_T) == 0
+    elif mask_BS is not None:
+        padding_BT = mask_BS[:, past_length : past_length + length] == 0
+    # a program holds for rows of several documents, too, where its inputs may say so
+    position_ids = batch.position_ids if batch.attention_mask is None and batch.cache is None else None
+    if torch.compiler.is_exporting() and position_ids is not None and not uses_flash_attention_mask(config):
+        document_BT = document_begins(position_ids.expand(num_rows, -1)).cumsum(1)
     split = FixedSplit(list(config.expert_groups), position_groups(config, modality_BT, padding_BT))
-    return split, modality_BT, padding_BT
+    return split, modality_BT, Rows(padding_BT, document_BT)
 
 
 # the device sync for numbers of tokens would break the graph here and in every caller
 @torch.compiler.disable
-def _split_batch(
-    config: MomaConfig,
-    input_ids: torch.Tensor | None,
-    inputs: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    mm_token_type_ids: torch.Tensor | None,
-    past_length: int | torch.Tensor,
-    cache: Cache | None,
-    given: Mapping[str, Any],
-) -> tuple[ModalitySplit, torch.Tensor, torch.Tensor | None, Documents, tuple[torch.Tensor, int, int] | None]:
-    batch_size, length = inputs.shape[:2]
-    if batch_size == 0 or length == 0:
-        name = "input_ids" if input_ids is not None else "inputs_embeds"
-        raise InputError(f"`{name}` has {batch_size} rows of {length} tokens: the input is empty.")
-    # a step on a static cache that ends before the limit needs no device sync for the number of its tokens
-    is_static_step = isinstance(past_length, torch.Tensor) and length == 1
-    if not is_static_step or cache.get_max_length() > config.max_position_embeddings:  # pyright: ignore[reportOptionalMemberAccess]
-        check_length(config, length, past_length, position_ids)
-    if not is_static_step:
-        # one device sync for a chunk that a static cache goes on with
+def _split_batch(config: MomaConfig, batch: Batch) -> tuple[ModalitySplit, torch.Tensor, Rows]:
+    """Ask the device once for the number of each group's positions, and of what else depends on the batch."""
+    length, mask_BS = batch.inputs.shape[1], batch.padding_mask_BS
+    past_length: Any = seen_positions(batch.cache)
+    if length != 1 or mask_BS is not None:
+        # one more device sync, for a chunk that a static cache goes on with
         past_length = int(past_length)
-        _check_room(cache, past_length + length)
-    modality_BT = _modalities(config, input_ids, inputs, mm_token_type_ids)
-    padding_BT = masked_B = None
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        end = int(past_length) + length
-        most = max(end, cache.get_max_length()) if isinstance(cache, StaticCache) else end
-        _check_mask(attention_mask, batch_size, end, most)
-        padding_BT = attention_mask[:, end - length : end] == 0
-        masked_B = (attention_mask == 0).all(dim=-1) if cache is None else None
-    begins_BT, questions = document_questions(
-        config, given, inputs, attention_mask, padding_BT, position_ids, cache, past_length
+    check_batch(config, batch, past_length)
+    modality_BT = _modalities(config, batch)
+    padding_BT = masked_B = before_BS = None
+    if mask_BS is not None:
+        before_BS, padding_BT, _ = (mask_BS == 0).tensor_split([past_length, past_length + length], dim=1)
+        masked_B = padding_BT.all(dim=-1) if batch.cache is None else None
+    begins_BT, questions = document_questions(config, batch, padding_BT, past_length)
+    if config.depth_layers and before_BS is not None and batch.cache is not None:
+        questions["hidden"] = before_BS.sum()
+    split, numbers = split_modalities(
+        config, modality_BT, padding_BT, batch.input_ids, masked_B, [*questions.values()]
     )
-    if config.depth_layers and attention_mask is not None and padding_BT is not None and cache is not None:
-        questions["hidden"] = (attention_mask[:, : end - length] == 0).sum()
-    asked = [*questions.values()]
-    split, numbers = split_modalities(config, modality_BT, padding_BT, input_ids, masked_B, asked)
     num_padding = modality_BT.numel() - sum(split.counts.values())
-    answers, hidden = dict(zip(questions, numbers)), None
-    if attention_mask is not None and "hidden" in answers:
-        hidden = attention_mask, answers["hidden"], answers["hidden"] + num_padding
-    return split, modality_BT, padding_BT, documents_of(begins_BT, answers, cache is not None), hidden
+    answers = dict(zip(questions, numbers))
+    rows = documents_of(begins_BT, answers, batch.cache is not None)
+    rows = rows._replace(padding_BT=padding_BT if num_padding else None)
+    if config.depth_layers:
+        hidden = (mask_BS, answers["hidden"], answers["hidden"] + num_padding) if "hidden" in answers else None
+        rows = rows._replace(own_mask_BHQS=batch.own_mask_BHQS, hidden=hidden)
+    return split, modality_BT, rows
 
 
-def _modalities(
-    config: MomaConfig, input_ids: torch.Tensor | None, inputs: torch.Tensor, mm_token_type_ids: torch.Tensor | None
-) -> torch.Tensor:
+def _modalities(config: MomaConfig, batch: Batch) -> torch.Tensor:
     """Return the modality of each position, `[B, T]`."""
-    if input_ids is not None:
-        return token_modalities(config, input_ids)
-    if mm_token_type_ids is not None:
-        if mm_token_type_ids.shape != inputs.shape[:2]:
-            raise InputError(
-                f"`mm_token_type_ids` has the shape {tuple(mm_token_type_ids.shape)}, but `inputs_embeds` has "
-                f"{inputs.shape[0]} rows of {inputs.shape[1]} positions: each needs its modality."
-            )
-        if mm_token_type_ids.is_floating_point():
-            raise InputError(f"`mm_token_type_ids` is of {mm_token_type_ids.dtype}: whole numbers are needed.")
-        return mm_token_type_ids.long()
+    if batch.input_ids is not None:
+        return token_modalities(config, batch.input_ids)
+    if batch.mm_token_type_ids is not None:
+        return batch.mm_token_type_ids.long()
     # soft prompts of PEFT come this way, before images too
     if len(config.expert_groups) > 1 and not torch.compiler.is_compiling():
         logger.warning_once(
             "`inputs_embeds` came without `mm_token_type_ids`: all positions go to the experts of text. Where there "
             "are images among them, give the modality of each."
         )
-    return torch.zeros(inputs.shape[:2], dtype=torch.long, device=inputs.device)
-
-
-def _check_room(cache: Cache | None, length: int) -> None:
-    if isinstance(cache, StaticCache) and length > cache.get_max_length():
-        raise InputError(
-            f"`cache` has room for {cache.get_max_length()} positions, but there are {length} with those that it "
-            f"holds already: make it with `max_cache_len` of at least {length}."
-        )
-
-
-def _check_mask(
-    attention_mask: torch.Tensor, batch_size: int, fewest: int | torch.Tensor, most: int | torch.Tensor
-) -> None:
-    num_rows, num_columns = attention_mask.shape
-    if num_rows == batch_size and fewest <= num_columns <= most:
-        return
-    or_more = " or more" if most > fewest else ""
-    raise InputError(
-        f"`attention_mask` has the shape {tuple(attention_mask.shape)}, but there are {batch_size} rows of "
-        f"{int(fewest)} positions{or_more}: with a cache it has to cover the cached positions, too, and with a static "
-        "one alone it may go on to the end of the cache."
-    )
+    return torch.zeros(batch.inputs.shape[:2], dtype=torch.long, device=batch.inputs.device)
 
 
 def columns_of_batch(attention_mask: Any, cache: Cache | None, num_positions: int) -> Any:
@@ -713,14 +633,3 @@ def columns_of_batch(attention_mask: Any, cache: Cache | None, num_positions: in
     if isinstance(cache, StaticCache):
         attention_mask = attention_mask[:, : int(seen_positions(cache))]
     return attention_mask[:, -num_positions:]
-
-
-def _describe_rows(context: RoutingContext, attention_mask: torch.Tensor | None, hidden: Any) -> None:
-    context.hidden = hidden
-    if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
-        raise TypeError(
-            f"`attention_mask` is a {type(attention_mask).__name__}: depth layers can pack tensors only, of shape "
-            "(batch_size, sequence_length) or (batch_size, 1, query_length, key_length)."
-        )
-    if attention_mask is not None and attention_mask.ndim == 4:
-        context.custom_mask_BHQS = attention_mask

@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int, default=40)
     parser.add_argument("--also-in", metavar="REVISION", help="draw lines that this revision has, too")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     {"draw": draw, "run": run}[args.mode](args)
 
 

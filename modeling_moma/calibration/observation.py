@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -72,7 +73,7 @@ class RouterRecord:
         # a context of its own, so that the model does not learn of the statistics
         oracle = context.with_routing("expert_choice", track=True)
         logits, selection = router.forward(hidden, oracle)
-        statistics = oracle.statistics[router]
+        statistics: Any = oracle.steps[router].statistics
         threshold_C = midpoints(statistics.kth_C, statistics.next_best_C)
         count_C = torch.ones_like(threshold_C) if statistics.count_C is None else statistics.count_C
         scores, hidden = torch.sigmoid(logits), hidden.detach()
@@ -86,8 +87,8 @@ class RouterRecord:
                 name, router, hidden, scores, is_member_NS, is_taken_NS, threshold_index_NS, threshold_C, count_C
             )
         is_token_BT = torch.ones_like(selection.chosen_BT)
-        if context.padding_BT is not None:
-            is_token_BT = ~context.padding_BT
+        if context.rows.padding_BT is not None:
+            is_token_BT = ~context.rows.padding_BT
         has_pools = isinstance(router, MomaDepthRouter) and len(router.capacities) > 1
         pool_BT = context.modality_BT if has_pools else torch.zeros_like(is_token_BT, dtype=torch.long)
         per_token = (scores, selection.chosen_BT, taken.chosen_BT, pool_BT)  # pyright: ignore[reportAttributeAccessIssue]

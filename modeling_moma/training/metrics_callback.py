@@ -172,8 +172,8 @@ class MomaMetricsCallback(TrainerCallback):
             sums = self._sums[module.training]
             for index, modality in enumerate(modalities):
                 is_token_BT = context.modality_BT == index
-                if context.padding_BT is not None:
-                    is_token_BT = is_token_BT & ~context.padding_BT
+                if context.rows.padding_BT is not None:
+                    is_token_BT = is_token_BT & ~context.rows.padding_BT
                 sums[f"{modality}_depth_load", "sum"] += (selection.chosen_BT & is_token_BT).sum()
                 sums[f"{modality}_depth_load", "count"] += is_token_BT.sum()
 

@@ -79,7 +79,7 @@ def pools_of_call(config, router, hidden, context, scores):
         return
     length = hidden.shape[1]
     values = [[scores[row * length + place][0] for place in range(length)] for row in range(hidden.shape[0])]
-    for pool, members in pools_of(config, context.modality_BT, context.padding_BT).items():
+    for pool, members in pools_of(config, context.modality_BT, context.rows.padding_BT).items():
         take = taken_of(config, pool, len(members))
         flat, best = ([row * length + place for row, place in at] for at in (members, best_of(values, members, take)))
         yield pool, 0, flat, best, take

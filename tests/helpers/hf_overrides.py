@@ -56,14 +56,12 @@ class MomaOverrides(Overrides):
         # the test wants outputs of an unscaled model beyond max_position_embeddings to compare a scaled one with; ours
         # refuses them with a ValueError
         if self._testMethodName.startswith("test_model_rope_scaling_from_config"):
-            lifted = patch.object(
-                token_groups_moma, "check_length", _check_length_if_scaled(token_groups_moma.check_length)
-            )
+            lifted = patch.object(token_groups_moma, "check_batch", _check_if_scaled(token_groups_moma.check_batch))
             lifted.start()
             self.addCleanup(lifted.stop)
 
 
-def _check_length_if_scaled(check):
+def _check_if_scaled(check):
     def checked(config, *args):
         if config.rope_parameters["rope_type"] != "default":
             check(config, *args)

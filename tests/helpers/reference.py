@@ -7,6 +7,7 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 
+from modeling_moma.documents_moma import Rows
 from modeling_moma.token_groups_moma import RoutingContext, split_modalities
 
 
@@ -41,7 +42,7 @@ def trainable(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 def context_of(config, modality_BT, routing, padding_BT=None, track=False) -> RoutingContext:
     """The routing context of one feed-forward call."""
     split, _ = split_modalities(config, modality_BT, padding_BT)
-    return RoutingContext(routing, split, track=track, modality_BT=modality_BT, padding_BT=padding_BT)
+    return RoutingContext(routing, split, track=track, modality_BT=modality_BT, rows=Rows(padding_BT))
 
 
 def swiglu(x, gate, up, down):

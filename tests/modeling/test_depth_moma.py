@@ -10,6 +10,7 @@ from helpers.reference import GROUPS, assert_near, fields_of
 from helpers.tiny import mixed_ids, randomize_auxiliary, tiny_config, tiny_model
 from modeling_moma.configuration_moma import RULES, rule_names
 from modeling_moma.depth_moma import MomaDepthRouter
+from modeling_moma.documents_moma import Rows
 from modeling_moma.routing_moma import update_routers
 from modeling_moma.token_groups_moma import RoutingContext, split_modalities, token_modalities
 
@@ -44,7 +45,7 @@ def batch(config, seed=0, with_padding=True):
 
 def context_of(config, modality_BT, padding_BT, depth_routing, track=False):
     split, _ = split_modalities(config, modality_BT, padding_BT)
-    return RoutingContext("expert_choice", split, track, depth_routing, modality_BT, padding_BT)
+    return RoutingContext("expert_choice", split, track, depth_routing, modality_BT, Rows(padding_BT))
 
 
 def scores_of(router, hidden_BTD):

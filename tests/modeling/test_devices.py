@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers.parallel_reference import MODELS
 from helpers.reference import GROUPS
 from helpers.tiny import mixed_ids, tiny_model
+from modeling_moma.documents_moma import Rows
 from modeling_moma.routing_moma import MomaRouterBase, update_routers
 from modeling_moma.token_groups_moma import FixedSplit, RouterStatistics, RoutingContext, split_modalities
 
@@ -71,27 +72,27 @@ def test_routing_follows_its_layer(groups, training, routing):
     assert devices == ["cpu", "cpu", "meta", "meta"]
 
 
-def test_a_context_moves_whole_and_once_and_shares_what_routers_leave():
+def test_a_context_moves_whole_and_in_place_and_parts_share_what_routers_leave():
     config = tiny_model().config
     modality_BT, padding_BT = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.bool)
     modality_BT[:, 3:] = 1
     padding_BT[1, 0] = True
     document_BT, mask = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 1, 6, 6)
     split, _ = split_modalities(config, modality_BT, padding_BT)
-    context = RoutingContext("threshold", split, True, "expert_choice", modality_BT, padding_BT, document_BT, mask)
-    moved = context.to("meta", non_blocking=True)
-    assert moved is context.to(torch.device("meta")) and context.to("cpu") is context
+    context = RoutingContext(
+        "threshold", split, True, "expert_choice", modality_BT, Rows(padding_BT, document_BT, None, mask)
+    )
+    assert context.to("cpu") is context and context.to("meta", non_blocking=True) is context
     left = [
         name
-        for owner in (moved, moved.split)
-        for name, value in vars(owner).items()
+        for values in (vars(context), vars(context.split), context.rows._asdict())
+        for name, value in values.items()
         if isinstance(value, torch.Tensor) and value.device.type != "meta"
     ]
     assert left == []
-    assert moved.split.counts == split.counts
-    moved.record("router", RouterStatistics(torch.zeros(1), torch.zeros(1)))
-    assert "router" in context.statistics and moved.state is context.state and moved.noise is context.noise
-    assert (moved.routing, moved.depth_routing, moved.track) == ("threshold", "expert_choice", True)
+    assert context.split.counts == split.counts
+    part = context.for_tokens(context.split, context.modality_BT)
+    assert part.step_of("router") is context.step_of("router")
 
     fixed = RoutingContext("threshold", FixedSplit(["text", "image"], modality_BT)).to("meta")
     assert fixed.has_fixed_shapes
@@ -110,7 +111,8 @@ def test_routers_are_updated_each_on_its_device(name):
                 setattr(router, buffer, torch.empty_like(getattr(router, buffer), device="lazy"))
         context = RoutingContext("token_choice", split=None, track=True, depth_routing="token_choice")
         for router in routers:
-            context.record(router, RouterStatistics(*(torch.rand_like(router.threshold) for _ in range(4))))
+            values = [torch.rand_like(router.threshold) for _ in range(4)]
+            context.step_of(router).statistics = RouterStatistics(*values)
         # a fake tensor refuses an operation with another device
         update_routers(context, bias_update_rate=0.1)
         devices = {str(router.threshold.device) for router in routers}

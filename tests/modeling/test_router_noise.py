@@ -72,7 +72,7 @@ def test_selection_and_gates_are_noisy_while_logits_and_statistics_are_not(routi
     # of 13 tokens for 4 experts
     lines = torch.sigmoid(clean_NE).t().tolist()
     cut_E = torch.tensor([reference_cut(line, math.ceil(NUM_TOKENS / 4)) for line in lines])
-    statistics = context.statistics[router]
+    statistics = context.step_of(router).statistics
     assert_near(midpoints(statistics.kth_C, statistics.next_best_C), cut_E, 1e-6)
     (gradient,) = torch.autograd.grad(weights.sum(), router.weight)
     (wanted,) = torch.autograd.grad(noisy_NE[token_P, expert_P].sum(), router.weight)
@@ -83,7 +83,7 @@ def test_the_load_that_the_balance_bias_sees_is_that_of_the_noisy_selection():
     config, router, x_ND = build_router(gumbel_noise=2.0)
     _, pairs, _, context = select(config, router, x_ND, "token_choice")
     load_E = torch.tensor([sum(expert == e for _, expert in pairs) for e in range(4)])
-    assert_near(context.statistics[router].load_deficit_C, (load_E.float().mean() - load_E) / NUM_TOKENS, 1e-5)
+    assert_near(context.step_of(router).statistics.load_deficit_C, (load_E.float().mean() - load_E) / NUM_TOKENS, 1e-5)
 
 
 @pytest.mark.parametrize("routing", RULES)
