@@ -16,7 +16,7 @@ from ..errors_moma import InputError
 from .encoding import DocumentEncoder, processor_fingerprint
 from .jobs import read_manifest
 from .sources import TRAIN, VALIDATION, Source, read_sources
-from .token_documents import Documents, ShardTable
+from .stream import Documents, ShardTable
 
 
 logger = logging.get_logger(__name__)

@@ -200,7 +200,6 @@ def plan_job(
         found = "; ".join(f"{source!r} has {list(splits)}" for source, splits in names.items())
         raise InputError(f"--splits {' '.join(splits or ())}: no source has a split {min(unknown)!r}: {found}.")
     planned = {source.name: _plan_source(source, names[source.name], rows_per_shard, splits) for source in sources}
-    plans = {name: plan for name, (plan, _) in planned.items()}
     warn_of_shared_rows(sources, names)
     return Job(
         processor=processor_folder,
@@ -209,7 +208,7 @@ def plan_job(
         packed=packed,
         seed=seed,
         sources={source.name: source.fields() for source in sources},
-        splits=plans,
+        splits={name: plan for name, (plan, _) in planned.items()},
         held_out_rule=HELD_OUT_RULE,
         file_sizes={name: size for name, (_, size) in planned.items()},
         files={source.name: source_digest(source) for source in sources},
@@ -231,7 +230,9 @@ def _plan_source(
             if len(rows) == 0:
                 raise InputError(f"sources: {source.name!r} yields nothing: its split {split!r} has no rows.")
             images, weight = _row_means(source, rows)
-            size = rows_per_shard or _shard_rows(len(rows), weight)
+            most = min(max(SHARD_ROWS[0], len(rows) // TYPICAL_SHARDS), SHARD_ROWS[1])
+            in_time = int(max(SHARD_IMAGES, len(rows) * weight / TYPICAL_SHARDS) / weight) if weight else most
+            size = rows_per_shard or max(1, min(most, in_time))
             size = -(-size // source.kind.batch_multiple) * source.kind.batch_multiple
             entry |= {"rows": len(rows), "images": round(len(rows) * images), "rows_per_shard": size}
             entry["shards"] = -(-len(rows) // size)
@@ -254,26 +255,19 @@ def source_files(source: Source) -> list[Path]:
 
     Hidden files are left out, as `datasets` does.
     """
-
-    def is_hidden(name: str) -> bool:
-        return name.startswith(".")
-
+    patterns = [source.pattern()]
+    # where `data` names a reader, `load` says what it reads
+    if {"data_files", "data_dir"} & source.load.keys() and "/" not in source.data and not Path(source.data).exists():
+        names = source.load.get("data_files") or ""
+        entries = names.values() if isinstance(names, dict) else [names]
+        flat = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
+        patterns = [os.path.join(source.load.get("data_dir") or "", str(name)) for name in flat]
     files = []
-    for found in {Path(path) for pattern in _file_patterns(source) for path in glob(pattern, recursive=True)}:
+    for found in {Path(path) for pattern in patterns for path in glob(pattern, recursive=True)}:
         inside = [found] if found.is_file() else found.rglob("*")
-        files += [file for file in inside if not any(map(is_hidden, file.relative_to(found).parts))]
+        files += [file for file in inside if not any(part[0] == "." for part in file.relative_to(found).parts)]
     # a link may lead nowhere
     return sorted(file for file in files if file.suffix.lower() not in OTHER_FILES and file.is_file())
-
-
-def _file_patterns(source: Source) -> list[str]:
-    """Return patterns of a source's files: `data`, or where that names a reader, what `load` says that it reads."""
-    names = source.load.get("data_files") or ""
-    if not {"data_files", "data_dir"} & source.load.keys() or "/" in source.data or Path(source.data).exists():
-        return [source.pattern()]
-    entries = names.values() if isinstance(names, dict) else [names]
-    flat = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry])]
-    return [os.path.join(source.load.get("data_dir") or "", str(name)) for name in flat]
 
 
 def source_digest(source: Source) -> str | None:
@@ -289,13 +283,6 @@ def source_digest(source: Source) -> str | None:
     return digest.hexdigest()[:32]
 
 
-def _shard_rows(rows: int, weight: float) -> int:
-    """Return the rows of a shard, of a split whose rows take as long as so many images each."""
-    most = min(max(SHARD_ROWS[0], rows // TYPICAL_SHARDS), SHARD_ROWS[1])
-    images = max(SHARD_IMAGES, rows * weight / TYPICAL_SHARDS)
-    return max(1, min(most, int(images / weight))) if weight else most
-
-
 def _row_means(source: Source, rows: Dataset) -> tuple[float, float]:
     """Return the images of a row in the mean, and in how many images' time it is tokenized, of some rows.
 
@@ -306,12 +293,12 @@ def _row_means(source: Source, rows: Dataset) -> tuple[float, float]:
     images = sum(len(source.kind.row_images(row)) for row in looked_at) / len(looked_at)
     sounds = sum(len(source.kind.row_sounds(row)) for row in looked_at) / len(looked_at)
     columns = source.kind.columns()
-    characters = sum(_text_length({name: row[name] for name in columns}) for row in looked_at) / len(looked_at)
+    characters = sum(_text_length(row[name]) for row in looked_at for name in columns) / len(looked_at)
     return images, images + sounds + characters / CHARACTERS_PER_IMAGE
 
 
 def _text_length(value: Any) -> int:
-    """Return the characters of all texts in a row, or in a part of one, but for images and where they lie."""
+    """Return the characters of all texts in a column, or in a part of one, but for images and where they lie."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
@@ -351,13 +338,17 @@ def write_job(folder: str | Path, job: Job) -> Path:
         if then.get("processor") != job.processor:
             # where other processes look for it; the file stays as old as the tokens
             times = path.stat().st_atime, path.stat().st_mtime
-            moved = json.dumps({**then, "processor": job.processor}, indent=2) + "\n"
-            atomic_write(path, lambda aside: aside.write_text(moved, encoding="utf-8"))
+            _write_json(path, {**then, "processor": job.processor})
             os.utime(path, times)
         check_writable(folder)
         return path
     check_new_folder(folder)
-    return atomic_write(path, lambda aside: aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    return _write_json(path, content)
+
+
+def _write_json(path: Path, content: dict) -> Path:
+    text = json.dumps(content, indent=2) + "\n"
+    return atomic_write(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def _compare(folder: str | Path, then: dict, now: dict) -> None:
@@ -366,15 +357,10 @@ def _compare(folder: str | Path, then: dict, now: dict) -> None:
     different = [name for name in now if name != "processor" and then.get(name) != now[name]]
     if different:
         name, before, after = _first_difference(different[0], then.get(different[0]), now[different[0]])
+        what = f"that were begun with another {name}: {before!r} then, {after!r} now"
         if name.startswith("files: "):
-            raise InputError(
-                f"--output {str(folder)!r} holds tokens of {name.removeprefix('files: ')!r}, whose files have changed "
-                f"since: what is done would not be done again. {DAMAGED}"
-            )
-        raise InputError(
-            f"--output {str(folder)!r} holds tokens that were begun with another {name}: {before!r} then, "
-            f"{after!r} now. {DAMAGED}"
-        )
+            what = f"of {name.removeprefix('files: ')!r}, whose files have changed since"
+        raise InputError(f"--output {str(folder)!r} holds tokens {what}. {DAMAGED}")
 
 
 def _first_difference(name: str, then: Any, now: Any) -> tuple[str, Any, Any]:
@@ -450,15 +436,21 @@ def write_manifest(folder: str | Path, job: Job) -> dict[str, Any]:
         _add_up(entry, task, report, job.output_splits(task))
     for name, entry in sources.items():
         if entry["splits"][TRAIN]["documents"] == 0:
-            raise InputError(_nothing_left(name, entry["read"][TRAIN]))
+            read = entry["read"][TRAIN]
+            counts = [f"{count} {reason}" for reason, count in read["left_out"].items()]
+            # all that is written is held out
+            if held_out := read["rows"] - sum(read["left_out"].values()):
+                counts.append(f"{held_out} held out (`held_out: 0` holds out none)")
+            reasons = ", ".join(counts) or "it has no rows"
+            first = f"; the first: {read['named'][0]['detail']!r}" if read["named"] else ""
+            raise InputError(f"sources: {name!r} yields nothing to train on: of {read['rows']} rows {reasons}{first}.")
     manifest = {
         "fingerprint": job.fingerprint,
         "sequence_length": job.sequence_length,
         "packed": job.packed,
         "sources": sources,
     }
-    text = json.dumps(manifest, indent=2) + "\n"
-    atomic_write(folder / MANIFEST_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
+    _write_json(folder / MANIFEST_FILE, manifest)
     return manifest
 
 
@@ -476,16 +468,6 @@ def _add_up(entry: dict, task: Task, report: dict, splits: list[str]) -> None:
             total["tokens"][modality] = total["tokens"].get(modality, 0) + number
         if written:
             total["files"].append(task.file_name(split))
-
-
-def _nothing_left(name: str, read: dict) -> str:
-    counts = [f"{count} {reason}" for reason, count in read["left_out"].items()]
-    # all that is written is held out
-    if held_out := read["rows"] - sum(read["left_out"].values()):
-        counts.append(f"{held_out} held out (`held_out: 0` holds out none)")
-    reasons = ", ".join(counts) or "it has no rows"
-    first = f"; the first: {read['named'][0]['detail']!r}" if read["named"] else ""
-    return f"sources: {name!r} yields nothing to train on: of {read['rows']} rows {reasons}{first}."
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from ..errors_moma import InputError
-from .stream import DocumentOrder, document_orders
-from .token_documents import Documents, cut_before, frame_spans
+from .stream import DocumentOrder, Documents, cut_before, document_orders, frame_spans
 
 
 # how documents become sequences; runs that packed them by another rule do not go on under this one

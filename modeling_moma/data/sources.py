@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sources of a training: what a recipe calls them, where their rows are, and how `datasets` opens them."""
 
+import csv
 import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from glob import escape
+from glob import escape, glob
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,14 +21,14 @@ from datasets import (
     IterableDataset,
     LargeList,
     List,
+    ReadInstruction,
     config,
     get_dataset_split_names,
     load_dataset,
     load_dataset_builder,
 )
-from datasets.exceptions import DatasetGenerationError
+from datasets.data_files import SPLIT_KEYWORDS
 from datasets.fingerprint import Hasher
-from datasets.inspect import SplitsNotFoundError
 from pydantic import Field
 from transformers.utils import logging
 
@@ -35,18 +36,7 @@ from ..errors_moma import InputError
 from ..hub.names import not_found_message
 from ..utils.fields import Float, read_field
 from ..utils.messages import one_line
-from .files import (
-    METADATA,
-    data_files,
-    reading_options,
-    refuse_longer_rows,
-    refuse_shared_parts,
-    rows_below,
-    saved_files,
-    split_folders,
-    split_parts,
-    table_files,
-)
+from ..utils.records import read_record
 from .kinds import SourceKind, read_kind
 
 
@@ -70,6 +60,16 @@ READERS = {
     ".txt": "text",
     ".tar": "webdataset",
 }
+# tables, and arguments of their reader by which somebody says what a row's fields are
+TABLES = (".csv", ".tsv")
+_OF_FIELDS = (
+    *("index_col", "header", "names", "column_names", "usecols", "skiprows"),
+    *("quotechar", "escapechar", "comment"),
+)
+# as `imagefolder` reads them
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+# stands for the length of any split: parts in percent end where they do in one of any other length
+_MANY_ROWS = 10**12
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,12 @@ class Source:
     def split_files(self) -> dict[str, frozenset[str]]:
         """Return the files of each of the data set's splits, as `datasets` finds them, links followed."""
         files = self._call(load_dataset_builder, *self._loading()).config.data_files or {}
-        return {str(split): frozenset(map(_real_file, _without_metadata(found))) for split, found in files.items()}
+        real = {}
+        for split, found in files.items():
+            # of those that name the others there may be one for all splits
+            named = [file for file in found if Path(file).name not in METADATA] or found
+            real[str(split)] = frozenset(file if "://" in file else str(Path(file).resolve()) for file in named)
+        return real
 
     def open(self, split: str) -> Dataset | IterableDataset:
         """Open a split, of which no image is decoded yet where it is streamed.
@@ -157,15 +162,12 @@ class Source:
             ValueError: the data cannot be opened, or lack a column of the source.
         """
         path, options = self._loading()
-        options = {**options, "split": split}
         if path == READERS[".csv"]:
             refuse_longer_rows(f"sources: {self.name!r}", table_files(options.get("data_files")), options)
         elif Path(path).resolve() == Path(self.data).resolve() and Path(path).is_dir():
             options = self._of_folder(path, options)
-        rows = self._of_split(self._call(load_dataset, path, options), split)
-        columns = rows.column_names
-        if columns is None:
-            columns = list(next(undecoded_rows(rows), {}))
+        rows = self._of_split(self._call(load_dataset, path, {**options, "split": split}), split)
+        columns = rows.column_names or list(next(undecoded_rows(rows), {}))
         if self._list_of_sounds() is not None and "file_name" in columns:
             rows = rows.rename_column("file_name", "audio")
             columns = ["audio" if name == "file_name" else name for name in columns]
@@ -260,8 +262,6 @@ class Source:
         is_local = is_pattern or path.is_file() or path.suffix in READERS
         if is_local and not is_pattern and not path.is_file():
             raise InputError(f"sources: {self.name!r}: there is no file {self.data!r}.")
-        if path.is_file() and path.stat().st_size == 0:
-            raise InputError(f"sources: {self.name!r}: the file {self.data!r} is empty.")
         if not is_local:
             # a reader's own name, such as `parquet`, comes with its files
             has_files = {"data_files", "data_dir"} & self.load.keys()
@@ -277,40 +277,29 @@ class Source:
 
     def _reading(self, suffix: str) -> dict[str, Any]:
         """Return arguments of the reader of a file, by its ending."""
-        if READERS[suffix] == "csv":
-            return reading_options(suffix, self.kind.columns())
-        # the mark that some editors put before a text is none of its characters
-        return {"encoding": "utf-8-sig"} if suffix == ".txt" else {}
+        if suffix == ".txt":
+            # the mark that some editors put before a text is none of its characters
+            return {"encoding": "utf-8-sig"}
+        if suffix not in TABLES:
+            return {}
+        # a caption is what stands there: 007 is no 7, NA is a word
+        texts = {"converters": dict.fromkeys(self.kind.columns(), str), "keep_default_na": False, "na_values": [""]}
+        # quotes mean nothing in a table of tabs
+        return {**texts, "sep": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else texts
 
     def _call(self, function: Any, path: str, options: dict[str, Any]) -> Any:
         if function is not load_dataset:
-            options = {name: value for name, value in options.items() if name not in ("streaming", "split")}
+            options = {name: value for name, value in options.items() if name != "streaming"}
         try:
             return function(path, **options)
         # readers of files fail in any way
         except Exception as error:
-            reason = _telling(error)
+            # that there was another error is all that some say
+            reason = error.__cause__ or error
             raise InputError(
                 f"sources: {self.name!r}: `datasets` cannot open {self.data!r} "
                 f"({type(reason).__name__}: {one_line(reason, 300)})."
             ) from error
-
-
-def _real_file(path: str) -> str:
-    return path if "://" in path else str(Path(path).resolve())
-
-
-def _without_metadata(files: Sequence[str]) -> Sequence[str]:
-    """Return files without those that name them, of which there may be one for all splits."""
-    return [file for file in files if Path(file).name not in METADATA] or files
-
-
-def _telling(error: BaseException) -> BaseException:
-    """Return what an error comes from, where it says no more itself than that there was another error."""
-    deeper = error.__cause__ or error.__context__
-    if deeper is None or not isinstance(error, (DatasetGenerationError, SplitsNotFoundError)):
-        return error
-    return _telling(deeper)
 
 
 def placed_rows(rows: Dataset | IterableDataset) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -339,21 +328,17 @@ def undecoded_rows(rows: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
         streamed = streamed.cast(Features({name: _undecoded(entry) for name, entry in streamed.features.items()}))
     features = (streamed.features or {}).items()
     classes = {name: entry for name, entry in features if isinstance(getattr(entry, "feature", entry), ClassLabel)}
-    iterator = iter(streamed)
-    for count in itertools.count():
-        try:
-            row = next(iterator)
-        except StopIteration:
-            return
-        # readers of files fail in any way
-        except Exception as error:
-            raise InputError(
-                f"sources: after {count:,} rows no more can be read; is a file damaged there? "
-                f"({type(error).__name__}: {one_line(error, 300)})"
-            ) from error
-        for name, entry in classes.items():
-            row[name] = _class_name(entry, row[name])
-        yield row
+    number = 0
+    try:
+        for row in streamed:
+            number += 1
+            yield row | {name: _class_name(entry, row[name]) for name, entry in classes.items()}
+    # readers of files fail in any way
+    except Exception as error:
+        raise InputError(
+            f"sources: after {number:,} rows no more can be read; is a file damaged there? "
+            f"({type(error).__name__}: {one_line(error, 300)})"
+        ) from error
 
 
 def _class_name(feature: Any, value: Any) -> Any:
@@ -461,4 +446,130 @@ def refuse_output_in_data(output: str, sources: Sequence[Source]) -> None:
             raise InputError(
                 f"`--output` {output!r} lies in the data of source {source.name!r}, {source.data!r}: its files would "
                 "be read as data. Give a folder outside, or put the data into one of their own."
+            )
+
+
+def table_files(data_files: Any) -> list[str]:
+    """Return the tables of this machine that the argument `data_files` of `datasets` names."""
+    if isinstance(data_files, Mapping):
+        return [file for entry in data_files.values() for file in table_files(entry)]
+    if isinstance(data_files, str):
+        found = sorted(glob(data_files, recursive=True))
+        return [file for file in found if Path(file).suffix in TABLES and Path(file).is_file()]
+    return [file for entry in data_files or () for file in table_files(entry)]
+
+
+def refuse_longer_rows(where: str, files: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a table whose first row has more fields than its header.
+
+    The reader takes the first ones of each row for its name then, and reads all others as columns further to the
+    left: an unquoted comma in a caption would give other captions.
+    """
+    separator = options.get("delimiter") or options.get("sep") or ","
+    if any(options.get(name) is not None for name in _OF_FIELDS) or len(separator) != 1:
+        return
+    for file in files:
+        header, row = _first_rows(file, separator, options.get("quoting") or csv.QUOTE_MINIMAL)
+        if len(row) > len(header):
+            raise InputError(
+                f"{where}: the first row of {file!r} has {len(row)} fields, and its header names {len(header)}, so "
+                f"that columns would be read as their neighbours. Put quotes around a text with {separator!r} in it; "
+                "where rows begin with names of their own, `load: {index_col: 0}` says so, and where they end with a "
+                "separator, `load: {index_col: false}`."
+            )
+
+
+def _first_rows(file: str, separator: str, quoting: int) -> tuple[list[str], list[str]]:
+    """Return the header and the first row of a table, empty where there is none."""
+    with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
+        rows = filter(None, csv.reader(lines, delimiter=separator, quoting=quoting))  # pyright: ignore[reportArgumentType]
+        try:
+            return next(rows, []), next(rows, [])
+        # a quote that does not end, which the reader tells of
+        except csv.Error:
+            return [], []
+
+
+def split_folders(folder: Path) -> dict[str, list[Path]]:
+    """Return the folders of a data set's splits, where one file of captions stands above all of them; else nothing."""
+    if not any((folder / name).is_file() for name in METADATA):
+        return {}
+    named = {str(split): [folder / name for name in names] for split, names in SPLIT_KEYWORDS.items()}
+    found = {split: [path for path in paths if path.is_dir()] for split, paths in named.items()}
+    has_own = any((path / name).is_file() for paths in found.values() for path in paths for name in METADATA)
+    return {} if has_own else {split: paths for split, paths in found.items() if paths}
+
+
+def data_files(folder: Path) -> dict[str, list[str]]:
+    """Return what `imagefolder` reads for each split; each gets every row of the metadata, see [`rows_below`]."""
+    metadata = [escape(str(folder / name)) for name in METADATA if (folder / name).is_file()]
+    return {
+        split: [*(f"{escape(str(path))}/**" for path in paths), *metadata]
+        for split, paths in split_folders(folder).items()
+    }
+
+
+def saved_files(folder: Path) -> dict[str, list[str]]:
+    """Return the files of each split that `save_to_disk` of `datasets` has written into a folder; else nothing."""
+    saved = folder / config.DATASETDICT_JSON_FILENAME
+    folders = {name: folder / name for name in read_record(saved)["splits"]} if saved.is_file() else {"train": folder}
+    states = {split: path / config.DATASET_STATE_JSON_FILENAME for split, path in folders.items()}
+    # others beside them are caches of what was done with the rows
+    return {
+        split: [escape(str(path.with_name(file["filename"]))) for file in read_record(path)["_data_files"]]
+        for split, path in states.items()
+        if path.is_file()
+    }
+
+
+def rows_below(rows: Dataset, folders: Sequence[Path], column: str) -> Dataset:
+    """Return the rows whose image lies below one of some folders, and those that name no image."""
+    values: Any = rows.select_columns(column).cast_column(column, Image(decode=False))[column]
+    below = [folder.resolve() for folder in folders]
+    # a row without an image is of no split: whoever reads the rows tells of it
+    paths = [None if value is None else Path(value["path"]).resolve() for value in values]
+    return rows.select([row for row, path in enumerate(paths) if path is None or any(map(path.is_relative_to, below))])
+
+
+@dataclass(frozen=True)
+class SplitPart:
+    """Rows of one split that follow one another."""
+
+    split: str
+    unit: str | None
+    rows: range
+
+    def overlaps(self, other: "SplitPart") -> bool:
+        """Return whether another part has some of the rows, as far as no length is needed to tell."""
+        # where a row is in percent, the length alone says
+        if {self.unit, other.unit} == {"%", "rows"}:
+            return False
+        return max(self.rows.start, other.rows.start) < min(self.rows.stop, other.rows.stop)
+
+
+def split_parts(text: str) -> list[SplitPart]:
+    """Return the parts that a text of `datasets` names."""
+    parts = []
+    for entry in map(str.strip, text.split("+")):
+        split, bracket, bounds = entry.partition("[")
+        unit = None if not bracket else "%" if "%" in bounds else "rows"
+        try:
+            (found,) = ReadInstruction.from_spec(entry).to_absolute({split: _MANY_ROWS})
+        except (ValueError, AssertionError) as error:
+            raise InputError(f"the split {text!r} cannot be read: {one_line(error)}.") from error
+        parts.append(SplitPart(split, unit, range(found.from_, found.to)))
+    return parts
+
+
+def refuse_shared_parts(where: str, train: str, validation: str | None) -> None:
+    """Raise `ValueError` where rows of `validation` are those of `train`, too."""
+    try:
+        trained_on, held_out = split_parts(train), [] if validation is None else split_parts(validation)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    for part in held_out:
+        if any(part.split == own.split and part.overlaps(own) for own in trained_on):
+            raise InputError(
+                f"{where}: validation = {validation!r} has rows of train = {train!r}, which would be trained on and "
+                f"held out; name two parts, `{{train: '{part.split}[:98%]', validation: '{part.split}[98%:]'}}`."
             )

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -23,22 +23,10 @@ from tqdm.auto import tqdm
 from ..errors_moma import InputError
 from ..utils.atomic_files import atomic_write, path_aside
 from ..utils.errors import KilledProcessError
-from .encoding import DocumentEncoder, loaded_encoder
+from .encoding import loaded_encoder
 from .jobs import Job, Task, done_report, read_job
 from .kinds.base import BATCH, Shard
 from .sources import TRAIN, VALIDATION, read_sources, row_place, undecoded_rows
-
-
-def load_encoder(folder: str, fingerprint: str) -> DocumentEncoder:
-    """Return the encoder of a job."""
-    encoder, found = loaded_encoder(folder)
-    if found != fingerprint:
-        # of an earlier job of this process
-        loaded_encoder.cache_clear()
-        encoder, found = loaded_encoder(folder)
-    if found != fingerprint:
-        raise InputError(f"--processor {folder!r} has changed since these tokens were begun; give a new `--output`.")
-    return encoder
 
 
 @functools.lru_cache(maxsize=8)
@@ -111,9 +99,14 @@ def _open_shard(job: Job, task: Task, strict: bool) -> Shard:
     """Return a shard whose rows are read from its source."""
     source, plan = job.source(task.source), job.splits[task.source][task.split]
     start = task.shard * (plan["rows_per_shard"] or 0)
+    encoder, fingerprint = loaded_encoder(job.processor)
+    if fingerprint != job.fingerprint:
+        raise InputError(
+            f"--processor {job.processor!r} has changed since these tokens were begun; give a new `--output`."
+        )
     return Shard(
         source_rows=_source_rows(job, task, start),
-        encoder=load_encoder(job.processor, job.fingerprint),
+        encoder=encoder,
         packed=job.packed,
         sequence_length=job.sequence_length,
         list_columns=plan["list_columns"],
@@ -160,39 +153,21 @@ def run_tasks(folder: str | Path, job: Job, processes: int, threads: int = 1, st
         ValueError: what a shard raised.
         RuntimeError: a process was killed.
     """
-    reports = {task: done_report(folder, task) for task in job.tasks()}
-    tasks = [task for task, report in reports.items() if report is None]
-    plans = [plan for splits in job.splits.values() for plan in splits.values()]
-    has_images = any(job.source(name).kind.has_images for name in job.sources)
-    # shards are counted where nothing has images or nobody knows how many
-    counts_images = has_images and all(plan["images"] is not None for plan in plans)
-
-    def size(report: dict[str, Any] | None) -> int:
-        return 0 if report is None else report["images"] if counts_images else 1
-
-    total = sum(plan["images"] for plan in plans) if counts_images else len(reports)
-    done, unit = sum(map(size, reports.values())), " images" if counts_images else " shards"
+    tasks = [task for task in job.tasks() if done_report(folder, task) is None]
+    total = len(job.tasks())
     # of an earlier job of this process
     open_rows.cache_clear()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with tqdm(total=total, initial=done, desc="tokenizing", unit=unit) as bar:
-
-            def on_done(task: Task) -> None:
-                bar.n += size(done_report(folder, task))
-                bar.total = max(total, bar.n)
-                bar.refresh()
-
+        with tqdm(total=total, initial=total - len(tasks), desc="tokenizing", unit=" shards") as bar:
             others = min(processes, len(tasks)) - 1
             if others > 0:
-                _share(folder, job, tasks, others, threads, strict, on_done)
+                _share(folder, job, tasks, others, threads, strict, bar)
             else:
                 for task in tasks:
                     tokenize_shard(folder, job, task, strict)
-                    on_done(task)
-            # some were left out, and some may have been an estimate
-            bar.total = bar.n
+                    bar.update()
     finally:
         torch.set_num_threads(before)
 
@@ -204,7 +179,7 @@ def _share(
     others: int,
     threads: int,
     strict: bool,
-    on_done: Callable[[Task], None],
+    bar: tqdm,
 ) -> None:
     """Write shards in so many other processes and in this one."""
     # a forked process would share the locks of threads that it does not have
@@ -215,14 +190,15 @@ def _share(
             waiting = {pool.submit(_run_one, str(folder), task, strict): task for task in tasks}
         # from the other end, whatever the workers have not begun, and at once: they may still be starting
         for future, task in reversed(list(waiting.items())):
-            _raise_first(waiting)
+            for ended in filter(Future.done, waiting):
+                ended.result()
             if future.cancel():
                 del waiting[future]
                 tokenize_shard(folder, job, task, strict)
-                on_done(task)
+                bar.update()
         for future in as_completed(waiting):
             future.result()
-            on_done(waiting[future])
+            bar.update()
     except BaseException as error:
         for process in set(multiprocessing.active_children()) - strangers:
             process.terminate()
@@ -247,12 +223,6 @@ def _ctrl_c_ignored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _raise_first(futures: Iterable[Future]) -> None:
-    for future in futures:
-        if future.done():
-            future.result()
 
 
 def _begin_worker(threads: int) -> None:

@@ -13,7 +13,7 @@ from tokenization import MomaDataCollator
 from tokenization.text_tokenizer_moma import with_beginning
 
 from ..data.documents import shuffled_held_out
-from ..data.token_documents import Documents
+from ..data.stream import Documents
 from ..hub.loading import open_model
 from ..modeling_moma import MomaForCausalLM
 

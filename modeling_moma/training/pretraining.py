@@ -21,8 +21,7 @@ from ..data.documents import TokenFolder, check_layout, check_positions, held_ou
 from ..data.kinds import AudioDocuments, CaptionDocuments
 from ..data.packing import PackedCollator, PackedExamples
 from ..data.sources import VALIDATION, Source
-from ..data.stream import DocumentExamples
-from ..data.token_documents import TokenDocuments
+from ..data.stream import DocumentExamples, TokenDocuments
 from ..errors_moma import InputError
 from ..hub.loading import MODEL, check_saved, open_model, open_processor, require_plain_weights
 from ..modeling_moma import MomaForCausalLM

@@ -80,6 +80,9 @@ def test_sounds_with_texts_go_from_the_recipe_to_the_stream(folder, processor, t
     assert tokens["text"] + tokens["audio"] == sum(map(len, heard))
     drawn = [documents.ids(1, np.random.default_rng(seed)) for seed in range(200)]
     assert 70 < sum(ids == heard[1] for ids in drawn) < 130 and all(ids in (heard[1], said[1]) for ids in drawn)
+    (first,) = read_sources({"words": {**source, "audio_first": 1.0}})
+    always = TokenFolder(tmp_path / "tokens", processor).documents(first)
+    assert all(always.ids(1, np.random.default_rng(seed)) == heard[1] for seed in range(9))
     stream = DocumentExamples([documents], [1.0], 8, 0)
     for example in (stream[place] for place in range(8)):
         assert example["input_ids"] in heard + said
@@ -101,26 +104,6 @@ def test_other_texts_than_the_tokenized_ones_have_to_fit(folder, processor, tmp_
     assert len(stream("{word} " + "of many more words than there were " * 3, length=160)) == 4
     stream("{word} again")
     assert not caplog.records
-
-
-def test_only_one_order_where_the_recipe_says_so(folder, processor, tmp_path):
-    write_sounds(tmp_path / "words.parquet", [{"bytes": as_file(sound), "path": None} for sound in sounds()])
-    fields = {"audio": "audio", "text": "word", "audio_first": 1.0, "held_out": 0}
-    sources = {"words": {"data": str(tmp_path / "words.parquet"), **fields}}
-    tokenize(sources, folder, tmp_path / "tokens")
-    documents = TokenFolder(tmp_path / "tokens", processor).documents(read_sources(sources)[0])
-    begin = processor.frames["audio"].begin
-    assert {documents.ids(row, np.random.default_rng(seed))[1] for row in range(4) for seed in range(9)} == {begin}
-
-
-def test_files_named_in_json_lines_are_read(folder, tmp_path):
-    for index, sound in enumerate(sounds()):
-        (tmp_path / f"{index}.flac").write_bytes(as_file(sound, kind="FLAC"))
-    lines = [{"audio": f"{index}.flac", "word": word} for index, word in enumerate(WORDS)]
-    (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    source = {"data": str(tmp_path / "words.jsonl"), "audio": "audio", "text": "word", "held_out": 0}
-    manifest = tokenize({"words": source}, folder, tmp_path / "tokens")
-    assert manifest["sources"]["words"]["splits"]["train"]["documents"] == 4
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -269,7 +252,7 @@ def test_chats_have_sounds(folder, processor, tmp_path):
     assert ids == expected
     tiny_processor().save_pretrained(tmp_path / "images")
     del sources["chats"]
-    with pytest.raises(ValueError, match="a part is of type 'audio', and the processor knows text, image"):
+    with pytest.raises(ValueError, match="the processor knows text, image, and a part is of type 'audio'"):
         tokenize(sources, str(tmp_path / "images"), tmp_path / "without")
 
 

@@ -54,19 +54,6 @@ def test_a_chat_begins_as_the_training_does(processor):
         assert ids == encoder.caption(text, codes, image_first)
 
 
-def test_documents_of_several_parts_begin_as_the_prompt_does(processor):
-    images = noise_images(2)
-    codes = processor.encode_images(images)
-    encoder = DocumentEncoder(processor)
-    for parts, text in (
-        (["red", codes[0], "green", codes[1]], "red<image>green<image>"),
-        ([codes[0], "red", codes[1]], "<image>red<image>"),
-    ):
-        prompt = processor(images=images, text=text)["input_ids"][0]
-        assert encoder.document(parts) == [*prompt, processor.tokenizer.eos_token_id]
-    assert encoder.document(["red apple"]) == [*processor(text="red apple")["input_ids"][0], encoder.eos]
-
-
 def test_the_released_tokenizer_begins_with_its_bos():
     tokenizer = AutoTokenizer.from_pretrained(RELEASED)
     assert beginning_ids(tokenizer) == [tokenizer.bos_token_id]

@@ -10,11 +10,10 @@ import torch
 from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
-from helpers.packed_sources import least_padding
 from helpers.tiny import tiny_documents, tiny_model, tiny_processor
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.packing import BLOCK, PackedCollator, PackedExamples
-from modeling_moma.data.token_documents import ShardTable, TokenDocuments, cut_place
+from modeling_moma.data.stream import ShardTable, TokenDocuments, cut_place
 
 
 LENGTH = 96
@@ -68,19 +67,6 @@ def pieces(example):
     return [ids[start:end] for start, end in zip(starts, [*starts[1:], len(ids)])]
 
 
-def test_no_position_is_padding_and_shares_are_the_weights(sources, processor):
-    weights = (0.5, 0.2, 0.3)
-    examples = packed(sources, processor, weights, length=600)
-    counts = Counter()
-    for index in range(600):
-        example = examples[index]
-        assert len(example["input_ids"]) == LENGTH
-        counts.update(example["source_ids"].tolist())
-    total = sum(counts[source] for source in range(3))
-    assert counts[-1] < 0.001 * 600 * LENGTH
-    assert [counts[source] / total for source in range(3)] == pytest.approx(weights, abs=0.005)
-
-
 def test_documents_go_in_whole_or_are_cut_outside_of_images(sources, processor):
     examples = packed(sources, processor)
     (begin, end), = frames(processor)  # fmt: skip
@@ -98,22 +84,6 @@ def test_documents_go_in_whole_or_are_cut_outside_of_images(sources, processor):
                 assert piece[place + processor.image_seq_length + 1] == end
             if of == 0:
                 assert piece[0] == bos and piece[-1] == eos
-
-
-def test_captions_alone_go_in_whole_and_leave_padding(processor):
-    examples = packed([tiny_documents(processor, 50, labels=["a label of some words", "short"])], processor, (1.0,))
-    bos, eos = processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
-    padding, lengths = 0, []
-    for index in range(200):
-        example = examples[index]
-        is_padding = example["source_ids"] < 0
-        padding += int(is_padding.sum())
-        assert (example["labels"][is_padding] == -100).all()
-        whole = [piece for piece in pieces(example) if piece[0] != processor.tokenizer.pad_token_id]
-        assert all(piece[0] == bos and piece[-1] == eos for piece in whole)
-        lengths += map(len, whole)
-    # four lengths that seldom add up
-    assert least_padding(lengths, LENGTH) <= padding / (200 * LENGTH) < 0.08
 
 
 def equal(one, other):
@@ -188,23 +158,6 @@ def test_cut_place_is_that_of_a_plain_loop():
             ids += [8, 1, 1, 1, 9] if rng.random() < 0.3 else [int(rng.integers(2, 8))]
         room = int(rng.integers(1, 40))
         assert cut_place(np.asarray(ids), room, marks) == reference_cut(ids, room, marks)
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("depth", [False, True])
-def test_documents_of_a_sequence_do_not_see_one_another(sources, processor, attention, depth):
-    fields = {"depth_layers": [1], "depth_capacity": 0.5} if depth else {}
-    model = tiny_model(processor, initializer_range=0.2, **fields)
-    model.set_attn_implementation(attention)
-    example = packed(sources, processor)[3]
-    batch = {name: values[None] for name, values in example.items() if name != "source_ids"}
-    with torch.inference_mode():
-        logits = model(**batch, use_cache=False).logits[0]
-        start = 0
-        for piece in pieces(example):
-            alone = model(input_ids=torch.tensor([piece])).logits[0]
-            torch.testing.assert_close(logits[start : start + len(piece)], alone, rtol=0, atol=1e-5)
-            start += len(piece)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from ...errors_moma import InputError
 from ...utils.fields import read_fields, refuse_unknown
 from ..encoding import DocumentEncoder
 from ..images import SkippedRow, read_image, read_row_sound, refused_sounds_left_out
-from ..token_documents import Documents, ShardTable, TokenDocuments
+from ..stream import Documents, ShardTable, TokenDocuments
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,12 @@ class Template:
         """The columns, each once."""
         return list(dict.fromkeys(name for _, name in self.parts if name is not None))
 
-    def empty_columns(self, row: Mapping[str, Any]) -> list[str]:
-        """Return the columns that hold nothing in a row."""
-        return [name for name in self.columns if not is_something(row[name])]
-
-    def refuse_empty(self, row: Mapping[str, Any], what: str) -> None:
-        """Raise [`SkippedRow`] where a column holds nothing in a row."""
-        if empty := self.empty_columns(row):
+    def empty_columns(self, row: Mapping[str, Any], what: str = "") -> list[str]:
+        """Return the columns that hold nothing in a row; raise [`SkippedRow`] for such a one where it says what is."""
+        empty = [name for name in self.columns if not is_something(row[name])]
+        if what and empty:
             raise SkippedRow(f"{what} empty", f"nothing in {empty}")
+        return empty
 
     def texts(self, row: Mapping[str, Any]) -> Iterator[str]:
         """Yield the text of a row, unless a column holds nothing, or what is no text."""
@@ -120,11 +118,6 @@ class ShardReport:
     changed: Counter = field(default_factory=Counter)
     named: list[dict] = field(default_factory=list)
 
-    def leave_out(self, row: int, error: SkippedRow, is_whole: bool = True) -> None:
-        """Count and name a row, or an image of it."""
-        (self.left_out if is_whole else self.images_left_out)[error.reason] += 1
-        self.named.append({"row": row, "reason": error.reason, "detail": error.detail[:300]})
-
     def write_document(self, split: str, text: int, image: int = 0, **others: int) -> None:
         """Count a document of so many tokens of each modality."""
         self.written[split] += 1
@@ -150,21 +143,16 @@ class Shard:
     def __post_init__(self):
         self.processor, self.report = self.encoder.processor, ShardReport()
 
-    def rows(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """Yield number, split and columns of every row that can be read."""
-        for row in self.source_rows:
-            self.report.rows += 1
-            yield row
-
     def read_rows(self, read: Callable[[int, dict[str, Any]], T]) -> Iterator[tuple[int, str, T]]:
         """Yield number, split and what is read of every row, and leave out those that cannot be used."""
-        for index, split, row in self.rows():
+        for index, split, row in self.source_rows:
+            self.report.rows += 1
             try:
                 found = read(index, row)
             except SkippedRow as error:
                 self.leave_out(index, error)
-                continue
-            yield index, split, found
+            else:
+                yield index, split, found
 
     def leave_out(self, row: int, error: SkippedRow, is_whole: bool = True) -> None:
         """Count a row that cannot be used, or an image of it."""
@@ -173,7 +161,8 @@ class Shard:
             raise InputError(
                 f"{self.where}, row {row}: {reason}. Without `--strict` such rows are left out."
             ) from error
-        self.report.leave_out(row, error, is_whole)
+        (self.report.left_out if is_whole else self.report.images_left_out)[error.reason] += 1
+        self.report.named.append({"row": row, "reason": error.reason, "detail": error.detail[:300]})
 
     def pixel_values(self, value: Any, min_side: int) -> torch.Tensor:
         """Return the pixel values `[1, 3, H, W]` of an image as a row holds it."""
@@ -201,22 +190,18 @@ class Shard:
         with refused_sounds_left_out():
             return self.processor.encode_items(AUDIO, [item])[0]
 
-    def count_images(self, number: int) -> None:
-        """Count images that have been coded."""
-        self.report.images += number
-
-    def document(self, row: int, split: str, ids: list[int], num_codes: int) -> tuple[str, dict[str, Any]] | None:
-        """Return split and fields of a document of token ids, `None` where it is too long to be trained on."""
+    def document(self, row: int, split: str, ids: list[int], num_codes: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield split and fields of a document of token ids, nothing where it is too long to be trained on."""
         if not self.packed and len(ids) > self.sequence_length:
             message = f"{len(ids)} tokens, over {self.sequence_length}; packed training cuts it instead"
             self.leave_out(row, SkippedRow("document too long", message))
-            return None
-        others = {
-            name: int(np.isin(ids, range(*self.processor.frames[name].bounds)).sum()) for name in self.processor.codecs
-        }
-        others = {name: number for name, number in others.items() if number}
-        self.report.write_document(split, len(ids) - num_codes - sum(others.values()), num_codes, **others)
-        return split, {"row": row, "input_ids": ids}
+            return
+        others = Counter()
+        for name in self.processor.codecs:
+            others[name] = int(np.isin(ids, range(*self.processor.frames[name].bounds)).sum())
+        # none of those of which there are no tokens
+        self.report.write_document(split, len(ids) - num_codes - others.total(), num_codes, **+others)
+        yield split, {"row": row, "input_ids": ids}
 
 
 class SourceKind(ABC):
@@ -235,7 +220,7 @@ class SourceKind(ABC):
             whether all rows have sounds, for which the processor needs a codec.
         has_captions (`ClassVar[bool]`, *optional*, defaults to `False`):
             whether its documents are [`CaptionDocuments`].
-        has_chats (`bool`):
+        has_chats (`bool`, *optional*, defaults to `False`):
             whether documents are made by the processor's chat template.
         batch_multiple (`ClassVar[int]`, *optional*, defaults to `1`):
             rows of a shard are a multiple of it.
@@ -249,13 +234,9 @@ class SourceKind(ABC):
     has_images: ClassVar[bool] = False
     has_sounds: ClassVar[bool] = False
     has_captions: ClassVar[bool] = False
+    has_chats = False
     batch_multiple: ClassVar[int] = 1
     min_side: int = 1
-
-    @property
-    def has_chats(self) -> bool:
-        """Whether documents are made by the processor's chat template."""
-        return False
 
     @classmethod
     def from_fields(cls, where: str, fields: dict[str, Any]) -> Self:
@@ -265,7 +246,8 @@ class SourceKind(ABC):
     def fields(self) -> dict[str, Any]:
         """Return what [`read_kind`] takes as stored."""
         fields: dict[str, Any] = dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
-        return {name: _as_json(value) for name, value in fields.items() if value is not None}
+        fields = {name: value for name, value in fields.items() if value is not None}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     def tokenized_fields(self) -> dict[str, Any]:
         """Return the fields that tokens were made by: those that a training cannot change any more."""
@@ -329,6 +311,7 @@ class SourceKind(ABC):
 # kinds that a recipe may name, by their name
 KINDS: dict[str, type[SourceKind]] = {}
 
+
 _Kind = TypeVar("_Kind", bound=type[SourceKind])
 
 
@@ -372,7 +355,3 @@ def read_kind(source: str, fields: dict[str, Any], common: Sequence[str] = ()) -
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     return read
-
-
-def _as_json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

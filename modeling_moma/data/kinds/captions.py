@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from ...utils.fields import Count, Share
 from ...utils.hardware import gains_by_bf16
 from ..encoding import DocumentEncoder
 from ..images import SkippedRow
-from ..token_documents import LazyDocuments, ShardTable
+from ..stream import LazyDocuments, ShardTable
 from .base import BATCH, Shard, SourceKind, Template, source_kind
 
 
@@ -49,9 +49,29 @@ class Alternative:
     share: Share
 
 
+class PairKind(SourceKind):
+    """An item, such as an image or a sound, and its texts in every row."""
+
+    text: str
+    item: ClassVar[str]
+
+    def columns(self) -> list[str]:
+        return [getattr(self, self.discriminator_fields[0]), *self.stored_columns()]
+
+    def stored_columns(self) -> list[str]:
+        return list(dict.fromkeys(name for template in self.templates() for name in template.columns))
+
+    def templates(self) -> list[Template]:
+        """Return the template of the text, and those that sometimes stand in for it."""
+        return [Template(self.text)]
+
+    def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
+        yield from (text for template in self.templates() for text in template.texts(row))
+
+
 @source_kind
 @dataclass(frozen=True)
-class CaptionKind(SourceKind):
+class CaptionKind(PairKind):
     """An image and its caption in every row: `<bos> image caption <eos>` or `<bos> caption image <eos>`.
 
     Args:
@@ -90,15 +110,7 @@ class CaptionKind(SourceKind):
     def tokenized_fields(self) -> dict[str, Any]:
         return {"image": self.image, "codings": self.codings, "min_side": self.min_side}
 
-    def columns(self) -> list[str]:
-        return [self.image, *self.stored_columns()]
-
-    def stored_columns(self) -> list[str]:
-        names = [name for template in self.templates() for name in template.columns]
-        return list(dict.fromkeys(names))
-
     def templates(self) -> list[Template]:
-        """Return the caption's template and those of the alternatives."""
         return [Template(self.text), *(Template(alternative.text) for alternative in self.alternatives)]
 
     def caption_lengths(self, columns: Mapping[str, Any], encoder: DocumentEncoder) -> list[int]:
@@ -107,9 +119,6 @@ class CaptionKind(SourceKind):
         around = len(encoder.beginning) + 3 + encoder.processor.image_seq_length
         texts = (text for template in self.templates() for text in template.texts(columns))
         return [around + len(encoder.text_ids(text)) for text in texts]
-
-    def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
-        yield from (text for template in self.templates() for text in template.texts(row))
 
     def row_images(self, row: dict[str, Any]) -> list[Any]:
         return [row[self.image]]
@@ -131,7 +140,7 @@ class CaptionKind(SourceKind):
         while batch := list(islice(rows, BATCH)):
             images = torch.cat([pixel_values for _, _, (_, _, pixel_values) in batch])
             codes = self._code(shard, images, generator)
-            shard.count_images(len(batch))
+            shard.report.images += len(batch)
             for (index, split, (columns, length, _)), row_codes in zip(batch, codes.tolist(), strict=True):
                 shard.report.write_document(split, length, shard.processor.image_seq_length)
                 yield split, {"row": index, "codes": row_codes, **columns}
@@ -139,7 +148,7 @@ class CaptionKind(SourceKind):
     def _read_row(self, shard: Shard, index: int, row: dict[str, Any]) -> tuple[dict[str, Any], int, torch.Tensor]:
         """Return the columns of a row's captions, the tokens of the first one without the image, and pixel values."""
         columns = {name: shard.stored_text(name, row[name]) for name in self.stored_columns()}
-        Template(self.text).refuse_empty(columns, "caption")
+        Template(self.text).empty_columns(columns, "caption")
         lengths = self.caption_lengths(columns, shard.encoder)
         if (longest := max(lengths)) > shard.sequence_length:
             raise SkippedRow("caption too long", f"{longest} tokens with its image, over {shard.sequence_length}")
@@ -179,10 +188,14 @@ class PairDocuments(ABC):
     """Items, such as images or sounds, with texts: what is drawn of a row is an example."""
 
     can_be_cut, has_choice = False, True
-    kind: Any
 
     def __init__(
-        self, name: str, kind: SourceKind, table: "ShardTable | _Rows", encoder: DocumentEncoder, longest: int | None
+        self,
+        name: str,
+        kind: Any,
+        table: "ShardTable | _Rows",
+        encoder: DocumentEncoder,
+        longest: int | None = None,
     ):
         self.name, self.kind, self.table, self.encoder, self.longest = name, kind, table, encoder, longest
         self._text, *self._others = self.kind.templates()
@@ -247,18 +260,11 @@ class CaptionDocuments(PairDocuments):
 
     kind: CaptionKind
 
-    def __init__(
-        self,
-        name: str,
-        kind: CaptionKind,
-        table: "ShardTable | _Rows",
-        encoder: DocumentEncoder,
-        longest: int | None = None,
-    ):
-        super().__init__(name, kind, table, encoder, longest)
-        self._alternatives = [(entry, part.share) for entry, part in zip(self._others, kind.alternatives)]
-        self._num_codes = encoder.processor.image_seq_length
-        self.num_codings = len(table.numbers("codes", 0)) // self._num_codes if len(table) else 1
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._alternatives = [(entry, part.share) for entry, part in zip(self._others, self.kind.alternatives)]
+        self._num_codes = self.encoder.processor.image_seq_length
+        self.num_codings = len(self.table.numbers("codes", 0)) // self._num_codes if len(self.table) else 1
 
     @classmethod
     def from_rows(
@@ -338,7 +344,7 @@ class _Rows:
 
 @source_kind
 @dataclass(frozen=True)
-class AudioKind(SourceKind):
+class AudioKind(PairKind):
     """A sound and its text in every row: `<bos> sound text <eos>` or `<bos> text sound <eos>`.
 
     Args:
@@ -363,19 +369,6 @@ class AudioKind(SourceKind):
     def tokenized_fields(self) -> dict[str, Any]:
         return {"audio": self.audio}
 
-    def columns(self) -> list[str]:
-        return [self.audio, *self.stored_columns()]
-
-    def stored_columns(self) -> list[str]:
-        return list(Template(self.text).columns)
-
-    def templates(self) -> list[Template]:
-        """Return the one of its text."""
-        return [Template(self.text)]
-
-    def row_texts(self, row: dict[str, Any]) -> Iterator[str]:
-        yield from Template(self.text).texts(row)
-
     def row_sounds(self, row: dict[str, Any]) -> list[Any]:
         return [row[self.audio]]
 
@@ -391,7 +384,7 @@ class AudioKind(SourceKind):
     def _read_row(self, shard: Shard, index: int, row: dict[str, Any]) -> tuple[dict[str, Any], int, list[int]]:
         """Return the columns of a row's text, the tokens of its document without the codes, and the codes."""
         template = Template(self.text)
-        template.refuse_empty(row, "text")
+        template.empty_columns(row, "text")
         columns = {name: shard.stored_text(name, row[name]) for name in self.stored_columns()}
         # beginning and end of the document and of the sound
         num_text = len(shard.encoder.text_ids(template.render(columns))) + len(shard.encoder.beginning) + 3

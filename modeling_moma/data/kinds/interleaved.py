@@ -43,13 +43,11 @@ class TextKind(SourceKind):
 
     def documents(self, shard: Shard) -> Iterator[tuple[str, dict[str, Any]]]:
         for index, split, text in shard.read_rows(self._read_row):
-            document = shard.document(index, split, shard.encoder.document([text]), 0)
-            if document is not None:
-                yield document
+            yield from shard.document(index, split, shard.encoder.document([text]), 0)
 
     def _read_row(self, index: int, row: dict[str, Any]) -> str:
         template = Template(self.text)
-        template.refuse_empty(row, "text")
+        template.empty_columns(row, "text")
         return template.render(row)
 
 
@@ -97,7 +95,7 @@ class InterleavedKind(SourceKind):
     has_images = True
 
     @property
-    def has_chats(self) -> bool:
+    def has_chats(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.messages is not None
 
     @classmethod
@@ -212,10 +210,8 @@ class _InterleavedWriter:
         written = [token for token in ids if token in placeholders]
         # a template that leaves a turn out, or repeats it, would give the others' images to the wrong turns
         if written != [placeholder_id(f"<{segment.modality}>") for segment in segments]:
-            message = (
-                f"the chat template wrote {len(written)} images and sounds of {len(segments)}, or in another order"
-            )
-            raise SkippedRow("chat not readable", message)
+            what = f"wrote {len(written)} images and sounds of {len(segments)}, or in another order"
+            raise SkippedRow("chat not readable", f"the chat template {what}")
         items = iter([self._read_item(segment) for segment in segments])
         parts: list[Any] = [[]]
         for token in ids:
@@ -231,16 +227,14 @@ class _InterleavedWriter:
         images = [part for _, _, parts in waiting for part in parts if isinstance(part, torch.Tensor)]
         chunks = [torch.cat(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
         codes = iter([row for chunk in chunks for row in shard.codes(chunk).tolist()])
-        shard.count_images(len(images))
+        shard.report.images += len(images)
         for index, split, parts in waiting:
             ids, num_images = [], 0
             for part in parts:
                 is_image = isinstance(part, torch.Tensor)
                 num_images += is_image
                 ids += shard.processor.image_ids(next(codes)) if is_image else part
-            document = shard.document(index, split, ids, num_images * shard.processor.image_seq_length)
-            if document is not None:
-                yield document
+            yield from shard.document(index, split, ids, num_images * shard.processor.image_seq_length)
 
 
 def read_segments(kind: InterleavedKind, row: dict[str, Any]) -> list[str | Segment]:
@@ -283,7 +277,7 @@ def read_messages(kind: InterleavedKind, row: dict[str, Any], processor: MomaPro
     messages, given = [], _listed_messages(kind, row)
     roles = [message["role"] for message in given]
     if roles not in ([], *_CAPTION_CHATS) and has_caption_template(processor):
-        raise SkippedRow("chat not readable", f"the chat template of captions has no place for messages of {roles}")
+        raise _unreadable("the chat template of captions has no place for messages of", roles)
     for message in given:
         content = message["content"]
         parts = _split_placeholders(content, own) if isinstance(content, str) else content
@@ -315,23 +309,22 @@ def _listed_messages(kind: InterleavedKind, row: dict[str, Any]) -> list[dict[st
     """Return the messages of a row, each with a `role` and a text or a list as `content`."""
     messages = row[str(kind.messages)]
     if messages is not None and not isinstance(messages, list):
-        raise SkippedRow(
-            "chat not readable", f"{str(kind.messages)!r} holds {str(messages)[:100]!r}, which is no list"
-        )
+        raise _unreadable(f"{str(kind.messages)!r} holds", messages)
     listed = []
     for message in messages or []:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise SkippedRow("chat not readable", f"{str(message)[:100]!r} is no message with `role` and `content`")
+            raise _unreadable("a message without `role` and `content` is", message)
         content = message.get("content") or ""
-        called = [name for name in ("tool_calls", "function_call") if message.get(name)]
-        if called:
-            raise SkippedRow(
-                "chat not readable", f"a message has {called[0]!r}, and only `role` and `content` are read"
-            )
+        if called := {name for name in ("tool_calls", "function_call") if message.get(name)}:
+            raise _unreadable("only `role` and `content` of a message are read, and one has", min(called))
         if not isinstance(content, str | list):
-            raise SkippedRow("chat not readable", f"the content of a message is {str(content)[:100]!r}")
+            raise _unreadable("the content of a message is", content)
         listed.append({"role": message["role"], "content": content})
     return listed
+
+
+def _unreadable(what: str, value: Any) -> SkippedRow:
+    return SkippedRow("chat not readable", f"{what} {value if isinstance(value, str) else str(value)!r:.100}")
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -362,17 +355,15 @@ def _split_placeholders(text: str, modalities: Iterable[str]) -> Iterator[dict]:
 
 def _plain_part(part: Any, items: dict[str, list[Any]]) -> dict:
     if not isinstance(part, dict):
-        raise SkippedRow("chat not readable", f"a part of a message is {str(part)[:100]!r}")
+        raise _unreadable("a part of a message is", part)
     modality = part.get("type")
     if modality in items:
         items[modality] += _part_items(part, modality)
         return {"type": modality}
     # a chat without what is spoken of makes another sense
     if modality not in (None, "text"):
-        raise SkippedRow(
-            "chat not readable", f"a part is of type {modality!r}, and the processor knows text, {', '.join(items)}"
-        )
+        raise _unreadable(f"the processor knows text, {', '.join(items)}, and a part is of type", modality)
     text = part.get("text") or ""
     if not isinstance(text, str):
-        raise SkippedRow("chat not readable", f"the text of a message is {str(text)[:100]!r}")
+        raise _unreadable("the text of a message is", text)
     return {"type": "text", "text": text}
