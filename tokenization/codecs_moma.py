@@ -100,24 +100,20 @@ def check_codec(modality: str, codec: Any):
         raise TypeError(f"codecs[{modality!r}]: {type(codec).__name__} is no codec, it lacks {', '.join(missing)}.")
 
 
-def codec_types(codecs: dict[str, ModalityCodec]) -> dict[str, str | None]:
-    """Return the registered name of each codec, `None` for one that has none."""
-    return {modality: getattr(codec, "codec_type", None) for modality, codec in codecs.items()}
-
-
-def check_registered(codecs: dict[str, ModalityCodec]):
-    """Check that a saved processor could find its codecs."""
-    for modality, name in codec_types(codecs).items():
-        if name is None:
-            raise InputError(
-                f"codecs[{modality!r}]: {type(codecs[modality]).__name__} has no name to be loaded by; put "
-                "`@register_codec(name)` above the class."
-            )
+def codec_types(codecs: dict[str, ModalityCodec], needs_names: bool = False) -> dict[str, str | None]:
+    """Return the registered name of each codec, `None` for one that has none, unless a saved processor needs it."""
+    types = {modality: getattr(codec, "codec_type", None) for modality, codec in codecs.items()}
+    for modality in [modality for modality, name in types.items() if needs_names and name is None]:
+        raise InputError(
+            f"codecs[{modality!r}]: {type(codecs[modality]).__name__} has no name to be loaded by; put "
+            "`@register_codec(name)` above the class."
+        )
+    return types
 
 
 def save_codecs(codecs: dict[str, ModalityCodec], folder: "str | os.PathLike"):
     """Write each codec into the subfolder `{modality}_codec`."""
-    check_registered(codecs)
+    codec_types(codecs, needs_names=True)
     for modality, codec in codecs.items():
         target = os.path.join(folder, SUBFOLDER.format(modality))
         os.makedirs(target, exist_ok=True)

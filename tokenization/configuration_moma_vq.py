@@ -50,6 +50,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "medium-256": {**_MEDIUM, "channel_multiplier": [1, 2, 2]},
     "medium-1024": _MEDIUM,
 }
+# fields that are at least 1, and at least 0
+_SIZES = (
+    *("embed_dim", "num_embeddings", "latent_channels", "resolution", "in_channels", "base_channels"),
+    *("num_res_blocks", "patch_size", "semantic_hidden_size"),
+)
+_WEIGHTS = ("beta", "revive_threshold", "l1_weight", "l2_weight", "perceptual_weight", "semantic_weight")
 
 
 @auto_docstring(checkpoint="moma-emoji")
@@ -178,8 +184,24 @@ class MomaVQConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Raise `ValueError`, with the field's name, for values from which no model can be built."""
-        self._validate_sizes()
-        self._validate_loss()
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in _WEIGHTS:
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.semantic_dim is not None and self.semantic_dim < 1:
+            raise InputError(f"semantic_dim={self.semantic_dim} must be at least 1, or None for no semantic head.")
+        if len(self.channel_multiplier) == 0 or min(self.channel_multiplier) < 1:
+            raise InputError(
+                f"channel_multiplier={self.channel_multiplier} must hold one factor of at least 1 per level."
+            )
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout={self.dropout} must lie in [0, 1).")
+        if self.codebook_decay is not None and not 0 < self.codebook_decay < 1:
+            raise InputError(
+                f"codebook_decay={self.codebook_decay} must lie in (0, 1); None trains the codebook by gradient."
+            )
         if self.double_latent:
             raise InputError("double_latent=True: a vector quantiser has no variance half; use double_latent=False.")
         if self.attn_type not in ("vanilla", None):
@@ -199,39 +221,6 @@ class MomaVQConfig(PreTrainedConfig):
                 f"resolution={self.resolution} must be a multiple of {self.downsample_factor}, that is patch_size="
                 f"{self.patch_size} times 2 for each step between the {len(self.channel_multiplier)} levels of "
                 "channel_multiplier."
-            )
-
-    def _validate_sizes(self) -> None:
-        names = (
-            "embed_dim",
-            "num_embeddings",
-            "latent_channels",
-            "resolution",
-            "in_channels",
-            "base_channels",
-            "num_res_blocks",
-            "patch_size",
-            "semantic_hidden_size",
-        )
-        for name in names:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.semantic_dim is not None and self.semantic_dim < 1:
-            raise InputError(f"semantic_dim={self.semantic_dim} must be at least 1, or None for no semantic head.")
-        if len(self.channel_multiplier) == 0 or min(self.channel_multiplier) < 1:
-            raise InputError(
-                f"channel_multiplier={self.channel_multiplier} must hold one factor of at least 1 per level."
-            )
-
-    def _validate_loss(self) -> None:
-        for name in ("beta", "revive_threshold", "l1_weight", "l2_weight", "perceptual_weight", "semantic_weight"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}={getattr(self, name)} must not be negative.")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout={self.dropout} must lie in [0, 1).")
-        if self.codebook_decay is not None and not 0 < self.codebook_decay < 1:
-            raise InputError(
-                f"codebook_decay={self.codebook_decay} must lie in (0, 1); None trains the codebook by gradient."
             )
 
 

@@ -42,7 +42,7 @@ from transformers.utils import is_torchvision_available, logging, resolve_revisi
 # registers its classes: a saved processor of sounds is loaded with no module of its own
 from .audio_codecs_moma import AUDIO
 from .audio_input_moma import SoundError, read_sound
-from .codecs_moma import ModalityCodec, check_codec, check_registered, codec_types, load_codecs, save_codecs
+from .codecs_moma import ModalityCodec, check_codec, codec_types, load_codecs, save_codecs
 from .image_input_moma import holds_items, iter_image_sources
 from .image_processing_moma import MomaImageInputMixin, MomaImageProcessor, MomaImageProcessorPil
 from .image_tokenizers_moma import (
@@ -57,15 +57,17 @@ from .modeling_moma_vq import MomaVQModel
 from .processor_errors_moma import InputError
 from .text_tokenizer_moma import (
     IMAGE,
+    TokenFrame,
     beginning_ids,
     default_chat_template,
     escape_special_tokens,
     is_escaped,
     name_image_token,
+    replace_placeholders,
     special_beginning,
+    split_frames,
     with_beginning,
 )
-from .token_frames_moma import TokenFrame, replace_placeholders, split_frames
 
 
 logger = logging.get_logger(__name__)
@@ -257,9 +259,8 @@ class MomaProcessor(ProcessorMixin):
         """Move the VQ model, and codecs that have a method `to`. What the processor returns stays on the CPU."""
         self.vq_model.to(device)
         for codec in self.codecs.values():
-            move = getattr(codec, "to", None)
-            if move is not None:
-                move(device)
+            if hasattr(codec, "to"):
+                codec.to(device)  # pyright: ignore[reportAttributeAccessIssue]
         return self
 
     # trf-ignore: TRF057, documented by hand
@@ -435,7 +436,8 @@ class MomaProcessor(ProcessorMixin):
         """Replace the placeholders of images as the base class does, and those of modalities with a codec."""
         replacements = {IMAGE: images_replacements}
         for modality, rows in self._codec_items.items():
-            codes = self.encode_items(modality, _flatten(rows))
+            is_nested = all(isinstance(row, (list, tuple)) for row in rows)
+            codes = self.encode_items(modality, [item for row in rows for item in row] if is_nested else rows)
             replacements[modality] = [self.frames[modality].text(item_codes) for item_codes in codes]
         return replace_placeholders(text, replacements)
 
@@ -532,7 +534,7 @@ class MomaProcessor(ProcessorMixin):
             if len(pending) == ENCODE_CHUNK:
                 codes += self._encode(pending)
                 pending = []
-        return codes + self._encode(pending) if pending else codes
+        return codes + (self._encode(pending) if pending else [])
 
     def _check_size(self, size: Any) -> None:
         height, width = self.image_size
@@ -714,15 +716,11 @@ class MomaProcessor(ProcessorMixin):
         }
         parts = []
         for modality, run in runs:
-            part = self._decode_text(run, skip_special_tokens, kwargs) if modality is None else next(items[modality])
-            if modality is not None or part != "":
-                parts.append(part)
+            if modality is not None:
+                parts.append(next(items[modality]))
+            elif text := self.tokenizer.decode(run, skip_special_tokens=skip_special_tokens, **kwargs):
+                parts.append(text)
         return parts
-
-    def _decode_text(self, ids: list[int], skip_special_tokens: bool, kwargs: dict) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
-        # one sequence gives a string, a batch a list
-        return text  # pyright: ignore[reportReturnType]
 
     def post_process_multimodal_output(
         self,
@@ -817,7 +815,7 @@ class MomaProcessor(ProcessorMixin):
             ValueError: a codec is not registered; nothing has been written.
         """
         # last of all, it would leave the settings of this processor beside the codecs of an older one
-        check_registered(self.codecs)
+        codec_types(self.codecs, needs_names=True)
         # the tokenizer saves the sides of its creation, not later ones
         for side in ("padding_side", "truncation_side"):
             self.tokenizer.init_kwargs[side] = getattr(self.tokenizer, side)
@@ -993,11 +991,6 @@ def _check_items(modality: str, rows: Any, texts: list[str]) -> None:
                 f"{where}: the number of {placeholder} tokens in the prompts should be the same as the number of "
                 f"{name} passed, got {expected} and {given}."
             )
-
-
-def _flatten(rows: list) -> list:
-    is_nested = all(isinstance(row, (list, tuple)) for row in rows)
-    return [item for row in rows for item in row] if is_nested else rows
 
 
 __all__ = ["MomaProcessor"]

@@ -25,12 +25,6 @@ def test_equal_generators_give_equal_images(images):
     assert not torch.equal(first, augment_images(images, generator(1)))
 
 
-def test_shape_and_range_stay(images):
-    result = augment_images(images, generator())
-    assert result.shape == images.shape and result.dtype == images.dtype
-    assert result.min() >= -1 and result.max() <= 1
-
-
 def bar_angles(images):
     """Angle of the bar in each image in radians, from the direction in which its darkness spreads most."""
     angles = []

@@ -86,7 +86,6 @@ def scale_line(folder, backend, length):
     assert pixels.shape == (1, 3, 512, 512) and pixels[0, 0].min() == 1 and pixels[0, 1:].max() == -1
 
 
-@pytest.mark.parametrize("length", [2_000, 60_000])
-@pytest.mark.parametrize("backend", [MomaImageProcessor, MomaImageProcessorPil])
+@pytest.mark.parametrize("backend, length", [(MomaImageProcessor, 60_000), (MomaImageProcessorPil, 2_000)])
 def test_a_line_of_pixels_takes_no_gigabytes(folder, backend, length):
     assert peak_megabytes(scale_line, folder, backend, length) < 200

@@ -121,13 +121,6 @@ def test_transparency_is_composited_on_white(image_processor):
     torch.testing.assert_close(pixels(image_processor, np.array(clear)), torch.ones(1, 3, 16, 16))
 
 
-def test_transparent_file_gives_the_same_pixels_from_a_path_and_from_pil(image_processor, tmp_path):
-    rgba = Image.fromarray(noise(20, 20, 4), "RGBA")
-    path = tmp_path / "image.png"
-    rgba.save(path)
-    torch.testing.assert_close(pixels(image_processor, str(path)), pixels(image_processor, rgba))
-
-
 def test_sixteen_bit_greyscale_is_scaled_and_not_clipped(image_processor, tmp_path):
     eight = np.arange(256, dtype=np.uint8).reshape(16, 16)
     expected = pixels(image_processor, Image.fromarray(eight))

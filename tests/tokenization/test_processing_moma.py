@@ -362,32 +362,6 @@ def test_post_processing_of_text_images_and_both(processor, images):
         processor.post_process_multimodal_output(out, generation_mode="audio")
 
 
-def test_chat_template_masks_exactly_the_assistant_turns(processor, images):
-    conversation = [
-        {"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "name it"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": " red "}, {"type": "image", "image": images[1]}]},
-        {"role": "user", "content": "again"},
-        {"role": "assistant", "content": "apple"},
-    ]
-    for side in ("left", "right"):
-        out = processor.apply_chat_template(
-            [conversation, conversation[2:]],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            return_assistant_tokens_mask=True,
-            processor_kwargs={"padding": True, "padding_side": side},
-        )
-        learnt = [ids[mask.bool()].tolist() for ids, mask in zip(out["input_ids"], out["assistant_masks"])]
-        encode = processor.tokenizer
-        eos = processor.tokenizer.eos_token_id
-        red, apple = (encode(text, add_special_tokens=False)["input_ids"] for text in ("red ", "apple"))
-        assert learnt == [[*red, *image_ids(processor, images[1]), eos, *apple, eos], [*apple, eos]]
-        assert (out["input_ids"] == processor.tokenizer.bos_token_id).sum(1).tolist() == [1, 1]
-    prompt = processor.apply_chat_template(conversation[:1], add_generation_prompt=True)
-    assert prompt == "<bos>user\n<image>name it<eos>assistant\n"
-
-
 def test_number_of_multimodal_tokens_equals_the_token_types(processor, images):
     data = processor._get_num_multimodal_tokens(image_sizes=[(20, 24), (9, 9)])
     out = processor(images=images[:2], text="<image><image>", return_mm_token_type_ids=True)
