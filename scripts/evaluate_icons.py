@@ -30,7 +30,7 @@ from modeling_moma.evaluation.measures import (
     decode_images,
     draw_images,
     load_model,
-    psnr,
+    tokenizer_quality,
 )
 from modeling_moma.evaluation.retrieval import likeliest_drawings
 from modeling_moma.labelling import FILE_NAME_SHARE
@@ -69,20 +69,6 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     words = sys.argv[1:] if arguments is None else arguments
     args.command = shlex.join(["python", "scripts/evaluate_icons.py", *words])
     return args
-
-
-def tokenizer_quality(processor, images: list[torch.Tensor], codes: torch.Tensor) -> dict[str, float]:
-    """Return how well codes keep images, and how many codes do the work."""
-    decoded = decode_images(processor, codes, len(images[0]))
-    ratios = [psnr(found, batch) for found, batch in zip(decoded, images, strict=True)]
-    shares = torch.bincount(codes.flatten(), minlength=processor.codebook_size).double() / codes.numel()
-    used = shares[shares > 0]
-    return {
-        "psnr": torch.cat(ratios).mean().item(),
-        "codes_used": used.numel(),
-        "codebook_size": processor.codebook_size,
-        "perplexity": (-(used * used.log()).sum()).exp().item(),
-    }
 
 
 class Evaluation:

@@ -13,7 +13,7 @@ from modeling_moma.data.documents import shuffled_held_out
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.kinds import CaptionDocuments
 from modeling_moma.evaluation.losses import EXPERT_CHOICE, document_losses
-from modeling_moma.evaluation.measures import encode_images, load_model
+from modeling_moma.evaluation.measures import encode_images, image_batches, load_model
 from modeling_moma.hub.loading import refuse_non_finite
 from modeling_moma.labelling.labeler import open_labeler
 from modeling_moma.training.recipe import read_recipe
@@ -115,9 +115,7 @@ def losses_of_the_folder(limit):
     rows = load_dataset(str(ROOT / "data" / "emoji"), split="test")
     if limit:
         rows = rows.shuffle(seed=0).select(range(limit))
-    parts = (rows[start : start + 64]["image"] for start in range(0, len(rows), 64))
-    pixels = (processor.image_processor(images, return_tensors="pt")["pixel_values"] for images in parts)
-    codes = encode_images(processor, pixels)
+    codes = encode_images(processor, image_batches(rows, processor, 64, "images"))
     coded = [{**row, "codes": own[None].numpy()} for row, own in zip(rows.remove_columns("image"), codes)]
     kind = read_recipe(ROOT / "recipes" / "emoji.yaml").sources[0].kind
     examples = shuffled_held_out([CaptionDocuments.from_rows("emoji", kind, coded, DocumentEncoder(processor))], 0)

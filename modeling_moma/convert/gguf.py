@@ -63,7 +63,8 @@ class GgufReader(TensorSource):
             self.source_config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder, **self.loading)
         # the library raises errors of any type for damaged files
         except Exception as error:
-            raise CheckpointError(f"{self.path}: Transformers cannot read it: {one_line(error)}") from error
+            reason = one_line(error)
+            raise CheckpointError(f"{self.path}: Transformers cannot read it: {reason}") from error
 
     @functools.cached_property
     def config(self) -> dict:

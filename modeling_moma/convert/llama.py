@@ -143,7 +143,8 @@ def _fetch(name: str, gguf_file: str | None, allow_pickle: bool) -> Path:
     advice = (
         f"Without a network fetch it elsewhere, `hf download {name} --local-dir FOLDER`, and pass --source FOLDER."
     )
-    if (problem := not_found_message(name)) is not None:
+    problem = not_found_message(name)
+    if problem is not None:
         raise CheckpointError(f"{name}: {problem}. {advice}")
     # and not those of other formats beside them, such as consolidated.safetensors
     weights = ["model*.safetensors", *(["pytorch_model*.bin"] if allow_pickle else [])]
@@ -172,7 +173,8 @@ def _source_config(reader: TensorSource) -> PreTrainedConfig:
         try:
             config = AutoConfig.from_pretrained(reader.folder)
         except (ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
-            raise CheckpointError(f"{where}: Transformers cannot read it: {one_line(error)}") from error
+            reason = one_line(error)
+            raise CheckpointError(f"{where}: Transformers cannot read it: {reason}") from error
     _check_features(config, where)
     for name in ("vocab_size", "num_attention_heads", "hidden_size", "num_hidden_layers"):
         if not (type(value := getattr(config, name)) is int and value > 0):
@@ -213,9 +215,13 @@ def _with_images(reader: TensorSource, processor: str | Path) -> tuple[MomaProce
     # tokenizers raises nothing narrower at a file of another version; an ImportError is that of a library which a file
     # without tokenizer.json needs
     except Exception as error:
+        names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+        found = (reader.folder / name for name in names if (reader.folder / name).is_file())
+        file = next(found, reader.folder / names[0])
+        reason = one_line(error)
         raise CheckpointError(
-            f"{reader.folder}: its tokenizer cannot be given image tokens, which need a tokenizer.json that can be "
-            f"read: {one_line(error)}"
+            f"{file}: this tokenizer cannot be given image tokens, which need a tokenizer.json that can be read: "
+            f"{reason}"
         ) from error
     # prompts of a batch have to end side by side
     tokenizer.padding_side = "left"
@@ -245,8 +251,8 @@ def _moma_config(source: PreTrainedConfig, layout: dict, reader: TensorSource) -
             num_experts={"text": 1, "image": 1},
         )
     except (ValueError, StrictDataclassError) as error:
-        where = reader.folder / "config.json"
-        raise CheckpointError(f"{where}: no MomaConfig can express it: {one_line(error)}") from error
+        reason = one_line(error)
+        raise CheckpointError(f"{reader.folder / 'config.json'}: no MomaConfig can express it: {reason}") from error
 
 
 def _entries(

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,9 +153,7 @@ def transfer(
     or in it where it is there already; those of processes of this machine that are no more are cleared away.
     """
     output = Path(output).absolute()
-    # the name of a type is none, either
-    if dtype is not None and dtype not in WRITTEN_DTYPES:
-        raise CheckpointError(f"`dtype` = {dtype!r}: it must be one of {WRITTEN_DTYPES}, or None for the source's.")
+    check_dtype(dtype)
     check_free(output)
     report = check_source(reader, entries, ignored or {})
     generation_config = convert_generation_config(reader.folder, config, source_config)
@@ -170,20 +168,16 @@ def transfer(
         _write_weights(reader, {entry.name: entry for entry in entries}, plan, shards, aside)
         if probe is not None:
             measured = probe(CheckpointReader(aside))
+            _check_difference(measured["relative_difference"], reader)
             vars(report).update(measured)
-            difference = measured["relative_difference"]
-            # a NaN has to fail as well
-            if not difference <= LARGEST_DIFFERENCE:
-                raise CheckpointError(
-                    f"{reader.folder}: on a probe batch the outputs of the converted model differ from the source's "
-                    f"by {difference:.1e} of the largest, where {LARGEST_DIFFERENCE:.0e} is allowed; nothing is kept. "
-                    "The checkpoint has a feature that the conversion does not know, or holds NaN."
-                )
         (aside / RECEIPT_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
         generation_config.save_pretrained(aside)
         written = copy.deepcopy(config)
         written.architectures = [MomaForCausalLM.__name__]
-        written.dtype = _commonest((tensor.dtype, tensor.nbytes) for tensor in plan.values())
+        sizes = Counter()
+        for tensor in plan.values():
+            sizes[tensor.dtype] += tensor.nbytes
+        written.dtype = sizes.most_common(1)[0][0]
         custom_object_save(_empty_model(config), aside, config=written)  # pyright: ignore[reportArgumentType]
         written.save_pretrained(aside)
         # a second conversion may have been faster
@@ -229,6 +223,22 @@ def check_free(output: Path) -> None:
         check_writable(output)
     except InputError as error:
         raise CheckpointError(str(error)) from error
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise `CheckpointError` at what is none of `WRITTEN_DTYPES`; the name of a type is none, either."""
+    if dtype is not None and dtype not in WRITTEN_DTYPES:
+        raise CheckpointError(f"`dtype` = {dtype!r}: it must be one of {WRITTEN_DTYPES}, or None for the source's.")
+
+
+def _check_difference(difference: float, reader: TensorSource) -> None:
+    # a NaN has to fail as well
+    if not difference <= LARGEST_DIFFERENCE:
+        raise CheckpointError(
+            f"{reader.folder}: on a probe batch the outputs of the converted model differ from the source's by "
+            f"{difference:.1e} of the largest, where {LARGEST_DIFFERENCE:.0e} is allowed; nothing is kept. The "
+            "checkpoint has a feature that the conversion does not know, or holds NaN."
+        )
 
 
 def check_source(reader: TensorSource, entries: Collection[Entry], ignored: Mapping[str, str]) -> Receipt:
@@ -328,19 +338,15 @@ def relative_difference(source: torch.Tensor, converted: torch.Tensor) -> float:
     return float(difference / source.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def _commonest(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
-    total = Counter()
-    for dtype, size in sizes:
-        total[dtype] += size
-    return total.most_common(1)[0][0]
-
-
 def _plan_tensors(
     reader: TensorSource, entries: Collection[Entry], dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of the target without their data."""
-    sizes = [(stored.dtype, math.prod(stored.shape)) for stored in reader.names.values()]
-    default = _commonest([(own, size) for own, size in sizes if own.is_floating_point] or [(torch.float32, 1)])
+    source_sizes = Counter()
+    for stored in reader.names.values():
+        if stored.dtype.is_floating_point:
+            source_sizes[stored.dtype] += math.prod(stored.shape)
+    default = source_sizes.most_common(1)[0][0] if source_sizes else torch.float32
     plan = {}
     for entry in entries:
         own = default if entry.source is None else reader.names[entry.source].dtype

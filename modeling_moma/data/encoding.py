@@ -79,11 +79,7 @@ class DocumentEncoder:
         self._alone = with_beginning(processor.tokenizer, [])
         self.eos: int = processor.token_layout()["eos_token_id"]
         self._backend = plain_backend(processor.tokenizer)
-        self._check_special_tokens()
-
-    def _check_special_tokens(self) -> None:
-        """Raise `ValueError` for a tokenizer whose vocabulary has a special token as a word of texts."""
-        tokenizer = self.processor.tokenizer
+        tokenizer = processor.tokenizer
         for token, number in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids):
             # what is unknown in a text may be anything, and ends nothing
             if number != tokenizer.unk_token_id and number in self.text_ids(token):

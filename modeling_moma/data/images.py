@@ -70,8 +70,8 @@ def read_image(value: Any, root: str | None = None, min_side: int = 1) -> tuple[
         raise SkippedRow("image damaged", "or of another kind than those that are read") from error
     # a decoder may fail in any way
     except Exception as error:
-        reason = "image too large" if _is_bomb(error) else "image damaged"
-        raise SkippedRow(reason, str(error)) from error
+        is_bomb = isinstance(error.__cause__, Image.DecompressionBombError)
+        raise SkippedRow("image too large" if is_bomb else "image damaged", str(error)) from error
     if min(image.size) < min_side:
         raise SkippedRow("image too small", f"{image.width} x {image.height} pixels")
     return image, changes
@@ -131,9 +131,9 @@ def _from_archive(path: str) -> bytes:
     except FileNotFoundError as error:
         raise SkippedRow("image missing", f"there is no file {path!r}") from error
     except OSError as error:
-        if "hf://" in path:
-            raise SkippedRow("address not reached", f"{path!r}: {error}") from error
-        raise
+        raise SkippedRow(
+            "address not reached" if "hf://" in path else "image damaged", f"{path!r}: {error}"
+        ) from error
 
 
 def _nowhere(path: str, root: str | None) -> str:
@@ -146,7 +146,7 @@ def _nowhere(path: str, root: str | None) -> str:
 
 
 def _changes(image: Image.Image) -> list[str]:
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if hasattr(image, "getexif") else 1
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     found = {
         "CMYK": image.mode == "CMYK",
         "16 bit": image.mode.startswith("I"),
@@ -154,12 +154,6 @@ def _changes(image: Image.Image) -> list[str]:
         "EXIF-rotated": orientation not in (0, 1),
     }
     return [name for name, is_so in found.items() if is_so]
-
-
-def _is_bomb(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, Image.DecompressionBombError):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a MoMa and its image tokenizer make of rows: captions, drawings, codes, reconstructions."""
+"""What a MoMa and its image tokenizer make of held-out rows: captions, drawings, reconstructions."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from tqdm.auto import tqdm
@@ -18,6 +18,10 @@ from ..hub.loading import open_model
 from ..modeling_moma import MomaForCausalLM
 
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
 # pixel values lie in [-1, 1]
 VALUE_RANGE = 2.0
 
@@ -26,6 +30,13 @@ def psnr(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the PSNR in dB, `(batch,)`, of images `(batch, channels, height, width)` in [-1, 1]."""
     errors = (images - targets).pow(2).mean(dim=(1, 2, 3)).clamp(min=1e-10)
     return 10 * torch.log10(VALUE_RANGE**2 / errors)
+
+
+def image_batches(split: "Dataset", processor, batch_size: int, description: str) -> Iterator[torch.Tensor]:
+    """Yield the pixel values of a split's images, with a progress bar."""
+    for start in tqdm(range(0, len(split), batch_size), desc=description):
+        images = split[start : start + batch_size]["image"]
+        yield processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
 def load_model(
@@ -112,3 +123,17 @@ def decode_images(processor, codes: torch.Tensor, batch_size: int) -> Iterator[t
     device = processor.vq_model.device
     for batch in codes.split(batch_size):
         yield processor.vq_model.decode_image_tokens(batch.to(device)).clamp(-1, 1).cpu()
+
+
+def tokenizer_quality(processor, images: list[torch.Tensor], codes: torch.Tensor) -> dict[str, float]:
+    """Return how well codes keep images, and how many codes do the work."""
+    decoded = decode_images(processor, codes, len(images[0]))
+    ratios = [psnr(found, batch) for found, batch in zip(decoded, images, strict=True)]
+    shares = torch.bincount(codes.flatten(), minlength=processor.codebook_size).double() / codes.numel()
+    used = shares[shares > 0]
+    return {
+        "psnr": torch.cat(ratios).mean().item(),
+        "codes_used": used.numel(),
+        "codebook_size": processor.codebook_size,
+        "perplexity": (-(used * used.log()).sum()).exp().item(),
+    }

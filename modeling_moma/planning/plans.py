@@ -3,7 +3,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from ..configuration_moma import MomaConfig
@@ -131,11 +130,14 @@ def candidate_layouts(config: MomaConfig, gpus: int, node_size: int) -> list[Lay
         few = math.gcd(ranks, max(1, fewest // tensor))
         for shard in sorted(usual | {few}):
             for expert in _divisors(shard):
+                if expert == 1 and shard not in usual:
+                    continue
                 layout = Layout(ranks // shard, shard, tensor, expert)
-                if expert > 1 or shard in usual:
-                    with suppress(ValueError):
-                        layout.check(config)
-                        result.append(layout)
+                try:
+                    layout.check(config)
+                except ValueError:
+                    continue
+                result.append(layout)
     return result
 
 
@@ -189,12 +191,16 @@ def plan_training(
     hardware = replace(hardware, node_size=min(hardware.node_size, gpus))
     plans, misfits = [], []
     for layout in candidate_layouts(config, gpus, hardware.node_size):
-        found = list(_plans_of(config, layout, tokens_per_gpu, sequence_length, hardware))
-        fitting = [plan for plan in found if plan.memory.total <= hardware.headroom * hardware.memory]
+        fitting, least = [], None
+        for plan in _plans_of(config, layout, tokens_per_gpu, sequence_length, hardware):
+            if least is None or plan.memory.total < least.total:
+                least = plan.memory
+            if plan.memory.total <= hardware.headroom * hardware.memory:
+                fitting.append(plan)
         if fitting:
             plans.append(min(fitting, key=_speed))
         else:
-            misfits.append((layout, min((plan.memory for plan in found), key=lambda memory: memory.total)))
+            misfits.append((layout, least))
     plans.sort(key=_speed)
     misfits.sort(key=lambda misfit: misfit[1].total)
     return plans, misfits

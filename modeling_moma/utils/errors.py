@@ -93,10 +93,12 @@ def is_lost_peer(error: BaseException) -> bool:
 def full_disk_line(error: BaseException, subcommand: str, output: str | None) -> str:
     """Return the line that a user reads in place of a traceback."""
     named = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else None
-    # libraries write elsewhere, too
-    caches = (os.environ.get("HF_DATASETS_CACHE"), os.environ.get("HF_HOME"), tempfile.gettempdir())
-    disks = [_free(Path(place)) for place in (output or named or ".", *filter(None, caches))]
-    place, free = next((disk for disk in disks if disk[1] < 1), disks[0])
+    place, free = _fullest(output or named or ".")
+    if free >= 1:
+        # libraries write elsewhere, too
+        caches = (os.environ.get("HF_DATASETS_CACHE"), os.environ.get("HF_HOME"), tempfile.gettempdir())
+        other, left = _fullest(*filter(None, caches))
+        place, free = (other, left) if left < 1 else (place, free)
     # with free space on the disk, a quota or a limit is the cause, and the system's message says more
     detail = "" if free < 1 else f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     safe, way = _WAYS.get(subcommand, ("", "give the same command again."))
@@ -104,10 +106,13 @@ def full_disk_line(error: BaseException, subcommand: str, output: str | None) ->
     return " ".join(part for part in (line, safe, f"Make room, and {way}") if part)
 
 
-def _free(place: Path) -> tuple[Path, float]:
-    """Return a place, or the folder above it that there is, and the free MiB of its disk."""
-    there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
-    return there, shutil.disk_usage(there).free / 2**20
+def _fullest(*places: str) -> tuple[Path, float]:
+    """Return the place on the fullest disk, or the folder above it that there is, and its free MiB."""
+    found = []
+    for place in map(Path, places):
+        there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+        found.append((there, shutil.disk_usage(there).free / 2**20))
+    return min(found, key=lambda entry: entry[1])
 
 
 def stopped_line(subcommand: str) -> str:

@@ -2,7 +2,7 @@
 """What a model is measured on: held-out icons chosen by hashes, and training icons to compare them with."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from modeling_moma.data.kinds import ImageKind
 from modeling_moma.data.sources import Source
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.drawings import all_features
-from modeling_moma.evaluation.measures import encode_images
+from modeling_moma.evaluation.measures import encode_images, image_batches
 from modeling_moma.training.array_file import ArrayWriter, read_array
 from modeling_moma.utils.atomic_files import atomic_write
 
@@ -55,13 +55,6 @@ class TrainIcons:
     def row(self, number: int) -> dict:
         """The columns of one icon."""
         return {name: values[number] for name, values in self.columns.items()}
-
-
-def image_batches(split: Dataset, processor, batch_size: int, description: str) -> Iterator[torch.Tensor]:
-    """Yield the pixel values of a split's images, with a progress bar."""
-    for start in tqdm(range(0, len(split), batch_size), desc=description):
-        images = split[start : start + batch_size]["image"]
-        yield processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
 def order(*parts: str) -> str:

@@ -16,14 +16,14 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from tqdm.auto import tqdm
 
-from icon_evaluation.samples import image_batches, in_order, order
+from icon_evaluation.samples import in_order, order
 from image_sets.emoji import RESOLUTION
 from image_sets.groups import LIMIT
 from image_sets.icon_images import encode, small_grey, unpaint
 from image_sets.icon_names import spaced
 from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.errors_moma import InputError
-from modeling_moma.evaluation.measures import encode_images
+from modeling_moma.evaluation.measures import encode_images, image_batches
 from modeling_moma.evaluation.retrieval import paired_log_probs
 
 

@@ -142,19 +142,25 @@ GLOSSES = [
     ("a sheltered port where ships can take on or discharge cargo", ["harbor", "verdict", "sonnet", "kidney"]),
     ("a field where grass is grown for hay", ["meadow", "lantern", "opera", "verdict"]),
 ]
-CHOICE = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{definition}}: this is the meaning of the word",
-    "doc_to_target": "answer",
-    "doc_to_choice": "choices",
-    "metric_list": [{"metric": "acc"}],
-}
-ROLLING = {
-    "output_type": "loglikelihood_rolling",
-    "doc_to_text": "",
-    "doc_to_target": "{{choices[answer]}}: {{definition}}",
-    "metric_list": [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}],
-}
+TASKS = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+"""
+CHOICE = """
+output_type: multiple_choice
+doc_to_text: "{{definition}}: this is the meaning of the word"
+doc_to_target: answer
+doc_to_choice: choices
+metric_list: [{metric: acc}]
+"""
+ROLLING = """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{choices[answer]}}: {{definition}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]
+"""
 
 
 def harness_figures(lm, tasks):
@@ -173,9 +179,7 @@ def test_the_harness_finds_the_text_model_of_the_source(pair, converted, tmp_pat
         rows.append({"definition": text, "choices": [*words[index:], *words[:index]], "answer": -index % 4})
     (tmp_path / "glosses.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     for name, kind in (("choice", CHOICE), ("rolling", ROLLING)):
-        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "glosses.jsonl")}}}
-        # JSON is YAML
-        (tmp_path / f"{name}.yaml").write_text(json.dumps({"task": name, "test_split": "test", **data, **kind}))
+        (tmp_path / f"{name}.yaml").write_text(TASKS.format(name=name, file=tmp_path / "glosses.jsonl") + kind)
     # not the harness's own thousands
     tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
     alone, padded = ({"batch_size": batch_size, "device": "cpu"} for batch_size in (1, 8))

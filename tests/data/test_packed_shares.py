@@ -34,8 +34,8 @@ def packed(documents, weights, length, rows, seed=0):
 @pytest.mark.parametrize(
     "name, length",
     [
-        *(("even", 128), ("even", 4096), ("captions", 256), ("captions", 1024)),
-        *(("captions alone", 128), ("captions alone", 512), ("stories alone", 256), ("lines alone", 1024)),
+        *(("even", 128), ("even", 4096), ("captions", 256), ("captions alone", 128), ("captions alone", 512)),
+        *(("stories alone", 256), ("lines alone", 1024)),
     ],
 )
 def test_shares_are_the_weights_and_documents_are_ended(sources, name, length):
@@ -75,10 +75,9 @@ def test_little_is_left_open_at_the_end_of_a_block(sources, monkeypatch):
     assert sum(result.ended.values()) >= 0.97 * sum(result.begun.values())
 
 
-@pytest.mark.parametrize("weight", [0.01, 0.03])
-def test_documents_longer_than_their_part_of_a_block_are_read_to_their_end(monkeypatch, weight):
+def test_documents_longer_than_their_part_of_a_block_are_read_to_their_end(monkeypatch):
     monkeypatch.setattr("modeling_moma.data.packing.BLOCK_TOKENS", 0)
-    rng, blocks = np.random.default_rng(0), 6
+    rng, blocks, weight = np.random.default_rng(0), 6, 0.02
     books = lines(rng, 12, 9_000, 11_000)
     # every token occurs once
     ends = np.cumsum([len(ids) for ids in books.documents])
@@ -88,7 +87,6 @@ def test_documents_longer_than_their_part_of_a_block_are_read_to_their_end(monke
     times = np.zeros(ends[-1], dtype=int)
     for example in map(examples.__getitem__, range(blocks * examples.block)):
         np.add.at(times, example["input_ids"][example["source_ids"] == 1].numpy() - 10**6, 1)
-    print(f"{times.sum()} tokens, {(times > 0).sum()} of them different")
     # a sequence more or less in each block
     assert times.sum() == pytest.approx(weight * blocks * 1024 * 256, abs=blocks * 256)
     assert times.sum() < ends[-1] and (times > 0).sum() >= times.sum() - blocks * 256

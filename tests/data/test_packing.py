@@ -103,17 +103,16 @@ def test_a_sequence_is_the_same_wherever_reading_begins(sources, processor, monk
     assert not equal(packed(sources, processor, seed=1)[0], expected[0])
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_any_number_of_workers_gives_the_same_batches(sources, processor, workers):
+def test_workers_give_the_same_batches(sources, processor):
     examples = packed(sources, processor, length=48)
     alone = [examples[index] for index in range(48)]
     collate = PackedCollator(lambda rows: rows)
-    loader = torch.utils.data.DataLoader(examples, batch_size=4, num_workers=workers, collate_fn=collate)
+    loader = torch.utils.data.DataLoader(examples, batch_size=4, num_workers=2, collate_fn=collate)
     for number, batch in enumerate(loader):
         for place in range(4):
             assert equal({name: batch[name][place] for name in alone[0]}, alone[4 * number + place])
     rank = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(examples, range(1, 48, 2)), batch_size=4, num_workers=workers, collate_fn=collate
+        torch.utils.data.Subset(examples, range(1, 48, 2)), batch_size=4, num_workers=2, collate_fn=collate
     )
     assert torch.equal(next(iter(rank))["input_ids"][1], alone[3]["input_ids"])
 
@@ -133,7 +132,6 @@ def test_passes_show_every_document_about_once(processor, monkeypatch):
     total = sum(seen.values())
     passes, rest = divmod(total, 2000)
     fewest = sum(min(count, passes) for count in seen.values()) / (2000 * passes)
-    print(f"{total} documents, {passes} passes, {fewest:.3f} of them seen so often")
     assert passes >= 1 and fewest > 0.98
     assert examples.epochs(blocks * BLOCK) == pytest.approx([total / 2000], rel=0.01)
 

@@ -127,14 +127,20 @@ def test_a_loss_is_finite_where_what_has_no_target_is_not():
     assert causal_lm_loss(config, logits.requires_grad_(), labels, training=True).loss.isfinite()
 
 
+def loss_of(model, parameters, ids):
+    return torch.func.functional_call(model, parameters, (), {"input_ids": ids, "labels": ids}).loss
+
+
 @pytest.mark.parametrize(
     ("fields", "is_training"),
     [
+        ({"num_experts": 1}, False),
         ({"z_loss_coef": 1e-2, "modality_loss_weights": {"text": 5.0}}, True),
-        ({"training_routing": "token_choice"}, False),
+        ({"training_routing": "token_choice"}, True),
+        ({"num_experts": {"text": 2, "image": 4}}, False),
     ],
 )
-def test_gradients_of_gradients_are_those_of_plain_layers(fields, is_training):
+def test_gradients_of_gradients_and_those_of_torch_func_are_those_of_plain_layers(fields, is_training):
     model = tiny_model(qk_norm="rmsnorm", norm_placement="pre", initializer_range=0.2, **fields).train(is_training)
     # torch's own attention has no second derivative on a CPU
     model.set_attn_implementation("eager")
@@ -151,3 +157,8 @@ def test_gradients_of_gradients_are_those_of_plain_layers(fields, is_training):
         second.append([p.grad for p in trained if p.grad is not None])
     assert len(second[0]) == len(second[1])
     assert_near(*second, 1e-4)
+    found = torch.func.grad(lambda parameters: loss_of(model, parameters, ids))(dict(model.named_parameters()))
+    expected = {name: p for name, p in plain.named_parameters()}
+    grads = torch.autograd.grad(loss_of(plain, expected, ids), list(expected.values()), allow_unused=True)
+    for (name, one), other in zip(found.items(), grads):
+        assert other is None and not one.any() or (one - other).norm() <= 1e-4 * other.norm() + 1e-7, name

@@ -67,6 +67,7 @@ def test_tokens_that_pass_by_leave_bit_by_bit_as_they_came(name, routing, traini
 @pytest.mark.parametrize(
     ("name", "routing", "checkpointing", "attention"),
     [
+        ("dense", "threshold", False, "sdpa"),
         ("1t1i_pre", "token_choice", True, "eager"),
         ("4t4i", "threshold", True, "sdpa"),
         ("by_modality", "threshold", False, "eager"),

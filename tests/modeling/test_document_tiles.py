@@ -157,6 +157,23 @@ def test_a_document_that_overflows_stays_alone(always, asked, worst):
         assert torch.equal(before.transpose(1, 2)[is_other], after.transpose(1, 2)[is_other])
 
 
+# what stands in a row, and whether it is worth it
+@pytest.mark.parametrize(
+    ("row", "is_taken"),
+    [
+        ([75, 80, 66, 85, 30, 76, 81, 19], True),
+        ([256, 256], True),
+        # one document and a bit
+        ([500, 12], False),
+        # longer than what a head of this size may keep
+        ([300, 212], False),
+        ([1] * 64, False),
+    ],
+)
+def test_it_is_chosen_by_the_lengths_of_documents(row, is_taken):
+    assert (tiles_for(rows_of(*[row] * 4), 4, 4, 32) is not None) == is_taken
+
+
 def test_other_heads_and_devices_take_the_mask(always, asked):
     documents = rows_of([30, 20, 14])
     mask, tiles = mask_of(documents, torch.float32), tiles_for(documents, 8, 4, 32)

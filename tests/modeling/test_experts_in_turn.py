@@ -90,3 +90,14 @@ def test_under_autocast_products_are_in_bf16_and_gradients_in_the_type_of_the_we
     for one, other in zip(mine, others):
         assert one.grad.dtype == torch.float32
         assert (one.grad - other.grad).norm() < 0.05 * other.grad.norm()
+
+
+def test_no_copy_of_all_weights_waits_for_the_backward():
+    held = []
+    mine = parts(COUNTS[0], torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (held.append(x), x)[1], lambda x: x):
+        with torch.autocast("cpu", torch.bfloat16):
+            run(*mine, COUNTS[0])
+    weights = {tensor.data_ptr() for tensor in mine[1:]}
+    copies = [x for x in held if x.shape in (mine[1].shape, mine[2].shape) and x.data_ptr() not in weights]
+    assert held and not copies

@@ -652,6 +652,8 @@ def test_bad_calls_raise_with_the_numbers(model):
         model.generate(ids, generation_mode="audio", max_new_tokens=2)
     with pytest.raises(ValueError, match="A prompt of 62 positions leaves no room for 3 new tokens"):
         model.generate(torch.full((1, 62), 30), generation_mode="audio")
+    with pytest.raises(ValueError, match=r"must be one of \('text', 'interleaved', 'audio', 'image'\), got 'video'"):
+        model.generate(ids, generation_mode="video")
     with pytest.raises(ValueError, match=r"no frame for 'speech', only for \['audio', 'image'\]"):
         model.decode_modality_tokens(ids, "speech")
 

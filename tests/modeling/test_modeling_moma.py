@@ -178,6 +178,23 @@ def test_more_experts_per_token_than_a_group_has_raise_where_a_rule_asks_for_the
         model(mixed_ids(), routing="token_choice")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, {"depth_layers": [0], "depth_capacity": 0.5}], ids=["full", "depth"])
+def test_columns_for_later_positions_of_a_static_cache_change_no_loss(fields):
+    model, ids = tiny_model(**fields).eval(), mixed_ids(2, 8)
+    mask = (torch.arange(12) < 8).long().repeat(2, 1)
+    mask[0, :3] = 0
+    losses = []
+    for width in (8, 12):
+        cache = StaticCache(model.config, max_cache_len=12)
+        for part, end in ((ids[:, :5], 5), (ids[:, 5:], 8)):
+            given = mask[:, : end if width == 8 else width]
+            losses.append(model(part, attention_mask=given, labels=part, cache=cache))
+    for one, other in zip(losses[:2], losses[2:]):
+        assert torch.equal(one.loss, other.loss)
+        assert one.modality_tokens == other.modality_tokens
+
+
 def test_a_row_with_an_earlier_token_is_not_all_padding():
     model = tiny_model(**GROUPS["4t4i"]).eval()
     ids = mixed_ids(2, 6)

@@ -20,8 +20,8 @@ CONFIGS = {
     **GROUPS,
     "untied": {"num_experts": {"text": 4, "image": 4}, "untied_attention": True},
     "gqa": {"num_experts": {"text": 4, "image": 4}, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6},
-    "two_per_token": {"num_experts": {"text": 4, "image": 2}, "num_experts_per_tok": 2},
     "tied": {"num_experts": 4, "tie_word_embeddings": True, "attention_bias": True, "norm_placement": "pre"},
+    "two_per_token": {"num_experts": {"text": 4, "image": 2}, "num_experts_per_tok": 2},
 }
 
 

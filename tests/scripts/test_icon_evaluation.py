@@ -11,7 +11,6 @@ from PIL import Image
 import build_typical_icons
 import evaluate_icons
 from helpers.icons import NAMES, icon, write_icons
-from helpers.slow import slow
 from helpers.tiny import tiny_model, tiny_processor
 from icon_evaluation.samples import HELD_OUT, order
 from modeling_moma.cli import main as moma
@@ -74,7 +73,6 @@ def test_everything_is_measured_and_shown(measured):
     assert report["command"] in card and "samples.png" in card and "--limit 8" in report["command"]
 
 
-@slow
 def test_the_evaluation_is_the_same_twice(data, measured):
     words = ["--model", str(measured), "--data", str(data), "--limit", "8", "--seeds", "2"]
     evaluation = evaluate_icons.Evaluation(evaluate_icons.parse_arguments(words), patches)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each measure of a model of icons against plain loops, and what it is taken on."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import config
 
 from helpers.icons import NAMES, icon, write_icons
 from helpers.tiny import tiny_model
@@ -58,6 +61,18 @@ def test_the_sample_of_a_split_is_chosen_by_hash_and_grows_with_its_limit(data, 
     assert caption(icon(0)) == "house (tabler, filled)"
     assert caption(icon(1), True) == "red apple (tabler, filled, red)"
     assert caption(icon(0), True) == caption(icon(0))
+
+
+def test_icons_that_came_after_a_sample_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "icons"
+    folder.mkdir()
+    write_icons(folder, ("train",))
+    files = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.parquet\n"
+    (folder / "README.md").write_text(f"---\n{files}---\n")
+    assert len(open_split(str(folder), "train")) == 12
+    shutil.copy(folder / "data" / "train-00000-of-00001.parquet", folder / "data" / "train-00001-of-00002.parquet")
+    assert len(open_split(str(folder), "train")) == 24
 
 
 def test_names_are_compared_by_their_words():

@@ -9,8 +9,8 @@ from sheet import GAP, IMAGE_SIDE, LINE_HEIGHT, MARGIN, SheetEntry, draw_contact
 COLORS = ("red", "lime", "blue")
 
 
-def entry():
-    return SheetEntry(*(Image.new("RGB", (64, 64), color) for color in COLORS), "noto: red apple", "noto: tomato")
+def entry(caption="noto: red apple", model_caption="noto: tomato"):
+    return SheetEntry(*(Image.new("RGB", (64, 64), color) for color in COLORS), caption, model_caption)
 
 
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (13, 3, 5)])
@@ -23,6 +23,14 @@ def test_every_entry_has_its_card_with_the_three_images_in_order(count, columns,
     centres = [left + place * (IMAGE_SIDE + GAP) + IMAGE_SIDE // 2 for place in range(3)]
     expected = [Image.new("RGB", (1, 1), color).getpixel((0, 0)) for color in COLORS]
     assert [sheet.getpixel((x, top + IMAGE_SIDE // 2)) for x in centres] == expected
+
+
+def test_captions_are_written_and_a_long_one_makes_room():
+    short, other, long = (
+        draw_contact_sheet([entry(model_caption=text)]) for text in ("noto: tomato", "noto: hat", "noto: apple " * 20)
+    )
+    assert short.size == other.size and short.tobytes() != other.tobytes()
+    assert long.height > short.height
 
 
 def test_lines_are_no_wider_than_asked_and_lose_no_letter():
