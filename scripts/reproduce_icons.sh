@@ -8,7 +8,8 @@ python=${PYTHON:-python3}
 runs=runs/icons recipes=recipes release=model_cards/moma-icons short=() tokenizer_short=() few=()
 if [ -n "${STEPS:-}" ]; then
     runs=runs/icons-short recipes=runs/icons-short/recipes release=runs/icons-short/release
-    short=(--steps "$STEPS") tokenizer_short=(--set "image_tokenizer.steps=$STEPS") few=(--limit 24 --train-images 2000)
+    short=("trainer.max_steps=$STEPS") tokenizer_short=(--set "image_tokenizer.steps=$STEPS")
+    few=(--limit 24 --train-images 2000)
     mkdir -p $recipes
     for recipe in recipes/moma-icons*.yaml; do
         sed "s:runs/icons/:$runs/:" "$recipe" > "$recipes/${recipe##*/}"
@@ -44,7 +45,8 @@ fi
 # written last, when the run is finished
 [ -e $runs/model/trainer_state.json ] ||
     "$python" "${launcher[@]}" -m modeling_moma pretrain $recipe --processor $runs/processor \
-        --tokens $runs/tokens --output $runs/model --batch-size $rows "${short[@]}" --resume
+        --tokens $runs/tokens --output $runs/model --resume \
+        --set trainer.per_device_train_batch_size=$rows "${short[@]}"
 # it names icons well enough to choose those that are to be drawn
 [ -e $runs/typical/train.parquet ] ||
     "$python" scripts/build_typical_icons.py --model $runs/model --output $runs/typical
@@ -54,7 +56,7 @@ recipe=$recipes/moma-icons-typical.yaml
 [ -e $runs/model-typical/trainer_state.json ] ||
     "$python" "${launcher[@]}" -m modeling_moma pretrain $recipe --model $runs/model \
         --processor $runs/processor --tokens $runs/tokens-typical --output $runs/model-typical \
-        --batch-size $rows "${short[@]}" --seed 1 --restart-data --resume
+        --restart-data --resume --set trainer.seed=1 trainer.per_device_train_batch_size=$rows "${short[@]}"
 "$python" scripts/release.py --model $runs/model-typical --processor $runs/processor --never-first tags \
     --draw-temperature 0.3 --output $release
 # what it makes of training icons, beside which it names new ones

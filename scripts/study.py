@@ -269,18 +269,16 @@ def trainer_of(
     content = yaml.safe_load(RECIPE.read_text())
     content["model"] |= RECIPES[run.recipe] | fields
     content["trainer"] |= {"learning_rate": run.learning_rate, "warmup_steps": WARMUP_STEPS, **schedule}
-    content["trainer"] |= {"eval_on_start": False, "disable_tqdm": True}
+    content["trainer"] |= {"eval_on_start": False, "disable_tqdm": True, "seed": run.seed, "save_total_limit": 1}
+    content["trainer"] |= {"max_steps": steps_of(LONGEST), "per_device_train_batch_size": ROWS}
+    content["trainer"] |= dict.fromkeys(("save_steps", "eval_steps", "logging_steps"), CURVE_STEPS)
     recipe = output / "recipe.yaml"
     atomic_write(recipe, lambda path: path.write_text(yaml.safe_dump(content, sort_keys=False)))
-    between = str(CURVE_STEPS)
     args = pretrain_arguments(
         [
             str(recipe),
             *("--processor", str(PROCESSOR), "--tokens", str(work / "tokens"), "--output", str(output)),
-            *("--seed", str(run.seed), "--batch-size", str(ROWS), "--save-total-limit", "1"),
-            *("--steps", str(steps_of(LONGEST)), "--stop-at", str(stop_at)),
-            *("--save-steps", between, "--eval-steps", between, "--logging-steps", between),
-            *("--eval-examples", str(CURVE_DOCUMENTS)),
+            *("--stop-at", str(stop_at), "--eval-examples", str(CURVE_DOCUMENTS)),
             *(() if model is None else ("--model", str(model))),
         ]
     )

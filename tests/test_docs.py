@@ -79,7 +79,10 @@ SMALLER = {
     "train-image-tokenizer": {"--set": ["image_tokenizer.steps=2", "image_tokenizer.batch_size=2"]},
     "build-processor": {"--vocab-size": "300"},
     "tokenize": {"--processes": "1"},
-    "pretrain": {"--steps": "2", "--batch-size": "2", "--eval-steps": "2", "--eval-examples": "2"},
+    "pretrain": {
+        "--set": ["trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.eval_steps=2"],
+        "--eval-examples": "2",
+    },
     "scripts/quickstart.py": {"--images": "1"},
     "evaluate": {"--limit": "8", "--batch-size": "8"},
 }

@@ -57,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Run:
         from ..data.kinds import InterleavedKind
         from ..training.recipe import read_recipe
 
-    recipe = read_recipe(given.recipe, ("sources",), given.set)
+    recipe = read_recipe(given.recipe, ("sources",), given.set, ("audio_tokenizer", "sources"))
     may_have = [entry for entry in recipe.sources if entry.kind.has_sounds or isinstance(entry.kind, InterleavedKind)]
     if not may_have:
         kinds = {source.name: source.kind.name for source in recipe.sources}

@@ -4,10 +4,10 @@
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -31,16 +31,39 @@ from ..evaluation.report import router_table
 from ..hub.loading import open_processor, require_plain_weights
 from ..modeling_moma import MomaForCausalLM
 from ..utils.atomic_files import check_new_folder
-from ..utils.hardware import trains_in_bf16
+from ..utils.fields import Count, Int, NotNegative
 from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_incomplete_checkpoints
 from .fingerprints import Facts, RunFingerprint, check_output, run_facts
+from .muon import MUON
 from .output_lock import sole_run
 from .stage_trainer import ArgumentsOverrideState, ResumedTrainer
-from .stages import examples_a_step, feeding_fields, set_attention
-from .trainer_settings import OneGpuArguments
+from .stages import examples_a_step, set_attention
+from .trainer_settings import (
+    Steps,
+    TrainerFields,
+    WarmupSteps,
+    make_trainer,
+    make_training_arguments,
+    recorded,
+    uses_muon,
+)
 
 
 REPORT_FILE = "auxiliary_routers.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxiliaryFields(TrainerFields):
+    """Fields of the section `trainer` for this training, which is short."""
+
+    max_steps: Count = 500
+    learning_rate: NotNegative = 1e-3
+    warmup_steps: WarmupSteps = 20
+    weight_decay: NotNegative = 0.0
+    eval_steps: Steps = 250
+    save_steps: Steps = 250
+    save_total_limit: Int | None = 1
+    logging_steps: Steps = 25
 
 
 class AuxiliaryTraining(ResumedTrainer, AuxiliaryRouterTrainer):
@@ -56,42 +79,17 @@ class AuxiliaryTraining(ResumedTrainer, AuxiliaryRouterTrainer):
             self._counts = counts
 
 
-def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
-    """Return the command line's settings of the Trainer."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return OneGpuArguments(
-        output_dir=args.output,
-        max_steps=args.steps,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=args.warmup_steps,
-        weight_decay=args.weight_decay,
-        bf16=trains_in_bf16(args.bf16, device),
-        use_cpu=device == "cpu",
-        eval_strategy="steps",
-        eval_steps=args.eval_steps,
-        eval_on_start=True,
-        save_steps=args.save_steps,
-        save_total_limit=args.save_total_limit,
-        logging_steps=args.logging_steps,
-        report_to=[],
-        # the stream is shuffled already, and a longer run goes on in it
-        train_sampling_strategy="sequential",
-        seed=args.seed,
-        **feeding_fields(device),
-    )
-
-
-def build_trainer(args: TrainingArguments, model: MomaForCausalLM, tokens: TokenFolder, facts: Facts) -> Trainer:
+def build_trainer(
+    command: argparse.Namespace, args: TrainingArguments, model: MomaForCausalLM, tokens: TokenFolder, facts: Facts
+) -> AuxiliaryTraining:
     """Return the trainer of the auxiliary routers, with its data."""
     documents = [tokens.documents(source) for source in tokens.sources()]
     weights = [source.weight for source in tokens.sources()]
     num_examples = args.max_steps * examples_a_step(args)
     tokenizer = tokens.encoder.processor.tokenizer
-    return AuxiliaryTraining(
+    return make_trainer(
+        AuxiliaryTraining,
+        command,
         model=model,
         args=args,
         train_dataset=DocumentExamples(documents, weights, num_examples, args.seed, cuts=True),
@@ -117,8 +115,8 @@ def split_batches(batches: list[dict], batch_size: int) -> tuple[list[dict], lis
     """Return batches to calibrate on, and batches to report on."""
     if len(batches) < 2:
         raise InputError(
-            f"`--batch-size` = {batch_size} gives {len(batches)} batch of the validation split: two are needed, "
-            "one to calibrate on and one to report on."
+            f"`per_device_train_batch_size` = {batch_size} gives {len(batches)} batch of the validation split: two "
+            "are needed, one to calibrate on and one to report on."
         )
     half = len(batches) // 2
     return batches[:half], batches[half:]
@@ -128,7 +126,12 @@ def train_auxiliary_routers(args: argparse.Namespace) -> None:
     """Train the auxiliary routers of a saved model, calibrate them, and save the model with a report."""
     check_output_is_own(args.output, args.resume)
     processor = open_processor(args.processor)
-    training_arguments, tokens = make_training_arguments(args), TokenFolder(args.tokens, processor)
+    if uses_muon(args):
+        raise InputError(f"trainer.optim = {MUON!r}: auxiliary routers are trained by an optimizer of Trainer's own.")
+    training_arguments = make_training_arguments(args, lr_scheduler_type="cosine")
+    # the stream is shuffled already, and a longer run goes on in it
+    training_arguments.train_sampling_strategy = "sequential"
+    tokens = TokenFolder(args.tokens, processor)
     with sole_run(args.output, training_arguments.process_index == 0):
         _train_and_save(args, training_arguments, tokens)
 
@@ -143,22 +146,25 @@ def _train_and_save(args: argparse.Namespace, training_arguments: TrainingArgume
     check_output(args.output, facts, args.resume)
     check_positions(config, tokens.manifest["sequence_length"])
     held_out = open_documents(args.tokens, processor, VALIDATION)
-    batches = held_out_batches(held_out, processor, args.batch_size, args.seed)
+    batches = held_out_batches(
+        held_out, processor, training_arguments.per_device_train_batch_size, training_arguments.seed
+    )
     threshold, calibration_batches, report_batches = args.threshold, [], batches
     if threshold is None:
-        calibration_batches, report_batches = split_batches(batches, args.batch_size)
-    set_seed(args.seed)
+        calibration_batches, report_batches = split_batches(batches, training_arguments.per_device_train_batch_size)
+    set_seed(training_arguments.seed)
     model = load_model(args.model, training_arguments.device)
     check_layout(model.config, processor.token_layout())
     if not model.config.auxiliary_routers:
         add_auxiliary_routers(model)
     set_attention(model, args.attn_implementation)
-    trainer = build_trainer(training_arguments, model, tokens, facts)
+    trainer = build_trainer(args, training_arguments, model, tokens, facts)
     checkpoint = last_checkpoint(args.output) if args.resume else None
     if checkpoint is not None:
         check_kind(checkpoint, None)
-    if checkpoint is not None and checkpoint_step(checkpoint) >= args.steps:
-        print(f"{args.output}: this run has taken all of its {args.steps} steps; its routers are judged anew.")
+    if checkpoint is not None and checkpoint_step(checkpoint) >= training_arguments.max_steps:
+        steps = training_arguments.max_steps
+        print(f"{args.output}: this run has taken all of its {steps} steps; its routers are judged anew.")
     with without_incomplete_checkpoints(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
@@ -177,7 +183,7 @@ def _train_and_save(args: argparse.Namespace, training_arguments: TrainingArgume
     print(router_table(rows))
     model.config.inference_routing, model.config.depth_inference_routing = "auxiliary", None
     report = {
-        "arguments": vars(args),
+        "arguments": recorded(args),
         "steps": trainer.state.global_step,
         "calibration_batches": len(calibration_batches),
         "report_batches": len(report_batches),

@@ -198,9 +198,9 @@ def _way_to_batch(examples: int, arguments: TrainingArguments) -> str:
     """Return how a run makes steps of so many examples, by which its place in the data is counted."""
     now, processes = examples_a_step(arguments), arguments.world_size
     accumulated = now // arguments.gradient_accumulation_steps
-    factors = f"`--batch-size` times `--gradient-accumulation-steps` times processes (now {processes})"
+    factors = f"`per_device_train_batch_size` times `gradient_accumulation_steps` times processes (now {processes})"
     if examples % accumulated == 0:
-        way = f"`--gradient-accumulation-steps {examples // accumulated}` makes {examples}"
+        way = f"`gradient_accumulation_steps = {examples // accumulated}` makes {examples}"
     elif examples % processes == 0:
         way = f"the first two have to make {examples // processes} together"
     else:

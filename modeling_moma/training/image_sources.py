@@ -41,9 +41,9 @@ class Candidate:
 def read_image_sources(place: str, changes: Sequence[str] = ()) -> tuple[list[Source], dict[str, Any]]:
     """Return the sources with images that a recipe names, and its settings of the image tokenizer."""
     if not _is_recipe(Path(place)):
-        settings = read_recipe(None, changes=changes).image_tokenizer
+        settings = read_recipe(None, (), changes, ("image_tokenizer",)).image_tokenizer
         return [Source(name="images", data=place, kind=ImageKind(IMAGE_COLUMN))], settings
-    recipe = read_recipe(place, changes=changes)
+    recipe = read_recipe(place, (), changes, ("image_tokenizer", "processor", "sources"))
     sources = [source for source in recipe.sources if source.kind.has_images]
     if not sources:
         kinds = {source.name: source.kind.name for source in recipe.sources}

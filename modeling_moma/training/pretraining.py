@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainingArguments, set_seed
@@ -46,7 +46,7 @@ from .stages import (
     set_attention,
 )
 from .throughput_callback import ThroughputCallback
-from .trainer_settings import make_trainer, make_training_arguments, uses_muon, without_secrets
+from .trainer_settings import make_trainer, make_training_arguments, recorded, uses_muon
 
 
 if TYPE_CHECKING:
@@ -73,9 +73,9 @@ def read_parts(args: argparse.Namespace) -> RunParts:
     processor = open_processor(args.processor)
     tokens = TokenFolder(args.tokens, processor)
     sources = args.recipe.sources or tokens.sources()
-    config = starting_config(args.model, args.recipe, args.gumbel_noise, processor)
+    config = starting_config(args.model, args.recipe, processor)
     check_prompts(args.recipe.samples, processor, config)
-    training_arguments = make_training_arguments(args)
+    training_arguments = make_training_arguments(args, adam_beta2=0.95, prediction_loss_only=True)
     earlier_steps = first_step(args.model, training_arguments, args.stop_at, args.restart_data)
     others = {name: getattr(args, name) for name in ("lora_rank", "freeze_groups", "train_groups")}
     if uses_muon(args):
@@ -93,17 +93,17 @@ def packing(data: DataFields | None, tokens: TokenFolder) -> tuple[bool, int]:
     return packed, data.sequence_length or tokens.manifest["sequence_length"]
 
 
-def starting_config(
-    folder: str | None, recipe: Recipe, gumbel_noise: float | None, processor: MomaProcessor
-) -> MomaConfig:
+def starting_config(folder: str | None, recipe: Recipe, processor: MomaProcessor) -> MomaConfig:
     """Return the configuration that the training starts with: of a saved model, or else of the recipe."""
-    # routers read it when they are made
-    noise = {} if gumbel_noise is None else {"gumbel_noise": gumbel_noise}
     if not folder:
-        return model_config(recipe, processor, noise)
+        fields = {**recipe.model, **processor.token_layout()}
+        preset = fields.pop("preset", None)
+        return MomaConfig(**fields) if preset is None else MomaConfig.from_preset(preset, **fields)
     check_saved(MODEL, "--model", folder)
     config = MomaConfig.from_pretrained(folder)
     require_plain_weights("--model", folder, config)
+    # of training alone; routers read it when they are made
+    noise = {name: value for name, value in recipe.model.items() if name == "gumbel_noise"}
     # constructed again, since fields that from_pretrained overrides are not checked
     config = MomaConfig.from_dict({**config.to_dict(), **noise})
     check_layout(config, processor.token_layout())
@@ -142,13 +142,6 @@ def build_model(
         return with_adapters(model, args.lora_rank, args.freeze_groups)
     freeze_groups(model, args.freeze_groups)
     return model
-
-
-def model_config(recipe: Recipe, processor: MomaProcessor, overrides: dict[str, Any]) -> MomaConfig:
-    """Return the configuration of a recipe's model over a processor's vocabulary."""
-    fields = {**recipe.model, **overrides, **processor.token_layout()}
-    preset = fields.pop("preset", None)
-    return MomaConfig(**fields) if preset is None else MomaConfig.from_preset(preset, **fields)
 
 
 def noise_description(model: "MomaForCausalLM | PeftModel") -> str | None:
@@ -218,7 +211,7 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     processor, tokens, sources = parts.processor, parts.tokens, parts.sources
     training_arguments = parts.training_arguments
     check_positions(parts.config, packing(args.recipe.data, tokens)[1])
-    set_seed(args.seed)
+    set_seed(training_arguments.seed)
     model = build_model(args, processor, parts.config)
     config = model.config
     # saved with the checkpoints; truncation and pipelines cut there
@@ -228,8 +221,8 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
         model.print_trainable_parameters()  # pyright: ignore[reportCallIssue]
     if noise := noise_description(model):
         print(noise)
-    num_examples = args.steps * examples_a_step(training_arguments)
-    stream = training_stream(args.recipe.data, tokens, sources, num_examples, args.seed)
+    num_examples = training_arguments.max_steps * examples_a_step(training_arguments)
+    stream = training_stream(args.recipe.data, tokens, sources, num_examples, training_arguments.seed)
     if isinstance(stream, PackedExamples) or training_arguments.train_sampling_strategy == "random":
         # the stream is shuffled already, and a packed sequence begins with the rest of the one before
         training_arguments.train_sampling_strategy = "sequential"
@@ -248,6 +241,7 @@ def build_trainer(args: argparse.Namespace, parts: RunParts | None = None) -> St
     if args.stop_at:
         callbacks.append(StopAt(args.stop_at))
     trainer = make_trainer(
+        StageTrainer,
         args,
         model=model,
         args=training_arguments,
@@ -280,7 +274,7 @@ def pretrain(args: argparse.Namespace):
 
 def _train_and_save(args: argparse.Namespace, parts: RunParts) -> None:
     check_output(args.output, parts.facts, args.resume, parts.training_arguments)
-    wanted, done = args.stop_at or args.steps, finished_at(args.output)
+    wanted, done = args.stop_at or parts.training_arguments.max_steps, finished_at(args.output)
     checkpoint, taken = resumed_checkpoint(args.output, args.resume)
     is_first = parts.training_arguments.process_index == 0
     if done is not None and done >= wanted:
@@ -294,7 +288,7 @@ def _train_and_save(args: argparse.Namespace, parts: RunParts) -> None:
         )
     if taken > wanted:
         raise InputError(
-            f"`--output` {args.output!r} has taken {taken} steps already, more than the {wanted} of `--steps` and "
+            f"`--output` {args.output!r} has taken {taken} steps already, more than the {wanted} of `max_steps` and "
             "`--stop-at`: give at least as many, or another `--output`."
         )
     if taken == wanted and is_first:
@@ -307,7 +301,7 @@ def _train_and_save(args: argparse.Namespace, parts: RunParts) -> None:
         "examples_a_step": examples_a_step(trainer.args),
         "first_step": trainer.first_step,
         "fingerprint": parts.facts,
-        "arguments": {**vars(args), "trainer": without_secrets(args.trainer), "recipe": args.recipe_file},
+        "arguments": {**recorded(args), "recipe": args.recipe_file},
     }
     if trainer.is_world_process_zero():
         atomic_write(output / RUN_FILE, lambda path: path.write_text(json.dumps(run, indent=2, default=str) + "\n"))

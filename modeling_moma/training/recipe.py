@@ -176,8 +176,10 @@ class _RecipeLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, one_line(error), node.start_mark) from error
 
 
-def read_recipe(path: str | Path | None, needs: tuple[str, ...] = (), changes: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, empty without a path, and change fields of it as `--set` has it."""
+def read_recipe(
+    path: str | Path | None, needs: Sequence[str] = (), changes: Sequence[str] = (), reads: Sequence[str] = ()
+) -> Recipe:
+    """Read a recipe, empty without a path, and change fields as `--set` has it, of sections that a command reads."""
     where = "--set" if path is None else f"RECIPE {str(path)!r}"
     if path is not None and not Path(path).is_file():
         raise InputError(f"{where} is no file.")
@@ -187,7 +189,7 @@ def read_recipe(path: str | Path | None, needs: tuple[str, ...] = (), changes: S
         raise InputError(f"{where} cannot be read as YAML: {one_line(error)}") from error
     if isinstance(content, dict):
         for change in changes:
-            _change(content, change)
+            _change(content, change, reads)
     sections = [entry.name for entry in dataclasses.fields(Recipe)]
     if not isinstance(content, dict) or not content.keys() <= set(sections):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
@@ -209,12 +211,14 @@ def _read_yaml(where: str, text: str) -> Any:
         raise InputError(f"{where} cannot be read as YAML: {one_line(error)}") from error
 
 
-def _change(content: dict[str, Any], change: str) -> None:
+def _change(content: dict[str, Any], change: str, reads: Sequence[str]) -> None:
     """Put a value of `--set section.field=value` into a recipe's content."""
     place, equals, text = change.partition("=")
     *sections, name = place.split(".")
     if not (equals and sections and all(sections) and name):
         raise InputError(f"--set {change!r}: it is no section.field=value, such as trainer.max_steps=100.")
+    if sections[0] not in reads:
+        raise InputError(f"--set {change!r}: of a recipe's sections this command reads {', '.join(reads)} alone.")
     holder = content
     for section in sections:
         holder[section] = {} if holder.get(section) is None else holder[section]

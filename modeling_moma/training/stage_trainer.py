@@ -120,7 +120,7 @@ class ResumedTrainer(Trainer):
             if not math.isfinite(value := float(logs.get(name) or 0.0)):
                 kept = last_checkpoint(str(self.args.output_dir))
                 raise InputError(
-                    f"The {what} is {value} by step {self.state.global_step}: a lower `--learning-rate` may help. "
+                    f"The {what} is {value} by step {self.state.global_step}: a lower `learning_rate` may help. "
                     + ("There is no checkpoint yet." if kept is None else f"The last checkpoint, {kept!r}, is kept.")
                 )
 

@@ -36,8 +36,9 @@ def data_order(folder: str | Path) -> dict[str, Any] | None:
     run_folder = folder.parent if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else folder
     if (run_folder / RUN_FILE).is_file():
         run = read_record(run_folder / RUN_FILE)
-        order = {"seed": run.get("arguments", {}).get("seed"), "examples_a_step": run.get("examples_a_step")}
-        if data := run.get("fingerprint", {}).get("data"):
+        facts = run.get("fingerprint", {})
+        order = {"seed": facts.get("seed", {}).get("seed"), "examples_a_step": run.get("examples_a_step")}
+        if data := facts.get("data"):
             order["data"] = {name: value for name, value in data.items() if name != EARLIER_STEPS}
         return None if None in (order["seed"], order["examples_a_step"]) else order
     for name in (UPCYCLING_FILE, LAYERS_FILE):
@@ -108,13 +109,13 @@ def first_step(
     if order is None:
         logger.warning(
             f"`--model` {model!r} does not come with the {RUN_FILE} of its training, so the order of the data "
-            f"cannot be checked: with another --seed or --gradient-accumulation-steps, or another number of devices, "
+            f"cannot be checked: with another `seed` or `gradient_accumulation_steps`, or another number of devices, "
             f"some would come again. {anew}"
         )
-        checks.append(("`--batch-size` times devices", state.train_batch_size, args.train_batch_size))
+        checks.append(("`per_device_train_batch_size` times devices", state.train_batch_size, args.train_batch_size))
     else:
-        product = "`--batch-size` times `--gradient-accumulation-steps` times devices"
-        checks.append(("`--seed`", order["seed"], args.seed))
+        product = "`per_device_train_batch_size` times `gradient_accumulation_steps` times devices"
+        checks.append(("`seed`", order["seed"], args.seed))
         checks.append((product, order["examples_a_step"], examples_a_step(args)))
     for name, then, now in checks:
         if then != now:
@@ -124,8 +125,8 @@ def first_step(
             )
     if state.global_step >= (stop_at or args.max_steps):
         raise InputError(
-            f"`--model` has taken {state.global_step} steps already, which `--steps` {args.max_steps} and `--stop-at` "
-            f"{stop_at} count, too: nothing is left to train. {anew}"
+            f"`--model` has taken {state.global_step} steps already, which `max_steps` {args.max_steps} and "
+            f"`--stop-at` {stop_at} count, too: nothing is left to train. {anew}"
         )
     return state.global_step
 

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Trainer's settings of a recipe and of the command line, tried before the first step."""
+"""The Trainer's settings of a recipe, tried before the first step."""
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
 import torch
-from transformers import TrainingArguments, get_scheduler
+from pydantic import Field
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.utils import logging
 
 from ..errors_moma import InputError
+from ..utils.fields import Count, Float, Int, NotNegative, Seed, read_fields
 from ..utils.hardware import check_precision, precision_fields
 from ..utils.messages import one_line
 from .muon import MUON
-from .stage_trainer import StageTrainer
 from .stages import feeding_fields
 
 
@@ -22,6 +25,62 @@ logger = logging.get_logger(__name__)
 
 # the schedule of the learning rate where a recipe names none
 SCHEDULE = "cosine_with_min_lr"
+
+
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+# below 1 a share of all steps
+Steps = Annotated[Int | Float, Field(gt=0)]
+WarmupSteps = Annotated[Int | Float, Field(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerFields:
+    """Fields of a recipe's section `trainer` that have defaults or ranges of their own.
+
+    Args:
+        max_steps (`int`, *optional*, defaults to `4000`):
+            steps of the optimizer in all stages.
+        per_device_train_batch_size (`int`, *optional*, defaults to `32`):
+            sequences of a device at once.
+        gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
+            batches of a step.
+        learning_rate (`float`, *optional*, defaults to `0.0015`):
+            largest one of the schedule.
+        warmup_steps (`int | float`, *optional*, defaults to `150`):
+            steps in which the learning rate rises.
+        weight_decay (`float`, *optional*, defaults to `0.1`):
+            of the optimizer.
+        eval_steps (`int | float`, *optional*, defaults to `400`):
+            steps between two evaluations.
+        save_steps (`int | float`, *optional*, defaults to `400`):
+            steps between two checkpoints.
+        save_total_limit (`int | None`, *optional*, defaults to `2`):
+            checkpoints to keep.
+        logging_steps (`int | float`, *optional*, defaults to `50`):
+            steps between two lines of the log.
+        seed (`int`, *optional*, defaults to `0`):
+            of weights, order and choices.
+    """
+
+    max_steps: Count = 4000
+    per_device_train_batch_size: Count = 32
+    gradient_accumulation_steps: Count = 1
+    learning_rate: NotNegative = 1.5e-3
+    warmup_steps: WarmupSteps = 150
+    weight_decay: NotNegative = 0.1
+    eval_steps: Steps = 400
+    save_steps: Steps = 400
+    save_total_limit: Int | None = 2
+    logging_steps: Steps = 50
+    seed: Seed = 0
+
+
+def with_defaults(kind: type[TrainerFields], trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's section `trainer` over the defaults, with the fields that have ranges checked."""
+    own = {entry.name for entry in dataclasses.fields(kind)}
+    given = {name: value for name, value in trainer.items() if name in own and value is not None}
+    checked = vars(read_fields(kind, given, "the recipe's section `trainer`"))
+    return {**checked, **trainer, **{name: checked[name] for name in given}}
 
 
 class OneGpuArguments(TrainingArguments):
@@ -53,36 +112,30 @@ def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **{name: f"<{name.upper()}>" for name in hidden}}
 
 
-def make_training_arguments(args: argparse.Namespace) -> TrainingArguments:
-    """Return the command line's and the recipe's settings of the Trainer.
+def recorded(args: argparse.Namespace) -> dict[str, Any]:
+    """Return a command's arguments as its output keeps them: what they set is in the section `trainer`."""
+    given = {name: value for name, value in vars(args).items() if name != "set"}
+    return {**given, "trainer": without_secrets(args.trainer)}
+
+
+def make_training_arguments(args: argparse.Namespace, **defaults: Any) -> TrainingArguments:
+    """Return the recipe's settings of the Trainer over a command's defaults.
 
     A `hub_token` becomes this process's `HF_TOKEN`: the settings are pickled beside the weights, also on the Hub.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fields = {
-        "max_steps": args.steps,
-        "per_device_train_batch_size": args.batch_size,
-        "per_device_eval_batch_size": args.batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "learning_rate": args.learning_rate,
-        "warmup_steps": args.warmup_steps,
-        "weight_decay": args.weight_decay,
-        "adam_beta2": 0.95,
+        "per_device_eval_batch_size": args.trainer["per_device_train_batch_size"],
         "max_grad_norm": 1.0,
         "optim": "adamw_torch_fused",
-        **precision_fields(args.bf16, device),
+        **precision_fields(args.trainer, device),
         "eval_strategy": "steps",
-        "eval_steps": args.eval_steps,
         "eval_on_start": True,
-        "prediction_loss_only": True,
-        "save_steps": args.save_steps,
-        "save_total_limit": args.save_total_limit,
-        "logging_steps": args.logging_steps,
         "report_to": [],
-        "seed": args.seed,
         **feeding_fields(device),
+        **defaults,
+        **args.trainer,
     }
-    fields = {**fields, **args.trainer}
     if token := fields.pop("hub_token", None):
         os.environ["HF_TOKEN"] = str(token)
     if uses_muon(args):
@@ -130,10 +183,10 @@ def _try_schedule(training_arguments: TrainingArguments) -> None:
         rate(num_steps)
 
 
-def make_trainer(arguments: argparse.Namespace, /, **parts: Any) -> StageTrainer:
+def make_trainer(kind: type[AnyTrainer], arguments: argparse.Namespace, **parts: Any) -> AnyTrainer:
     """Return a trainer, or raise what is wrong with a recipe's section `trainer` before the first step."""
     try:
-        trainer = StageTrainer(**parts)
+        trainer = kind(**parts)
         _try_optimizer(trainer)
         return trainer
     except InputError:
@@ -146,7 +199,7 @@ def make_trainer(arguments: argparse.Namespace, /, **parts: Any) -> StageTrainer
         raise InputError(f"the recipe's section `trainer`, {settings}: {one_line(error)}") from error
 
 
-def _try_optimizer(trainer: StageTrainer) -> None:
+def _try_optimizer(trainer: Trainer) -> None:
     """Make an optimizer of torch and throw it away: Trainer makes its own when all else is read."""
     kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)  # pyright: ignore[reportArgumentType]
     if kind.__module__.startswith("torch."):

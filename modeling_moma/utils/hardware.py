@@ -4,7 +4,8 @@
 import ctypes
 import os
 import platform
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..errors_moma import EACH_DEVICE, InputError
 
@@ -47,12 +48,12 @@ def trains_in_bf16(choice: str, device: "str | torch.device") -> bool:
     return gains_by_bf16(device) if choice == "auto" else choice == "on"
 
 
-def precision_fields(choice: str, device: str) -> dict[str, bool]:
-    """Return the settings of the Trainer by which it computes in the precision of `--bf16`."""
+def precision_fields(trainer: Mapping[str, Any], device: str) -> dict[str, bool]:
+    """Return in which precision the Trainer computes where a recipe's section `trainer` does not say it."""
+    if "bf16" in trainer or trainer.get("fp16"):
+        return {}
     launched = os.environ.get(LAUNCHED_PRECISION, "no")
-    if choice == "auto" and launched in ("bf16", "fp16"):
-        return {launched: True}
-    return {"bf16": trains_in_bf16(choice, device)}
+    return {launched: True} if launched in ("bf16", "fp16") else {"bf16": gains_by_bf16(device)}
 
 
 def check_precision(training_arguments: "TrainingArguments") -> None:
@@ -61,7 +62,7 @@ def check_precision(training_arguments: "TrainingArguments") -> None:
     if (launched := os.environ.get(LAUNCHED_PRECISION, "no")) not in ("no", wanted):
         raise InputError(
             f"accelerate's mixed_precision = {launched!r} (`accelerate launch --mixed_precision`, or its "
-            f"configuration), and --bf16 or the recipe's section `trainer` say {wanted!r}: let both say the same."
+            f"configuration), and the recipe's section `trainer` says {wanted!r}: let both say the same."
         )
 
 

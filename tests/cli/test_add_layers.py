@@ -20,7 +20,7 @@ def test_folder_is_a_deeper_model_with_its_receipt_and_the_place_in_the_data(mod
     TrainerState(global_step=5, max_steps=20, train_batch_size=4).save_to_json(
         str(model_folder / "trainer_state.json")
     )
-    (model_folder / "run.json").write_text(json.dumps({"examples_a_step": 8, "arguments": {"seed": 3}}))
+    (model_folder / "run.json").write_text(json.dumps({"examples_a_step": 8, "fingerprint": {"seed": {"seed": 3}}}))
     (model_folder / "optimizer.pt").write_bytes(b"of the model")
     before = {path.name: path.read_bytes() for path in model_folder.iterdir()}
     output = tmp_path / "runs" / "deeper"

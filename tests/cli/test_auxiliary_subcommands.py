@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, GenerationConfig, TrainingArguments
 
 from helpers.processes import start_scripts
-from helpers.tiny import tiny_model, tiny_processor, write_tokens
+from helpers.tiny import tiny_model, tiny_processor, trainer_flags, write_tokens
 from modeling_moma import MomaForCausalLM
 from modeling_moma.calibration.auxiliary_training import auxiliary_report
 from modeling_moma.calibration.observation import named_routers
@@ -23,6 +23,9 @@ from modeling_moma.evaluation.measures import held_out_batches, load_model
 from modeling_moma.training import auxiliary_routers
 from release import main as release
 from tokenization import MomaProcessor
+
+
+REQUIRED = ["--model", "m", "--processor", "p", "--tokens", "t", "--output", "o"]
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +46,13 @@ def inputs(tmp_path_factory):
 def run(script, inputs, output, *more, model=None):
     model = str(model or inputs / "model")
     paths = ["--processor", str(inputs / "model"), "--tokens", str(inputs / "tokens"), "--output", str(output)]
-    script(["--model", model, *paths, "--batch-size", "4", *more])
+    batch = trainer_flags(per_device_train_batch_size=4) if script is train else ["--batch-size", "4"]
+    script(["--model", model, *paths, *batch, *more])
     return output
 
 
 def auxiliary_run(inputs, output, *more):
-    steps = "--steps 4 --eval-steps 4 --save-steps 2 --logging-steps 2 --warmup-steps 0 --learning-rate 0.02".split()
+    steps = trainer_flags(max_steps=4, eval_steps=4, save_steps=2, logging_steps=2, warmup_steps=0, learning_rate=0.02)
     return run(train, inputs, output, *steps, *more)
 
 
@@ -123,7 +127,7 @@ def test_paper_threshold_resume_and_a_model_that_has_auxiliary_routers(inputs, t
     for path in tmp_path.iterdir():
         if path.name != "checkpoint-2":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    auxiliary_run(inputs, tmp_path, "--threshold", "0.5", "--resume", "--eval-steps", "1", "--save-steps", "4")
+    auxiliary_run(inputs, tmp_path, "--threshold", "0.5", "--resume", *trainer_flags(eval_steps=1, save_steps=4))
     assert_same(again, load_file(tmp_path / "model.safetensors"))
     # what is new among the arguments holds, although the checkpoint knows it otherwise
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
@@ -133,7 +137,7 @@ def test_paper_threshold_resume_and_a_model_that_has_auxiliary_routers(inputs, t
     with pytest.raises(ValueError, match="files in it already"):
         auxiliary_run(inputs, tmp_path, "--threshold", "0.5")
     # goes on from the auxiliary routers that are there
-    further = run(train, inputs, tmp_path / "further", "--steps", "1", "--learning-rate", "0", model=trained)
+    further = run(train, inputs, tmp_path / "further", *trainer_flags(max_steps=1, learning_rate=0), model=trained)
     assert_same(first, load_file(further / "model.safetensors"), except_for=["auxiliary.threshold"])
 
 
@@ -141,7 +145,7 @@ def test_a_longer_run_goes_on_with_rows_that_it_has_not_read(inputs, tmp_path, m
     read, own = [], DocumentExamples.__getitem__
     monkeypatch.setattr(DocumentExamples, "__getitem__", lambda self, index: read.append(index) or own(self, index))
     for steps, more in (("2", ()), ("5", ("--resume",))):
-        auxiliary_run(inputs, tmp_path, "--threshold", "0.5", "--steps", steps, *more)
+        auxiliary_run(inputs, tmp_path, "--threshold", "0.5", *trainer_flags(max_steps=steps), *more)
     assert [index for index in read if index is not None] == list(range(5 * 4))
 
 
@@ -197,8 +201,8 @@ def test_a_run_goes_on_from_its_own_checkpoints_alone(inputs, trained, tmp_path,
     shutil.copytree(trained / "checkpoint-4", tmp_path / "out" / "checkpoint-4")
     before = sorted((tmp_path / "out").rglob("*"))
     for more, difference in (
-        (["--seed", "1"], "seed = 0 there and 1"),
-        (["--batch-size", "2"], "examples_a_step = 4"),
+        (trainer_flags(seed=1), "seed = 0 there and 1"),
+        (trainer_flags(per_device_train_batch_size=2), "examples_a_step = 4"),
     ):
         with pytest.raises(ValueError, match=f"holds another run: of checkpoint-4 .*{difference}"):
             auxiliary_run(inputs, tmp_path / "out", "--resume", *more)
@@ -206,7 +210,7 @@ def test_a_run_goes_on_from_its_own_checkpoints_alone(inputs, trained, tmp_path,
     other.lm_head.weight.data += 1
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="holds another run: of checkpoint-4 .*weights = "):
-        run(train, inputs, tmp_path / "out", "--steps", "4", "--resume", model=tmp_path / "other")
+        run(train, inputs, tmp_path / "out", *trainer_flags(max_steps=4), "--resume", model=tmp_path / "other")
     assert sorted((tmp_path / "out").rglob("*")) == before
     torn = tmp_path / "torn" / "checkpoint-4"
     shutil.copytree(trained / "checkpoint-4", torn, ignore=shutil.ignore_patterns("optimizer.pt"))
@@ -221,11 +225,11 @@ def test_a_run_goes_on_from_its_own_checkpoints_alone(inputs, trained, tmp_path,
 
 def test_two_processes_judge_the_routers_by_the_same_tokens_as_one(inputs, tmp_path):
     # nine documents: the last batch of two processes is filled up
-    sizes = "--batch-size 2 --steps 2 --eval-steps 2 --logging-steps 2 --warmup-steps 0".split()
+    sizes = trainer_flags(per_device_train_batch_size=2, max_steps=2, eval_steps=2, logging_steps=2, warmup_steps=0)
     paths = ["--model", inputs / "model", "--processor", inputs / "model", "--tokens", inputs / "tokens"]
 
     def given(output, accumulation):
-        more = ["--output", output, "--gradient-accumulation-steps", accumulation]
+        more = ["--output", output, *trainer_flags(gradient_accumulation_steps=accumulation)]
         return list(map(str, [*paths, *sizes, *more]))
 
     for process in start_scripts(train, given(tmp_path / "two", 1), tmp_path / "log.txt"):
@@ -334,7 +338,7 @@ def test_bad_arguments_are_refused(inputs, tmp_path):
     with pytest.raises(SystemExit):
         auxiliary_run(inputs, tmp_path, "--threshold", "1.5")
     with pytest.raises(ValueError, match="two are needed"):
-        run(train, inputs, tmp_path / "never", "--steps", "1", "--batch-size", "40")
+        run(train, inputs, tmp_path / "never", *trainer_flags(max_steps=1, per_device_train_batch_size=40))
     assert not (tmp_path / "never").exists()
     other = tiny_model(tiny_processor(codes=64))
     other.save_pretrained(tmp_path / "other")
@@ -344,21 +348,30 @@ def test_bad_arguments_are_refused(inputs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"),
+    ("name", "value"),
     [
-        *((f"--{name}-steps", "0") for name in ("eval", "save", "logging", "gradient-accumulation")),
-        ("--steps", "0"),
-        ("--steps", "-1"),
-        ("--batch-size", "0"),
-        ("--warmup-steps", "-3"),
-        ("--learning-rate", "-1"),
-        ("--weight-decay", "-1"),
+        *((f"{name}_steps", 0) for name in ("eval", "save", "logging", "gradient_accumulation", "max")),
+        ("per_device_train_batch_size", 0),
+        *((name, -1) for name in ("max_steps", "warmup_steps", "learning_rate", "weight_decay")),
     ],
 )
-def test_numbers_that_no_training_takes_are_refused_by_their_flag(flag, value, capsys):
-    with pytest.raises(SystemExit):
-        parse_arguments(["--model", "m", "--processor", "p", "--tokens", "t", "--output", "o", flag, value])
-    assert f"{flag} = '{value}'" in capsys.readouterr().err
+def test_numbers_that_no_training_takes_are_refused_by_name(name, value):
+    with pytest.raises(InputError, match=f"section `trainer`: {name} = {value}"):
+        parse_arguments([*REQUIRED, *trainer_flags(**{name: value})])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("trainer.max_step=3", "Did you mean 'max_steps'"),
+        ("model.hidden_size=8", "this command reads trainer alone"),
+        ("trainer.max_steps", "is no section.field=value"),
+        ("trainer.bf16=[", "cannot be read as YAML"),
+    ],
+)
+def test_changes_that_set_nothing_are_refused(change, says):
+    with pytest.raises(InputError, match=says):
+        parse_arguments([*REQUIRED, "--set", change])
 
 
 def test_every_process_loads_onto_its_own_device(inputs, tmp_path, monkeypatch):

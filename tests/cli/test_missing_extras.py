@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import save_file
 
 from helpers.forked_python import run_python
-from helpers.tiny import noise_images, tiny_model, tiny_processor
+from helpers.tiny import noise_images, tiny_model, tiny_processor, trainer_flags
 from modeling_moma.cli.main import main
 from modeling_moma.utils.errors import MissingExtraError, needs_extra
 
@@ -44,7 +44,15 @@ def place(tmp_path_factory):
     return folder
 
 
-TRAINING = ["--processor", "processor", "--tokens", "tokens", "--output", "out", "--steps", "1", "--batch-size", "2"]
+TRAINING = [
+    "--processor",
+    "processor",
+    "--tokens",
+    "tokens",
+    "--output",
+    "out",
+    *trainer_flags(max_steps=1, per_device_train_batch_size=2),
+]
 # by extra, commands that need it
 COMMANDS = {
     "train": ["train-image-tokenizer", "recipe.yaml", "--output", "vq", "--set", "image_tokenizer.steps=1"],

@@ -138,7 +138,7 @@ def test_receipt_tells_what_decided_on_the_order_of_the_seeds_data(checkpoint, t
     seed = tmp_path / "seed"
     shutil.copytree(checkpoint, seed / "checkpoint-5")
     shutil.copytree(checkpoint, seed, dirs_exist_ok=True)
-    write_run(seed, examples_a_step=8, first_step=0, arguments={"seed": 3, "batch_size": 4})
+    write_run(seed, examples_a_step=8, first_step=0, fingerprint={"seed": {"seed": 3}})
     for source in (seed / "checkpoint-5", seed):
         run(source, tmp_path / f"from-{source.name}", "--seed", "1", to="2t1i")
         receipt = json.loads((tmp_path / f"from-{source.name}" / "upcycling.json").read_text())
@@ -151,7 +151,7 @@ def test_receipt_tells_what_decided_on_the_order_of_the_seeds_data(checkpoint, t
 
 def test_model_that_is_grown_once_more_keeps_the_order_of_its_data(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "seed")
-    write_run(tmp_path / "seed", examples_a_step=8, arguments={"seed": 3})
+    write_run(tmp_path / "seed", examples_a_step=8, fingerprint={"seed": {"seed": 3}})
     run(tmp_path / "seed", tmp_path / "same", to="1t1i")
     run(tmp_path / "same", tmp_path / "more", to="2t2i")
     receipt = json.loads((tmp_path / "more" / "upcycling.json").read_text())

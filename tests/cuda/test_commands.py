@@ -13,10 +13,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from helpers.cuda.launch import GUARD
-from helpers.tiny import TRAINED, write_training
+from helpers.tiny import TRAINED, trainer_flags, write_training
 
 
-SIZES = "--steps 4 --batch-size 4 --eval-steps 4 --save-steps 2 --logging-steps 1 --warmup-steps 1 --bf16 off".split()
+SIZES = trainer_flags(
+    max_steps=4, per_device_train_batch_size=4, eval_steps=4, save_steps=2, logging_steps=1, warmup_steps=1, bf16=False
+)
 RECIPE = {
     "model": TRAINED,
     "data": {"packed": True, "sequence_length": 64},

@@ -150,10 +150,17 @@ def write_training(folder: Path, codings: int = 1, **fields) -> MomaProcessor:
     return processor
 
 
+def trainer_flags(**fields) -> list[str]:
+    """The flag that sets fields of a recipe's section `trainer`; no argument by its place may follow."""
+    return [text for name, value in fields.items() for text in ("--set", f"trainer.{name}={value}")]
+
+
 def four_steps(folder: Path, output: Path, recipe: str, *more: str) -> list[str]:
     """Arguments of `moma pretrain` on what [`write_training`] wrote, with a recipe beside it."""
     paths = [text for name in ("processor", "tokens") for text in (f"--{name}", str(folder / name))]
-    sizes = "--steps 4 --batch-size 4 --eval-steps 4 --save-steps 2 --logging-steps 1 --bf16 off".split()
+    sizes = trainer_flags(
+        max_steps=4, per_device_train_batch_size=4, eval_steps=4, save_steps=2, logging_steps=1, bf16=False
+    )
     return [*paths, str(folder / f"{recipe}.json"), "--output", str(output), *sizes, *more]
 
 

@@ -20,7 +20,7 @@ from helpers.mixture import write_mixture
 from helpers.parallel_reference import MODELS, SEED, assert_steps_equal, single_process
 from helpers.processes import start_scripts
 from helpers.slow import slow
-from helpers.tiny import tiny_model, tiny_processor
+from helpers.tiny import tiny_model, tiny_processor, trainer_flags
 from helpers.two_node_training import BATCHES, LAYOUTS, NAMES
 from helpers.two_nodes import SECONDS, two_nodes, wait_for
 from modeling_moma.cli import pretrain, tokenize
@@ -103,13 +103,21 @@ def train_on_both_and_alone(launcher, kind, nodes, inputs, folder, bf16):
 
     def arguments(output, *more):
         paths = [text for name in ("processor", "tokens") for text in (f"--{name}", str(inputs / name))]
-        sizes = "--steps 3 --batch-size 2 --eval-steps 3 --save-steps 3 --logging-steps 1 --bf16".split()
-        return [*paths, str(inputs / "data" / "recipe.yaml"), "--output", str(folder / output), *sizes, bf16, *more]
+        sizes = trainer_flags(max_steps=3, per_device_train_batch_size=2, eval_steps=3, save_steps=3, logging_steps=1)
+        return [
+            *paths,
+            str(inputs / "data" / "recipe.yaml"),
+            "--output",
+            str(folder / output),
+            *sizes,
+            *trainer_flags(bf16=bf16),
+            *more,
+        ]
 
     work = PRETRAIN if kind is None else SHARDED_PRETRAIN
     run_on_both(nodes, folder, lambda node: launcher(nodes, node), *work, *arguments("two"))
     check_kind(folder / "two" / "checkpoint-3", kind)
-    pretrain.main(arguments("one", "--gradient-accumulation-steps", "2"))
+    pretrain.main(arguments("one", *trainer_flags(gradient_accumulation_steps=2)))
     return zip(history(folder / "two"), history(folder / "one"), strict=True)
 
 
@@ -123,7 +131,7 @@ LAUNCHERS = [
 
 @pytest.mark.parametrize(("launcher", "kind"), LAUNCHERS)
 def test_pre_training_on_two_nodes_equals_one_process_that_accumulates(launcher, kind, nodes, inputs, tmp_path):
-    for two, one in train_on_both_and_alone(launcher, kind, nodes, inputs, tmp_path, "off"):
+    for two, one in train_on_both_and_alone(launcher, kind, nodes, inputs, tmp_path, False):
         for key in ("loss", "grad_norm", "eval_loss"):
             if key in one:
                 assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), (key, one["step"])
@@ -159,9 +167,9 @@ class FailingNodes:
 
     def arguments(self, output):
         steps = str(8 * NUM_EVENTS + 8)
-        sizes = ["--steps", steps, "--batch-size", "2", "--eval-steps", steps, "--save-steps", "1"]
+        sizes = trainer_flags(max_steps=steps, per_device_train_batch_size=2, eval_steps=steps, save_steps=1)
         given = [str(self.folder / "recipe.yaml"), *self.paths, "--output", str(output), *sizes]
-        return [*given, "--logging-steps", "1", "--bf16", "off", "--resume"]
+        return [*given, *trainer_flags(logging_steps=1, bf16=False), "--resume"]
 
     def start(self, node):
         command = torchrun(self.nodes, node)

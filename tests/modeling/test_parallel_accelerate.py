@@ -34,7 +34,7 @@ from helpers.parallel_reference import (
 from helpers.processes import CRASH_SIGNALS, CRASHES, run_group
 from helpers.server_process import free_port
 from helpers.slow import slow
-from helpers.tiny import tiny_config, tiny_model, write_training
+from helpers.tiny import tiny_config, tiny_model, trainer_flags, write_training
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import pretrain
 from modeling_moma.modeling_moma import MomaDecoderLayer
@@ -190,7 +190,9 @@ def test_two_launched_processes_pre_train_as_one_that_accumulates(kind, tmp_path
 
     def arguments(output, *more):
         paths = [text for name in ("processor", "tokens") for text in (f"--{name}", str(tmp_path / name))]
-        sizes = "--steps 3 --batch-size 2 --eval-steps 3 --save-steps 3 --logging-steps 1 --bf16 off".split()
+        sizes = trainer_flags(
+            max_steps=3, per_device_train_batch_size=2, eval_steps=3, save_steps=3, logging_steps=1, bf16=False
+        )
         return [*paths, str(tmp_path / "recipe.json"), "--output", str(tmp_path / output), *sizes, *more]
 
     def history(output):
@@ -209,7 +211,7 @@ def test_two_launched_processes_pre_train_as_one_that_accumulates(kind, tmp_path
         warnings.warn(f"launched anew: {output[-2000:]}", stacklevel=1)
         shutil.rmtree(tmp_path / "two", ignore_errors=True)
     assert code == 0, output
-    pretrain.main(arguments("one", "--gradient-accumulation-steps", "2"))
+    pretrain.main(arguments("one", *trainer_flags(gradient_accumulation_steps=2)))
     for two, one in zip(history("two"), history("one"), strict=True):
         for key in ("loss", "grad_norm", "eval_loss", "eval_text_loss", "eval_image_loss"):
             if key in one:

@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from helpers.tiny import four_steps, noise_images, write_training
+from helpers.tiny import four_steps, noise_images, trainer_flags, write_training
 from modeling_moma.cli.main import main
 from modeling_moma.cli.pretrain import parse_arguments
 from modeling_moma.training import checkpoints
@@ -114,8 +114,8 @@ def tokenize(inputs, output):
 
 def pretrain(inputs, output):
     paths = ["--processor", str(inputs / "processor"), "--tokens", str(inputs / "tokens"), "--output", str(output)]
-    sizes = "--steps 4 --batch-size 2 --eval-steps 4 --save-steps 1 --warmup-steps 1 --bf16 off --resume"
-    return main(["pretrain", str(inputs / "recipe.json"), *paths, *sizes.split()])
+    sizes = {"max_steps": 4, "per_device_train_batch_size": 2, "eval_steps": 4, "save_steps": 1, "warmup_steps": 1}
+    return main(["pretrain", str(inputs / "recipe.json"), *paths, *trainer_flags(**sizes, bf16=False), "--resume"])
 
 
 def train_image_tokenizer(inputs, output):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from helpers.processes import start_script
 from helpers.slow import RUN_SLOW
-from helpers.tiny import noise_images, write_training
+from helpers.tiny import noise_images, trainer_flags, write_training
 from modeling_moma.cli import pretrain, tokenize
 from modeling_moma.training.checkpoints import last_checkpoint
 
@@ -36,11 +36,11 @@ def finish(process):
 
 def pretrain_arguments(inputs, output):
     paths = {"--processor": inputs / "processor", "--tokens": inputs / "tokens"}
-    sizes = f"--steps {STEPS} --eval-steps {STEPS} --batch-size 2 --save-steps 1 --warmup-steps 2 --logging-steps 1"
+    sizes = {"max_steps": STEPS, "eval_steps": STEPS, "per_device_train_batch_size": 2, "save_steps": 1}
     return [
         str(inputs / "recipe.json"),
         *[str(text) for pair in {**paths, "--output": output}.items() for text in pair],
-        *sizes.split(),
+        *trainer_flags(**sizes, warmup_steps=2, logging_steps=1),
         "--resume",
     ]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from helpers.mixture import MODEL, WEIGHTS, write_mixture
 from helpers.processes import start_script, start_scripts
 from helpers.slow import RUN_SLOW, slow
-from helpers.tiny import tiny_model, tiny_processor
+from helpers.tiny import tiny_model, tiny_processor, trainer_flags
 from modeling_moma import MomaConfig, MomaMetricsCallback
 from modeling_moma.cli import build_processor, pretrain, tokenize
 from modeling_moma.cli.evaluate import main as evaluate
@@ -230,8 +230,8 @@ class KilledTraining:
     """The mixture's training in processes that are killed at random moments, and its uninterrupted twin."""
 
     def __init__(self, inputs, folder, num_processes):
-        sizes = ["--steps", str(STEPS), "--eval-steps", str(STEPS), "--save-steps", "1", "--logging-steps", "1"]
-        self.options = [*sizes, "--bf16", "off", "--resume"]
+        sizes = trainer_flags(max_steps=STEPS, eval_steps=STEPS, save_steps=1, logging_steps=1)
+        self.options = [*sizes, *trainer_flags(bf16=False), "--resume"]
         self.recipe = folder / "recipe.yaml"
         self.recipe.write_text((inputs / "data" / "recipe.yaml").read_text().replace("every: 4", "every: 0"))
         self.inputs, self.num_processes, self.log = inputs, num_processes, folder / "log.txt"

@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Image, Value
 from helpers import recorded_training
 from helpers.mixture import MODEL
 from helpers.processes import start_scripts
-from helpers.tiny import noise_images, tiny_processor, write_training
+from helpers.tiny import noise_images, tiny_processor, trainer_flags, write_training
 from modeling_moma.cli import pretrain, tokenize
 from modeling_moma.data.documents import TokenFolder
 from modeling_moma.training.pretraining import training_stream
@@ -66,9 +66,9 @@ def inputs(tmp_path_factory):
 
 def arguments(inputs, output, name, batch_size=1, accumulation=1):
     paths = [text for name in ("processor", "tokens") for text in (f"--{name}", str(inputs / name))]
-    sizes = f"--steps {STEPS} --batch-size {batch_size} --gradient-accumulation-steps {accumulation} --resume".split()
-    often = ["--save-steps", "1", "--logging-steps", "1", "--bf16", "off"]
-    return [str(inputs / f"{name}.yaml"), *paths, "--output", str(output), *sizes, *often]
+    sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    often = trainer_flags(max_steps=STEPS, **sizes, save_steps=1, logging_steps=1, bf16=False)
+    return [str(inputs / f"{name}.yaml"), *paths, "--output", str(output), *often, "--resume"]
 
 
 def run(inputs, folder, name, starts):
@@ -168,7 +168,12 @@ def evaluation(folder, processes, examples):
     """What is logged of the held-out documents before the first step, but for times and means of forwards."""
     output, log = folder / f"{processes}-{examples}", folder / "log.txt"
     paths = ["--processor", folder / "processor", "--tokens", folder / "tokens", "--output", output]
-    sizes = ["--steps", 1, "--batch-size", 4 // processes, "--eval-examples", examples, "--bf16", "off"]
+    sizes = [
+        *trainer_flags(max_steps=1, per_device_train_batch_size=4 // processes),
+        "--eval-examples",
+        examples,
+        *trainer_flags(bf16=False),
+    ]
     given = [*map(str, [folder / "recipe.json", *paths, *sizes])]
     for process in start_scripts(pretrain.main, given, log, processes):
         process.join(120)

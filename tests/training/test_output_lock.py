@@ -9,7 +9,7 @@ import time
 import pytest
 
 from helpers.processes import run_group, start_process
-from helpers.tiny import write_training
+from helpers.tiny import trainer_flags, write_training
 from modeling_moma.cli.main import main
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training import output_lock
@@ -84,7 +84,7 @@ def test_trainings_refuse_a_folder_in_use_in_one_line(tmp_path, capsys, command)
     write_training(tmp_path)
     processor = [f"--processor={tmp_path / 'processor'}", f"--tokens={tmp_path / 'tokens'}"]
     model = str(tmp_path / "recipe.json") if command == "pretrain" else f"--model={tmp_path / 'none'}"
-    given = [command, model, *processor, f"--output={tmp_path / 'out'}", "--steps=2"]
+    given = [command, model, *processor, f"--output={tmp_path / 'out'}", *trainer_flags(max_steps=2)]
     with sole_run(tmp_path / "out"):
         assert main(given) == 2
     assert f"error: `--output` '{tmp_path / 'out'}' is in use" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.tiny import TRAINED, tiny_model, tiny_processor, write_training
+from helpers.tiny import TRAINED, tiny_model, tiny_processor, trainer_flags, write_training
 from modeling_moma import MomaForCausalLM, upcycle
 from modeling_moma.cli.pretrain import main, parse_arguments
 from modeling_moma.errors_moma import InputError
@@ -38,8 +38,12 @@ def inputs(tmp_path_factory):
 
 def arguments(inputs, shape, output, *more):
     paths = ["--processor", inputs / "processor", "--tokens", inputs / "tokens", "--output", output]
-    sizes = "--steps 6 --batch-size 4 --eval-steps 6 --save-steps 3 --logging-steps 1 --warmup-steps 1".split()
-    return [str(text) for text in (inputs / f"{shape}.json", *paths, *sizes, "--learning-rate", "0.01", *more)]
+    sizes = trainer_flags(
+        max_steps=6, per_device_train_batch_size=4, eval_steps=6, save_steps=3, logging_steps=1, warmup_steps=1
+    )
+    return [
+        str(text) for text in (inputs / f"{shape}.json", *paths, *sizes, *trainer_flags(learning_rate=0.01), *more)
+    ]
 
 
 def start(inputs, shape, folder):
@@ -138,7 +142,7 @@ def test_adapters_go_neither_with_groups_alone_nor_with_stages(other, inputs, tm
 def test_one_group_and_the_rows_of_its_tokens_learn_alone_under_weight_decay(inputs, tmp_path):
     model = start(inputs, "4t4i", tmp_path / "start")
     before = model.state_dict()
-    more = ("--model", tmp_path / "start", "--train-groups", "image", "--weight-decay", "0.5")
+    more = ("--model", tmp_path / "start", "--train-groups", "image", *trainer_flags(weight_decay=0.5))
     main(arguments(inputs, "4t4i", tmp_path / "out", *more))
     after = load_file(tmp_path / "out" / "model.safetensors")
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, TrainerCallback, TrainingArguments, get_
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_flash_attn_2_available
 
-from helpers.tiny import TRAINED, tiny_model, tiny_processor, write_tokens, write_training
+from helpers.tiny import TRAINED, tiny_model, tiny_processor, trainer_flags, write_tokens, write_training
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import add_layers, tokenize, upcycle
 from modeling_moma.cli.pretrain import main, parse_arguments
@@ -45,9 +45,9 @@ def inputs(tmp_path_factory):
 def arguments(inputs, output, *more, start=None):
     names = ("processor", "tokens")
     paths = [text for name in names for text in (f"--{name}", str(inputs / name))]
-    sizes = "--steps 8 --batch-size 4 --eval-steps 8 --save-steps 4 --logging-steps 1 --warmup-steps 2".split()
+    sizes = {"max_steps": 8, "per_device_train_batch_size": 4, "eval_steps": 8, "save_steps": 4, "warmup_steps": 2}
     start = start or (inputs / "recipe.json",)
-    return [*paths, *map(str, start), "--output", str(output), *sizes, *more]
+    return [*paths, *map(str, start), "--output", str(output), *trainer_flags(**sizes, logging_steps=1), *more]
 
 
 def last_log(output, key):
@@ -95,14 +95,14 @@ def test_model_can_be_used_from_its_folder_alone(inputs, stages, run):
 
 
 def test_loss_falls(inputs, tmp_path):
-    main(arguments(inputs, tmp_path, "--learning-rate", "0.01"))
+    main(arguments(inputs, tmp_path, *trainer_flags(learning_rate=0.01)))
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     losses = [log["eval_loss"] for log in history if "eval_loss" in log]
     assert losses[-1] < losses[0]
 
 
 def test_a_large_vocabulary_costs_no_logits_and_changes_nothing(inputs, tmp_path, monkeypatch):
-    main(arguments(inputs, tmp_path / "whole", "--bf16", "off"))
+    main(arguments(inputs, tmp_path / "whole", *trainer_flags(bf16=False)))
     monkeypatch.setattr(stage_trainer, "LARGEST_LOGITS", 0)
     skipped = []
     forward = MomaForCausalLM.forward
@@ -115,7 +115,7 @@ def test_a_large_vocabulary_costs_no_logits_and_changes_nothing(inputs, tmp_path
         return output
 
     monkeypatch.setattr(MomaForCausalLM, "forward", record)
-    main(arguments(inputs, tmp_path / "spared", "--bf16", "off"))
+    main(arguments(inputs, tmp_path / "spared", *trainer_flags(bf16=False)))
     assert len(skipped) >= 8 and all(skipped)
     for key in ("loss", "eval_loss", "eval_text_loss", "eval_image_loss"):
         assert last_log(tmp_path / "spared", key) == pytest.approx(last_log(tmp_path / "whole", key), rel=1e-4)
@@ -193,7 +193,7 @@ def stages(inputs, tmp_path_factory):
         ["--model", str(folder / "stopped" / "checkpoint-3"), "--to", "2t2i", "--output", str(folder / "grown")]
     )
     start = ("--model", folder / "grown")
-    continued = run(inputs, folder / "continued", "--eval-steps", "2", start=start)
+    continued = run(inputs, folder / "continued", *trainer_flags(eval_steps=2), start=start)
     return SimpleNamespace(whole=whole, stopped=stopped, continued=continued, start=start, folder=folder)
 
 
@@ -233,7 +233,7 @@ def test_stopped_training_that_was_killed_at_its_end_leaves_its_best_model(input
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     for name, trainer in {"best": best, "other": {**best, "metric_for_best_model": "eval_text_loss"}}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"model": TRAINED, "trainer": trainer}))
-    more = "--eval-steps 1 --save-steps 1 --learning-rate 0.01 --save-total-limit 4 --stop-at 4".split()
+    more = [*trainer_flags(eval_steps=1, save_steps=1, learning_rate=0.01, save_total_limit=4), "--stop-at", "4"]
     output = tmp_path / "out"
     main(arguments(inputs, output, *more, start=[tmp_path / "best.json"]))
     best_step = json.loads((output / "trainer_state.json").read_text())["best_global_step"]
@@ -331,13 +331,13 @@ def best_of(run):
     return min(own), (state["best_metric"], state["best_global_step"])
 
 
-@pytest.mark.parametrize("more", [(), ("--save-total-limit", "1")], ids=["all kept", "one kept"])
+@pytest.mark.parametrize("more", [(), trainer_flags(save_total_limit=1)], ids=["all kept", "one kept"])
 def test_a_stage_chooses_the_best_of_its_own_models(inputs, tmp_path, more):
     recipe = json.loads((inputs / "seed.json").read_text())
     # a figure of the stage before that no loss comes near
     by_load = {"load_best_model_at_end": True, "metric_for_best_model": "eval_text_loss", "greater_is_better": True}
     (tmp_path / "seed.json").write_text(json.dumps({**recipe, "trainer": by_load}))
-    often = ("--eval-steps", "2", "--save-steps", "2")
+    often = trainer_flags(eval_steps=2, save_steps=2)
     run(inputs, tmp_path / "seed", "--stop-at", "4", *often, start=(tmp_path / "seed.json",))
     upcycle.main(["--model", str(tmp_path / "seed"), "--to", "2t2i", "--output", str(tmp_path / "grown")])
     (tmp_path / "next.json").write_text(json.dumps({"trainer": {"load_best_model_at_end": True}}))
@@ -353,7 +353,7 @@ def test_a_stage_chooses_the_best_of_its_own_models(inputs, tmp_path, more):
 
 def test_a_resumed_run_that_chooses_by_another_figure_forgets_the_best(inputs, tmp_path):
     recipe = json.loads((inputs / "seed.json").read_text())
-    often = ("--eval-steps", "2", "--save-steps", "2")
+    often = trainer_flags(eval_steps=2, save_steps=2)
 
     def start(name, **fields):
         trainer = {"load_best_model_at_end": True, **fields}
@@ -376,7 +376,7 @@ def test_a_finished_run_without_a_checkpoint_is_not_begun_again(stages, inputs, 
     shutil.copytree(stages.whole.output, output, ignore=shutil.ignore_patterns("checkpoint-*"))
     before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
     with pytest.raises(InputError, match="finished at step 8 and has no checkpoint.*step 10.*--restart-data"):
-        main(arguments(inputs, output, "--resume", "--steps", "10", start=(inputs / "seed.json",)))
+        main(arguments(inputs, output, "--resume", *trainer_flags(max_steps=10), start=(inputs / "seed.json",)))
     assert {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
 
 
@@ -401,7 +401,7 @@ def test_a_date_in_a_recipe_is_recorded_and_no_token_of_the_hub(inputs, tmp_path
     recipe = json.loads((inputs / "seed.json").read_text())
     settings = ', "trainer": {"run_name": 2026-11-30, "hub_token": "hf_secret"}}'
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe)[:-1] + settings)
-    main(arguments(inputs, tmp_path / "out", "--steps", "1", start=(tmp_path / "recipe.yaml",)))
+    main(arguments(inputs, tmp_path / "out", *trainer_flags(max_steps=1), start=(tmp_path / "recipe.yaml",)))
     trainer = json.loads((tmp_path / "out" / "run.json").read_text())["arguments"]["trainer"]
     assert trainer == {"run_name": "2026-11-30", "hub_token": "<HUB_TOKEN>"}
     assert get_token() == "hf_secret"
@@ -416,7 +416,7 @@ def test_upcycled_model_is_evaluated_as_its_own_arguments_say(stages):
 
 
 def test_killed_and_resumed_continuation_equals_the_uninterrupted(stages, inputs, tmp_path):
-    more = ("--eval-steps", "2")
+    more = trainer_flags(eval_steps=2)
     killed = run(inputs, tmp_path / "killed", *more, start=stages.start, callbacks=[KillAfter()])
     assert [path.name for path in killed.output.glob("checkpoint-*")] == ["checkpoint-4"]
     resumed = run(inputs, killed.output, *more, "--resume", start=stages.start)
@@ -430,7 +430,7 @@ def test_killed_and_resumed_continuation_equals_the_uninterrupted(stages, inputs
 
 def test_data_position_counts_accumulated_batches(inputs, tmp_path):
     seed = (inputs / "seed.json",)
-    sizes = "--steps 3 --batch-size 2 --gradient-accumulation-steps 2 --eval-steps 9".split()
+    sizes = trainer_flags(max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, eval_steps=9)
     whole = run(inputs, tmp_path / "whole", *sizes, start=seed)
     stopped = run(inputs, tmp_path / "stopped", *sizes, "--stop-at", "2", start=seed)
     upcycle.main(["--model", str(stopped.output), "--to", "2t1i", "--output", str(tmp_path / "grown")])
@@ -456,19 +456,19 @@ def rows(batches):
 
 
 def test_examples_of_a_step_may_be_split_otherwise(stages, inputs, tmp_path):
-    sizes = "--batch-size 2 --gradient-accumulation-steps 2".split()
+    sizes = trainer_flags(per_device_train_batch_size=2, gradient_accumulation_steps=2)
     continued = run(inputs, tmp_path / "continued", *sizes, start=stages.start)
     assert len(continued.batches) == 10
     assert rows(continued.batches) == rows(stages.continued.batches)
 
 
 def test_longer_second_stage_goes_on_in_the_same_data(stages, inputs, tmp_path):
-    longer = run(inputs, tmp_path / "longer", "--steps", "10", start=stages.start)
+    longer = run(inputs, tmp_path / "longer", *trainer_flags(max_steps=10), start=stages.start)
     assert len(longer.batches) == 7 and longer.batches[:5] == stages.continued.batches
 
 
 def test_torn_checkpoint_does_not_outlive_whole_ones(inputs, tmp_path):
-    small = ["--save-steps", "2", "--save-total-limit", "1"]
+    small = trainer_flags(save_steps=2, save_total_limit=1)
     main(arguments(inputs, tmp_path, *small, "--stop-at", "2"))
     torn = tmp_path / "checkpoint-7"
     torn.mkdir()
@@ -543,7 +543,7 @@ def test_records_of_something_else_are_no_earlier_stage(tmp_path):
     settings = TrainingArguments(output_dir=str(tmp_path / "out"), max_steps=8, use_cpu=True)
     with pytest.raises(InputError, match="trainer_state.json. is none that a training .*--restart-data"):
         first_step(str(tmp_path), settings)
-    (tmp_path / "run.json").write_text('{"arguments": {"seed": 0}}')
+    (tmp_path / "run.json").write_text('{"fingerprint": {"seed": {"seed": 0}}}')
     assert data_order(tmp_path) is None
 
 
@@ -560,8 +560,12 @@ def test_order_that_cannot_be_checked_is_warned_of(stages, inputs, tmp_path, cap
     (warning,) = [record.getMessage() for record in caplog.records if record.name == "modeling_moma.training.stages"]
     assert "run.json" in warning and "cannot be checked" in warning and "--restart-data" in warning
     # what trainer_state.json knows is checked all the same
-    with pytest.raises(ValueError, match="--batch-size.* = 2 is not the 4 .*--restart-data"):
-        build_trainer(parse_arguments(arguments(inputs, tmp_path / "out", "--batch-size", "2", start=start)))
+    with pytest.raises(ValueError, match="per_device_train_batch_size.* = 2 is not the 4 .*--restart-data"):
+        build_trainer(
+            parse_arguments(
+                arguments(inputs, tmp_path / "out", *trainer_flags(per_device_train_batch_size=2), start=start)
+            )
+        )
     caplog.clear()
     for start in (stages.start, ("--model", stages.stopped.output / "checkpoint-3")):
         build_trainer(parse_arguments(arguments(inputs, tmp_path / "out", start=start)))
@@ -571,7 +575,7 @@ def test_order_that_cannot_be_checked_is_warned_of(stages, inputs, tmp_path, cap
 def test_model_of_a_finished_training_is_refused_as_such_whatever_the_steps(stages, inputs, tmp_path):
     upcycle.main(["--model", str(stages.whole.output), "--to", "2t2i", "--output", str(tmp_path / "grown")])
     for model in (stages.whole.output, stages.whole.output / "checkpoint-8", tmp_path / "grown"):
-        for more in ((), ("--steps", "20", "--seed", "1")):
+        for more in ((), trainer_flags(max_steps=20, seed=1)):
             args = parse_arguments(arguments(inputs, tmp_path / "out", *more, start=("--model", model)))
             with pytest.raises(ValueError, match="is finished.* all of its 8 steps.*--restart-data"):
                 build_trainer(args)
@@ -591,9 +595,9 @@ def test_model_without_a_trainer_state_starts_at_the_first_batch(stages, inputs,
 @pytest.mark.parametrize(
     "more, named",
     [
-        (["--batch-size", "2"], "`--batch-size` .* = 2 is not the 4 "),
-        (["--gradient-accumulation-steps", "2"], "`--gradient-accumulation-steps` .* = 8 is not the 4 "),
-        (["--seed", "1"], "`--seed` = 1 is not the 0 "),
+        (trainer_flags(per_device_train_batch_size=2), "`per_device_train_batch_size` .* = 2 is not the 4 "),
+        (trainer_flags(gradient_accumulation_steps=2), "`gradient_accumulation_steps` .* = 8 is not the 4 "),
+        (trainer_flags(seed=1), "`seed` = 1 is not the 0 "),
         (["--stop-at", "3"], "3 steps"),
     ],
 )
@@ -631,7 +635,7 @@ def noise_of(inputs, output, *more, start):
 
 
 @pytest.mark.parametrize(
-    "more, expected", [((), 1.0), (("--gumbel-noise", "0"), 0.0), (("--gumbel-noise", "0.5"), 0.5)]
+    "more, expected", [((), 1.0), (("--set", "model.gumbel_noise=0"), 0.0), (("--set", "model.gumbel_noise=0.5"), 0.5)]
 )
 def test_noise_of_the_routers_is_told_and_can_be_set(stages, inputs, tmp_path, capsys, more, expected):
     scale, scales = noise_of(inputs, tmp_path, *more, start=stages.start)
@@ -650,7 +654,7 @@ def test_noise_that_fades_is_told_with_its_clock(stages, inputs, tmp_path, capsy
             output,
             "--stop-at",
             "5",
-            *"--batch-size 2 --gradient-accumulation-steps 2".split(),
+            *trainer_flags(per_device_train_batch_size=2, gradient_accumulation_steps=2),
             start=("--model", grown),
         )
     )
@@ -662,7 +666,7 @@ def test_noise_that_fades_is_told_with_its_clock(stages, inputs, tmp_path, capsy
 
 def test_noise_that_was_turned_off_stays_off_in_what_is_saved(stages, inputs, tmp_path):
     quiet, loud = (
-        run(inputs, tmp_path / scale, "--gumbel-noise", scale, "--stop-at", "6", start=stages.start)
+        run(inputs, tmp_path / scale, "--set", f"model.gumbel_noise={scale}", "--stop-at", "6", start=stages.start)
         for scale in ("0", "3")
     )
     assert MomaForCausalLM.from_pretrained(quiet.output).config.gumbel_noise == 0
@@ -675,16 +679,16 @@ def test_noise_can_be_set_from_nothing_too_and_is_not_negative(inputs, stages, t
     start = (inputs / "recipe.json",)
     assert noise_of(inputs, tmp_path, start=start)[1] == {0.0}
     assert "noise" not in capsys.readouterr().out
-    assert noise_of(inputs, tmp_path, "--gumbel-noise", "0.5", start=start)[1] == {0.5}
+    assert noise_of(inputs, tmp_path, "--set", "model.gumbel_noise=0.5", start=start)[1] == {0.5}
     for begin in (start, stages.start):
         with pytest.raises(Exception, match="gumbel_noise"):
-            noise_of(inputs, tmp_path, "--gumbel-noise=-1", start=begin)
+            noise_of(inputs, tmp_path, "--set", "model.gumbel_noise=-1", start=begin)
 
 
 def test_restarted_data_begin_at_the_first_batch(stages, inputs, tmp_path):
-    more = ("--restart-data", "--steps", "4")
+    more = ("--restart-data", *trainer_flags(max_steps=4))
     fresh = run(inputs, tmp_path / "out", *more, start=stages.start)
-    whole = run(inputs, tmp_path / "whole", "--steps", "4")
+    whole = run(inputs, tmp_path / "whole", *trainer_flags(max_steps=4))
     assert fresh.batches == whole.batches
     assert json.loads((tmp_path / "out" / "run.json").read_text())["first_step"] == 0
 
@@ -742,7 +746,7 @@ def test_recipe_or_model_is_needed(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_arguments([str(tmp_path / "r.yaml"), *paths])
     assert "no section `model`" in capsys.readouterr().err
-    assert parse_arguments([str(tmp_path / "r.yaml"), *paths, "--model", "m"]).steps == 3
+    assert parse_arguments([str(tmp_path / "r.yaml"), *paths, "--model", "m"]).trainer["max_steps"] == 3
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -770,7 +774,7 @@ class Diverge(TrainerCallback):
 @pytest.mark.parametrize("logging_steps", ["1", "8"])
 def test_a_loss_that_is_no_number_stops_the_training_and_keeps_what_was_saved(inputs, tmp_path, logging_steps):
     output = tmp_path / "out"
-    often = ["--save-steps", "2", "--save-total-limit", "1", "--logging-steps", logging_steps]
+    often = trainer_flags(save_steps=2, save_total_limit=1, logging_steps=logging_steps)
     at_step = 5 if logging_steps == "1" else 6
     with pytest.raises(InputError, match=f"The loss is nan by step {at_step}: a lower .* '.*checkpoint-4', is kept"):
         run(inputs, output, *often, callbacks=[Diverge()])
@@ -831,7 +835,7 @@ def test_a_step_does_not_read_its_loss_and_a_recipe_wins(inputs, tmp_path):
     args = parse_arguments(arguments(inputs, tmp_path / "out"))
     made = make_training_arguments(args)
     assert not made.logging_nan_inf_filter and not made.dataloader_pin_memory
-    args.trainer = {"logging_nan_inf_filter": True, "accelerator_config": {"non_blocking": True}}
+    args.trainer |= {"logging_nan_inf_filter": True, "accelerator_config": {"non_blocking": True}}
     made = make_training_arguments(args)
     assert made.logging_nan_inf_filter and made.accelerator_config.non_blocking
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: those that ship are read whole, flags win over them, and what nothing knows is refused by name."""
+"""Recipes: those that ship are read whole, `--set` wins over them, and what nothing knows is refused by name."""
 
 import re
 from pathlib import Path
@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from helpers.sounds import processor_of_sounds
-from helpers.tiny import tiny_processor
-from modeling_moma.cli.pretrain import Arguments, parse_arguments
+from helpers.tiny import tiny_processor, trainer_flags
+from modeling_moma.cli.pretrain import parse_arguments
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training.muon import MUON
-from modeling_moma.training.pretraining import model_config
+from modeling_moma.training.pretraining import starting_config
 from modeling_moma.training.recipe import read_recipe
 from modeling_moma.training.trainer_settings import make_training_arguments, uses_muon
 
@@ -26,7 +26,7 @@ def test_recipes_that_ship_give_a_model_and_a_training(path):
     # those without a model are for one that is there already
     args = parse_arguments([str(path), *PATHS, *([] if recipe.model else ["--model", "m"])])
     processor = processor_of_sounds() if recipe.audio_tokenizer else tiny_processor()
-    config = model_config(recipe, processor, {})
+    config = starting_config(None, recipe, processor)
     assert config.num_parameters() > 0
     settings = make_training_arguments(args)
     for name, value in recipe.trainer.items():
@@ -50,30 +50,26 @@ def test_a_training_that_is_not_evaluated_does_not_begin_with_an_evaluation(tmp_
     assert make_training_arguments(parse_arguments([*PATHS, recipe])).eval_on_start is expected
 
 
-def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
+def test_set_wins_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     text = "model: {hidden_size: 8}\ntrainer: {max_steps: 7, learning_rate: 0.5, adam_beta2: 0.9, bf16: false}\n"
-    args = parse_arguments([*PATHS, write(tmp_path, text), "--learning-rate", "0.25", "--bf16", "on"])
-    assert (args.steps, args.learning_rate, args.batch_size) == (7, 0.25, Arguments.batch_size)
+    args = parse_arguments([*PATHS, write(tmp_path, text), *trainer_flags(learning_rate=0.25, bf16=True)])
     settings = make_training_arguments(args)
     assert (settings.max_steps, settings.learning_rate, settings.adam_beta2) == (7, 0.25, 0.9)
-    assert settings.bf16 is True
+    assert settings.bf16 is True and settings.per_device_eval_batch_size == 32
 
 
 @pytest.mark.parametrize(
-    "flags, trainer, found",
+    "changes, trainer, found",
     [
-        ("--bf16 off", "{bf16: true}", {"bf16": False, "fp16": False}),
-        ("--bf16 off", "{fp16: true}", {"bf16": False, "fp16": True}),
-        ("--bf16 on", "{fp16: true}", {"bf16": True, "fp16": False}),
-        ("", "{bf16: true}", {"bf16": True}),
-        ("--save-total-limit 3", "{save_total_limit: null}", {"save_total_limit": 3}),
-        ("", "{save_total_limit: null}", {"save_total_limit": None}),
-        ("--eval-steps 7", "{eval_steps: null}", {"eval_steps": 7}),
+        ({"bf16": False}, "{bf16: true}", {"bf16": False, "fp16": False}),
+        ({}, "{fp16: true}", {"bf16": False, "fp16": True}),
+        ({"save_total_limit": 3}, "{save_total_limit: null}", {"save_total_limit": 3}),
+        ({"seed": 1}, "{save_total_limit: null}", {"save_total_limit": None, "seed": 1}),
     ],
 )
-def test_flags_win_over_precisions_and_nothing_of_a_recipe(tmp_path, flags, trainer, found):
+def test_precisions_and_fields_without_a_value_are_read(tmp_path, changes, trainer, found):
     path = write(tmp_path, f"model: {{hidden_size: 8}}\ntrainer: {trainer}\n")
-    settings = make_training_arguments(parse_arguments([*PATHS, path, *flags.split()]))
+    settings = make_training_arguments(parse_arguments([*PATHS, path, *trainer_flags(**changes)]))
     assert {name: getattr(settings, name) for name in found} == found
 
 
@@ -251,39 +247,41 @@ def test_a_refusal_does_not_print_what_opens_the_hub(tmp_path, monkeypatch):
     assert "hf_secret" not in str(raised.value)
 
 
-def test_the_precision_of_a_launch_is_taken_and_never_overrules_a_flag(tmp_path, monkeypatch):
+def test_the_precision_of_a_launch_is_taken_and_never_overrules_a_recipe(tmp_path, monkeypatch):
     path = write(tmp_path, "model: {hidden_size: 8}\n")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    for flags in ([], ["--bf16", "on"]):
+    for flags in ([], trainer_flags(bf16=True)):
         settings = make_training_arguments(parse_arguments([*PATHS, path, *flags]))
         assert settings.bf16 and settings.mixed_precision == "bf16"
-    for launched, flag, wanted in (("bf16", "off", "no"), ("fp16", "on", "bf16"), ("fp8", "off", "no")):
+    for launched, flag, wanted in (("bf16", False, "no"), ("fp16", True, "bf16"), ("fp8", False, "no")):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
-        with pytest.raises(InputError, match=f"mixed_precision = '{launched}' .* say '{wanted}'"):
-            make_training_arguments(parse_arguments([*PATHS, path, "--bf16", flag]))
+        with pytest.raises(InputError, match=f"mixed_precision = '{launched}' .* says '{wanted}'"):
+            make_training_arguments(parse_arguments([*PATHS, path, *trainer_flags(bf16=flag)]))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert make_training_arguments(parse_arguments([*PATHS, path, "--bf16", "on"])).bf16
+    assert make_training_arguments(parse_arguments([*PATHS, path, *trainer_flags(bf16=True)])).bf16
 
 
 @pytest.mark.parametrize(
-    "flag, value",
+    "name, value",
     [
-        *[(flag, "0") for flag in ("--steps", "--batch-size", "--gradient-accumulation-steps", "--stop-at")],
-        *[(flag, "0") for flag in ("--logging-steps", "--eval-steps", "--save-steps")],
-        *[(flag, "-1") for flag in ("--warmup-steps", "--learning-rate", "--weight-decay")],
+        *[(name, 0) for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")],
+        *[(name, 0) for name in ("logging_steps", "eval_steps", "save_steps")],
+        *[(name, -1) for name in ("warmup_steps", "learning_rate", "weight_decay")],
     ],
 )
-def test_sizes_that_no_training_has_are_refused(tmp_path, capsys, flag, value):
-    with pytest.raises(SystemExit):
-        parse_arguments([*PATHS, write(tmp_path, "model: {}\n"), flag, value])
-    assert f"{flag} = '{value}' must be a" in capsys.readouterr().err
+def test_sizes_that_no_training_has_are_refused(tmp_path, name, value):
+    with pytest.raises(InputError, match=f"section `trainer`: {name} = {value} must be a"):
+        parse_arguments([*PATHS, write(tmp_path, "model: {hidden_size: 8}\n"), *trainer_flags(**{name: value})])
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
         (("--stop-at", "9"), "--stop-at 9 is a step that the schedule does not reach: it has 4 "),
-        (("--stop-at", "4", "--steps", "3"), "--stop-at 4 is a step that the schedule does not reach: it has 3 "),
+        (
+            ("--stop-at", "4", "--set", "trainer.max_steps=3"),
+            "--stop-at 4 is a step that the schedule does not reach: it has 3 ",
+        ),
         (("--restart-data",), "--restart-data is of a saved model, .* no `--model` is given"),
         (("--stop-at", "4", "--restart-data", "--model", "m"), None),
     ],

@@ -15,7 +15,7 @@ from helpers.fsdp2 import sharded_training
 from helpers.parallel_reference import IMAGES, MIXED, MODELS, SEED, TEXT, train
 from helpers.processes import run_group, start_scripts
 from helpers.slow import RUN_SLOW, slow
-from helpers.tiny import logged_losses, tiny_model, tiny_processor, write_tokens, write_training
+from helpers.tiny import logged_losses, tiny_model, tiny_processor, trainer_flags, write_tokens, write_training
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import pretrain
 from modeling_moma.errors_moma import InputError
@@ -130,8 +130,19 @@ def inputs(tmp_path_factory):
 
 def arguments(inputs, output, *more):
     paths = [text for name in ("processor", "tokens") for text in (f"--{name}", str(inputs / name))]
-    sizes = f"--steps {STEPS} --batch-size 1 --save-steps 1 --logging-steps 1 --eval-steps 9 --warmup-steps 1".split()
-    return [str(inputs / "recipe.json"), *paths, "--output", str(output), *sizes, "--bf16", "off", "--resume", *more]
+    sizes = trainer_flags(
+        max_steps=STEPS, per_device_train_batch_size=1, save_steps=1, logging_steps=1, eval_steps=9, warmup_steps=1
+    )
+    return [
+        str(inputs / "recipe.json"),
+        *paths,
+        "--output",
+        str(output),
+        *sizes,
+        *trainer_flags(bf16=False),
+        "--resume",
+        *more,
+    ]
 
 
 def run_sharded(folder, number, processes, dies_in, given):
@@ -149,13 +160,13 @@ def trained(inputs, tmp_path_factory):
     (folder / "rows").mkdir()
     starts = [(4, 1, 2), (2, 2, 3), (4, 1, 0)] if RUN_SLOW else [(2, 2, 3), (4, 1, 0)]
     for number, (processes, accumulation, dies_in) in enumerate(starts):
-        more = ["--gradient-accumulation-steps", str(accumulation)]
+        more = trainer_flags(gradient_accumulation_steps=accumulation)
         run_sharded(folder, number, processes, dies_in, arguments(inputs, folder / "out", *more))
     return folder / "out"
 
 
 def test_pre_training_reshards_its_checkpoints(inputs, trained, tmp_path):
-    pretrain.main(arguments(inputs, tmp_path / "one", "--gradient-accumulation-steps", "4"))
+    pretrain.main(arguments(inputs, tmp_path / "one", *trainer_flags(gradient_accumulation_steps=4)))
     assert len(logged_losses(trained)) == STEPS
     assert logged_losses(trained) == pytest.approx(logged_losses(tmp_path / "one"), abs=1e-5)
     assert len(list((tmp_path / "one" / "samples").glob("*.json"))) == STEPS and not (trained / "samples").exists()
@@ -171,7 +182,7 @@ def test_losses_and_the_best_checkpoint_are_those_of_one_process(inputs, tmp_pat
     (tmp_path / "rows").mkdir()
     outputs = [tmp_path / "sharded", tmp_path / "one"]
     given = [
-        arguments(inputs, output, "--eval-steps", "2", "--save-steps", "2", "--gradient-accumulation-steps", number)
+        arguments(inputs, output, *trainer_flags(eval_steps=2, save_steps=2, gradient_accumulation_steps=number))
         for output, number in zip(outputs, ("2", "4"), strict=True)
     ]
     for entry in given:
@@ -210,11 +221,13 @@ def test_what_needs_whole_weights_is_refused_under_fsdp(inputs, tmp_path, given,
 @slow
 def test_second_stage_under_fsdp_begins_with_a_plain_model(inputs, tmp_path):
     (tmp_path / "rows").mkdir()
-    recipe, *given = arguments(inputs, tmp_path / "first", "--gradient-accumulation-steps", "4", "--stop-at", "2")
+    recipe, *given = arguments(
+        inputs, tmp_path / "first", *trainer_flags(gradient_accumulation_steps=4), "--stop-at", "2"
+    )
     pretrain.main([recipe, *given])
 
     def second(output, accumulation):
-        more = ["--model", str(tmp_path / "first"), "--gradient-accumulation-steps", str(accumulation)]
+        more = ["--model", str(tmp_path / "first"), *trainer_flags(gradient_accumulation_steps=accumulation)]
         return arguments(inputs, tmp_path / output, *more)[1:]
 
     run_sharded(tmp_path, 0, 2, 0, second("sharded", 2))
@@ -243,7 +256,7 @@ def test_stage_killed_after_its_last_shards_is_written_whole(trained, tmp_path):
 
 def test_shards_are_refused_without_fsdp(inputs, trained, tmp_path):
     shutil.copytree(trained / f"checkpoint-{STEPS}", tmp_path / "out" / f"checkpoint-{STEPS}")
-    more = ["--gradient-accumulation-steps", "4", "--steps", str(STEPS + 1)]
+    more = trainer_flags(gradient_accumulation_steps=4, max_steps=STEPS + 1)
     with pytest.raises(
         InputError, match="checkpoint-4' was written by FSDP with .*SHARDED.* without FSDP.*start it as"
     ):

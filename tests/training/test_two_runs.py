@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
-from helpers.tiny import TRAINED, tiny_processor, write_tokens, write_training
+from helpers.tiny import TRAINED, tiny_processor, trainer_flags, write_tokens, write_training
 from modeling_moma.cli.main import main
 from modeling_moma.cli.pretrain import parse_arguments
 from modeling_moma.errors_moma import InputError
@@ -75,8 +75,9 @@ def inputs(tmp_path_factory):
 def start(inputs, output, *more, kill=None, recipe="recipe", tokens="tokens"):
     """Status of `moma pretrain`, `None` where it is killed."""
     paths = ["--processor", inputs / "processor", "--tokens", inputs / tokens, "--output", output]
-    sizes = f"--steps {STEPS} --batch-size 2 --eval-steps 9 --eval-examples 2 --save-steps 1 --warmup-steps 1"
-    given = ["pretrain", inputs / f"{recipe}.json", *paths, *sizes.split(), "--logging-steps", 1, "--bf16", "off"]
+    sizes = {"max_steps": STEPS, "per_device_train_batch_size": 2, "eval_steps": 9, "save_steps": 1, "warmup_steps": 1}
+    sizes |= {"logging_steps": 1, "bf16": False}
+    given = ["pretrain", inputs / f"{recipe}.json", *paths, "--eval-examples", 2, *trainer_flags(**sizes)]
     build = pretraining.build_trainer
 
     def build_to_be_killed(*parts):
@@ -120,7 +121,7 @@ def error_lines(capsys):
     return [line for line in capsys.readouterr().err.splitlines() if line and "Loading weights" not in line]
 
 
-RUNS = {"first": ("--seed", 0), "second": ("--seed", 1)}
+RUNS = {"first": trainer_flags(seed=0), "second": trainer_flags(seed=1)}
 
 
 @pytest.fixture(scope="module")
@@ -185,15 +186,15 @@ def killed(made, tmp_path):
 @pytest.mark.parametrize(
     "more, options, says",
     [
-        (("--seed", 1), {}, "seed = 0 there and 1 now"),
-        (("--batch-size", 1), {}, "examples_a_step = 2 there and 1 now. `--batch-size` times `--gradient-acc"),
-        (("--learning-rate", 0.1), {}, "learning_rate = 0.0015 there and 0.1 now"),
+        (trainer_flags(seed=1), {}, "seed = 0 there and 1 now"),
+        (trainer_flags(per_device_train_batch_size=1), {}, "examples_a_step = 2 there and 1 now"),
+        (trainer_flags(learning_rate=0.1), {}, "learning_rate = 0.0015 there and 0.1 now"),
         ((), {"recipe": "wider"}, "hidden_size = 16 there and 32 now"),
         ((), {"recipe": "longer"}, "sequence_length = 64 there and 96 now"),
         ((), {"recipe": "unpacked"}, "packed = True there and False now"),
         ((), {"recipe": "texts"}, "source emoji: "),
         ((), {"tokens": "other-tokens"}, "source emoji: "),
-        (("--gumbel-noise", 0.5), {}, "gumbel_noise = "),
+        (("--set", "model.gumbel_noise=0.5"), {}, "gumbel_noise = "),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -207,10 +208,14 @@ def test_another_run_is_named_by_what_is_different(inputs, killed, capsys, more,
 @pytest.mark.parametrize(
     "more, processes, says",
     [
-        (("--batch-size", 2), 2, "`--gradient-accumulation-steps 4` makes 16."),
-        (("--batch-size", 4, "--gradient-accumulation-steps", 8), 1, "`--gradient-accumulation-steps 4` makes 16."),
-        (("--batch-size", 3), 2, "the first two have to make 8 together."),
-        (("--batch-size", 2), 3, "nothing makes 16 of them; start a number of processes that divides it."),
+        (trainer_flags(per_device_train_batch_size=2), 2, "`gradient_accumulation_steps = 4` makes 16"),
+        (
+            trainer_flags(per_device_train_batch_size=4, gradient_accumulation_steps=8),
+            1,
+            "`gradient_accumulation_steps = 4` makes 16",
+        ),
+        (trainer_flags(per_device_train_batch_size=3), 2, "the first two have to make 8 together."),
+        (trainer_flags(per_device_train_batch_size=2), 3, "nothing makes 16 of them; start a number"),
     ],
 )
 def test_a_step_of_other_examples_tells_how_it_is_made_the_same(inputs, tmp_path, monkeypatch, more, processes, says):
@@ -219,10 +224,10 @@ def test_a_step_of_other_examples_tells_how_it_is_made_the_same(inputs, tmp_path
     (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
 
     def parts_of(*more):
-        given_now = [*map(str, [inputs / "recipe.json", *given, "--bf16", "off", *more])]
+        given_now = [*map(str, [inputs / "recipe.json", *given, *trainer_flags(bf16=False), *more])]
         return pretraining.read_parts(parse_arguments(given_now))
 
-    facts = parts_of("--batch-size", 16).facts
+    facts = parts_of(*trainer_flags(per_device_train_batch_size=16)).facts
     state["stateful_callbacks"]["RunFingerprint"] = {"args": {"facts": facts}, "attributes": {}}
     (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").write_text(json.dumps(state))
     monkeypatch.setattr(TrainingArguments, "world_size", processes)
@@ -233,7 +238,8 @@ def test_a_step_of_other_examples_tells_how_it_is_made_the_same(inputs, tmp_path
     assert "delete this folder" in str(error.value)
     # what else is different makes it another run, whose batch is of no interest
     with pytest.raises(InputError, match="seed = 0 there and 1 now. Give another"):
-        check_output(str(tmp_path / "out"), parts_of(*more, "--seed", 1).facts, True, now.training_arguments)
+        other = parts_of(*more, *trainer_flags(seed=1)).facts
+        check_output(str(tmp_path / "out"), other, True, now.training_arguments)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +260,7 @@ def test_a_step_of_other_examples_tells_how_it_is_made_the_same(inputs, tmp_path
 )
 def test_settings_of_the_trainer_are_part_of_a_run_but_for_those_that_change_no_step(inputs, tmp_path, trainer, name):
     given = ["--processor", inputs / "processor", "--tokens", inputs / "tokens", "--output", tmp_path / "out"]
-    args = parse_arguments([*map(str, [inputs / "recipe.json", *given, "--bf16", "off"])])
+    args = parse_arguments([*map(str, [inputs / "recipe.json", *given, *trainer_flags(bf16=False)])])
     then = pretraining.read_parts(args).facts
     args.trainer = {**args.trainer, **trainer}
     now = pretraining.read_parts(args).facts
@@ -280,7 +286,7 @@ def test_weights_that_a_run_starts_from_are_part_of_it(inputs, made, tmp_path, c
 def test_steps_records_and_places_may_change(inputs, made, killed, tmp_path):
     shutil.copytree(inputs / "tokens", tmp_path / "tokens")
     killed.rename(tmp_path / "moved")
-    more = ["--steps", 4, "--logging-steps", 2, "--eval-steps", 2, "--save-steps", 2, "--attn-implementation", "eager"]
+    more = [*trainer_flags(max_steps=4, logging_steps=2, eval_steps=2, save_steps=2), "--attn-implementation", "eager"]
     assert start(inputs, tmp_path / "moved", "--resume", *more, tokens=tmp_path / "tokens") == 0
     state = json.loads((tmp_path / "moved" / "trainer_state.json").read_text())
     assert (state["global_step"], state["max_steps"]) == (4, 4)
@@ -329,8 +335,8 @@ def test_a_run_that_lacks_its_model_alone_writes_it_and_says_so(inputs, made, tm
 
 
 def test_fewer_steps_than_were_taken_are_refused(inputs, killed, capsys):
-    assert start(inputs, killed, "--resume", "--steps", 1) == 2
-    assert "has taken 2 steps already, more than the 1 of `--steps`" in capsys.readouterr().err
+    assert start(inputs, killed, "--resume", *trainer_flags(max_steps=1)) == 2
+    assert "has taken 2 steps already, more than the 1 of `max_steps`" in capsys.readouterr().err
 
 
 def test_a_model_of_something_else_is_not_written_over(inputs, tmp_path, capsys):

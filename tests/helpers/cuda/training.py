@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from helpers.cuda.device import Counts, PretendedCuda, RealCuda
-from helpers.tiny import TRAINED, write_training
+from helpers.tiny import TRAINED, trainer_flags, write_training
 from modeling_moma.cli.pretrain import parse_arguments
 from modeling_moma.training.pretraining import build_trainer
 
@@ -20,8 +20,8 @@ from modeling_moma.training.pretraining import build_trainer
 FIRST, LAST = 2, 6
 # packed rows, in bf16 by autocast
 DATA = {"packed": True, "sequence_length": 64}
-ARGUMENTS = ["--steps", str(LAST), "--batch-size", "4", "--eval-steps", "100", "--save-steps", "100"]
-ARGUMENTS += ["--logging-steps", "100", "--warmup-steps", "2", "--bf16", "on"]
+ARGUMENTS = trainer_flags(max_steps=LAST, per_device_train_batch_size=4, eval_steps=100, save_steps=100)
+ARGUMENTS += trainer_flags(logging_steps=100, warmup_steps=2, bf16=True)
 
 
 class CountSteps(TrainerCallback):
