@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from ..errors_moma import InputError
-from ..utils.fields import annotations, choices, descriptions, read_field
+from ..utils.fields import annotations, choices, descriptions, read_field, read_fields
 
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class Flag:
     one_of: str | None = None
 
 
-# fields of a recipe by the command line, over what its file says
+# fields by the command line, over those of a file or over defaults
 Changes = Annotated[list[str], Flag(metavar="SECTION.FIELD=VALUE")]
 
 
@@ -76,6 +76,19 @@ class FlagParser(argparse.ArgumentParser):
 def parse_fields(kind: type[T], description: str | None, arguments: list[str] | None = None, **options: Any) -> T:
     """Return a dataclass of a command line."""
     return kind(**FlagParser(kind, description=description, **options).read(arguments))
+
+
+def read_changes(kind: type[T], section: str, changes: Iterable[str]) -> T:
+    """Return a dataclass with the fields that `--set section.field=value` changes."""
+    given = {}
+    for change in changes:
+        place, equals, value = change.partition("=")
+        start, _, name = place.partition(".")
+        if start != section or not equals:
+            example = dataclasses.fields(kind)[0].name  # pyright: ignore[reportArgumentType]
+            raise InputError(f"--set {change!r}: it is no {section}.field=value, such as {section}.{example}=...")
+        given[name] = value
+    return read_fields(kind, given, f"--set {section}", kind.__name__)
 
 
 def flag_of(kind: type, name: str) -> Flag:

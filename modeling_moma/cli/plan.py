@@ -8,16 +8,16 @@ import json
 import re
 import shlex
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator
 
 from ..errors_moma import InputError
-from ..utils.fields import Count, Float, Int
+from ..utils.fields import Count, Int
 from ..utils.messages import one_line
-from .arguments import Flag, parse_fields, title_of
+from .arguments import Changes, Flag, parse_fields, read_changes, title_of
 
 
 if TYPE_CHECKING:
@@ -65,22 +65,8 @@ class Arguments:
             tokens of a sequence.
         steps (`int`, *optional*):
             also tell how long so many steps take.
-        gpu_memory (`float`, *optional*, defaults to `80.0`):
-            GB of 1e9 bytes.
-        headroom (`float`, *optional*, defaults to `0.9`):
-            share of the memory to use.
-        flops (`float`, *optional*, defaults to `989000000000000.0`):
-            bf16 FLOPs per second of one GPU.
-        utilization (`float`, *optional*, defaults to `0.4`):
-            share of them that is reached.
-        bandwidth (`float`, *optional*, defaults to `450.0`):
-            GB/s of a GPU in its node.
-        network (`float`, *optional*, defaults to `50.0`):
-            GB/s of a GPU to other nodes.
-        latency (`float`, *optional*, defaults to `5e-06`):
-            seconds from one GPU to the next.
-        node_size (`int`, *optional*, defaults to `8`):
-            GPUs of a node.
+        set (`list[str]`, *optional*, defaults to `[]`):
+            fields of [`Hardware`], as hardware.memory=40e9 or hardware.flops=312e12.
         top (`int`, *optional*, defaults to `6`):
             layouts in the table.
         json (`bool`, *optional*, defaults to `False`):
@@ -95,14 +81,7 @@ class Arguments:
     tokens_per_gpu: Int = 24576
     sequence_length: Int = 4096
     steps: Count | None = None
-    gpu_memory: Float = 80.0
-    headroom: Float = 0.9
-    flops: Float = 989e12
-    utilization: Float = 0.4
-    bandwidth: Float = 450.0
-    network: Float = 50.0
-    latency: Float = 5e-6
-    node_size: Int = 8
+    set: Changes = field(default_factory=list)
     top: Count = 6
     json: bool = False
 
@@ -140,24 +119,15 @@ def read_config(args: Arguments) -> "MomaConfig":
 
 
 def hardware_of(args: Arguments) -> "Hardware":
-    """Return the hardware that the flags describe, in bytes where they say GB."""
+    """Return the hardware that the flags describe."""
     from ..planning.plans import Hardware
 
-    return Hardware(
-        args.gpu_memory * GIGA,
-        args.headroom,
-        args.flops,
-        args.utilization,
-        args.bandwidth * GIGA,
-        args.network * GIGA,
-        args.latency,
-        args.node_size,
-    )
+    return read_changes(Hardware, "hardware", args.set)
 
 
 def refuse_unread(args: Arguments, mode: str, names: Iterable[str]) -> None:
     """Raise `ValueError` where a flag has another value than its default that the command would not read."""
-    defaults = {field.name: field.default for field in fields(Arguments)}
+    defaults = vars(Arguments())
     given = [title_of(Arguments, name) for name in names if getattr(args, name) != defaults[name]]
     if given:
         raise InputError(f"{mode} takes no {', '.join(given)}, which would change nothing.")
@@ -173,16 +143,15 @@ def compute(args: Arguments) -> "tuple[list[Plan], list[tuple[Layout, Memory]]]"
     """Return the plans, the fastest first, and the layouts that do not fit with the memory that they need."""
     from ..planning.plans import plan_training
 
-    plans, misfits = plan_training(
-        read_config(args), args.gpus, args.tokens_per_gpu, args.sequence_length, hardware_of(args)
-    )
+    hardware = hardware_of(args)
+    plans, misfits = plan_training(read_config(args), args.gpus, args.tokens_per_gpu, args.sequence_length, hardware)
     if not plans:
         layout, memory = misfits[0]
         raise InputError(
-            f"no layout fits {args.gpus} GPUs of {args.gpu_memory:g} GB: the smallest, {layout}, needs "
+            f"no layout fits {args.gpus} GPUs of {hardware.memory / GIGA:g} GB: the smallest, {layout}, needs "
             f"{memory.total / GIGA:.1f} GB with one sequence of {args.sequence_length} at once, a GPU of "
-            f"{memory.total / args.headroom / GIGA:.1f} GB at `--headroom` {args.headroom:g}. Take more GPUs, larger "
-            "ones, or shorter sequences."
+            f"{memory.total / hardware.headroom / GIGA:.1f} GB at a `headroom` of {hardware.headroom:g}. Take more GPUs, "
+            "larger ones, or shorter sequences."
         )
     return plans, misfits
 
@@ -195,7 +164,10 @@ def to_json(args: Arguments, plans: "list[Plan]", misfits: list) -> str:
 
     report = {
         "arguments": {
-            name: value for name, value in vars(args).items() if name not in ("json", "write", "top", "overview")
+            **{
+                name: getattr(args, name) for name in ("preset", "config", "gpus", "tokens_per_gpu", "sequence_length")
+            },
+            "hardware": asdict(hardware_of(args)),
         },
         "plans": [
             {
@@ -303,7 +275,7 @@ def write_tables(document: str) -> int:
 
 def run(args: Arguments) -> None:
     if args.write is not None:
-        refuse_unread(args, "--write", [field.name for field in fields(args) if field.name != "write"])
+        refuse_unread(args, "--write", [entry.name for entry in fields(args) if entry.name != "write"])
         print(f"{args.write}: {write_tables(args.write)} tables")
     elif args.overview:
         print(overview(args))
