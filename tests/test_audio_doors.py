@@ -187,7 +187,7 @@ def test_library_codecs_are_built_into_a_processor(tmp_path, capsys):
     tiny_vq_model().save_pretrained(tmp_path / "vq")
     tiny_library_model("dac").save_pretrained(tmp_path / "dac")
     build = ["build-processor", recipe, "--image-tokenizer", str(tmp_path / "vq"), "--output", str(tmp_path / "built")]
-    build += ["--audio-tokenizer", str(tmp_path / "dac"), "--audio-codebooks", "3"]
+    build += ["--audio-tokenizer", str(tmp_path / "dac"), "--set", "processor.audio_codebooks=3"]
     assert moma(build) == 0 and "48 of them codes of audio" in capsys.readouterr().out
     assert AutoProcessor.from_pretrained(tmp_path / "built").codecs["audio"].num_codebooks == 3
 

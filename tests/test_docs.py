@@ -77,7 +77,7 @@ SHELL = ("test",)
 SMALLER = {
     "make_text_model": {"--layers": "1"},
     "train-image-tokenizer": {"--set": ["image_tokenizer.steps=2", "image_tokenizer.batch_size=2"]},
-    "build-processor": {"--vocab-size": "300"},
+    "build-processor": {"--set": ["processor.vocab_size=300"]},
     "tokenize": {"--processes": "1"},
     "pretrain": {
         "--set": ["trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.eval_steps=2"],

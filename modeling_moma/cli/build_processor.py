@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Join image tokenizer, audio tokenizer if any, and a recipe's text tokenizer in a processor."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors_moma import InputError
-from ..utils.fields import Count
 from ..utils.messages import without_import_notices
-from .arguments import Flag, parse_fields
+from .arguments import Changes, Flag, parse_fields
 
 
 if TYPE_CHECKING:
@@ -26,29 +25,19 @@ class Arguments:
         image_tokenizer (`str`):
             folder of a trained MomaVQModel; or folder or Hub name of a JanusVQVAE (LlamaGen's), of an Emu3VQVAE, or of
             a Janus or an Emu3 with it.
-        image_size (`str`, *optional*):
-            size of all images in pixels, as 256 or, height first, 256x384; by default that of the image tokenizer,
-            which Emu3's lacks. A MomaVQModel takes its own alone.
         audio_tokenizer (`str`, *optional*):
             for a third modality, sounds: folder of `moma train-audio-tokenizer`; or folder or Hub name of an EnCodec,
             a DAC or a Mimi.
-        audio_codebooks (`int`, *optional*):
-            codebooks of one of these that are used; by default the fewest that it can.
-        vocab_size (`int`, *optional*):
-            text tokens; by default the recipe's, or 2,000.
-        text_tokenizer (`str`, *optional*):
-            folder or Hub name of a text tokenizer to take, in place of a new one.
+        set (`list[str]`, *optional*, defaults to `[]`):
+            fields of the recipe, as processor.vocab_size=2000 or processor.text_tokenizer=FOLDER.
         output (`str`):
             new folder for the processor.
     """
 
     recipe: Annotated[str, Flag(metavar="RECIPE", is_positional=True)]
     image_tokenizer: str
-    image_size: str | None = None
     audio_tokenizer: str | None = None
-    audio_codebooks: Count | None = None
-    vocab_size: Count | None = None
-    text_tokenizer: str | None = None
+    set: Changes = field(default_factory=list)
     output: str
 
 
@@ -56,28 +45,20 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
     return parse_fields(Arguments, __doc__, arguments)
 
 
-def text_tokenizer(recipe: "Recipe", vocab_size: int | None, given: str | None) -> "PreTrainedTokenizerFast":
-    """Return the tokenizer that is given, or one that learns from the texts of the sources."""
+def text_tokenizer(recipe: "Recipe") -> "PreTrainedTokenizerFast":
+    """Return the tokenizer that the recipe names, or one that learns from the texts of the sources."""
     from tokenization import train_text_tokenizer
 
     from ..data.sources import source_texts
     from ..hub.loading import open_text_tokenizer
 
-    of_recipe = recipe.processor.text_tokenizer
-    if vocab_size is not None and (given or of_recipe) is not None:
-        raise InputError(
-            f"--vocab-size {vocab_size}: it is of a tokenizer that learns from the texts, and {given or of_recipe!r} "
-            "has learnt already; leave one of them out."
-        )
-    if given is not None:
-        return open_text_tokenizer(given)
-    if of_recipe is not None:
-        return open_text_tokenizer(of_recipe, "RECIPE, processor: text_tokenizer")
+    if recipe.processor.text_tokenizer is not None:
+        return open_text_tokenizer(recipe.processor.text_tokenizer)
     texts = source_texts(recipe.sources, recipe.processor.text_rows)
-    return train_text_tokenizer(texts, vocab_size or recipe.processor.vocab_size)
+    return train_text_tokenizer(texts, recipe.processor.vocab_size)
 
 
-def image_size(given: str | None, image_tokenizer: Any) -> tuple[int, int]:
+def image_size(given: int | str | None, image_tokenizer: Any) -> tuple[int, int]:
     """Return height and width of the processor's images in pixels: as given, or those of the image tokenizer."""
     from tokenization.image_tokenizers_moma import own_image_size
 
@@ -85,13 +66,15 @@ def image_size(given: str | None, image_tokenizer: Any) -> tuple[int, int]:
         own = own_image_size(image_tokenizer.config)
         if own is None:
             raise InputError(
-                f"`--image-size` is needed: {type(image_tokenizer).__name__} takes images of any size, and a "
+                f"`processor.image_size` is needed: {type(image_tokenizer).__name__} takes images of any size, and a "
                 "processor has one; such as 256, or 256x384."
             )
         return own
-    sides = given.split("x")
+    sides = str(given).split("x")
     if len(sides) > 2 or not all(side.isascii() and side.isdigit() and int(side) for side in sides):
-        raise InputError(f"`--image-size` {given!r} is no size in pixels: write 256, or height and width, 256x384.")
+        raise InputError(
+            f"`processor.image_size` = {given!r} is no size in pixels: write 256, or height and width, 256x384."
+        )
     return int(sides[0]), int(sides[-1])
 
 
@@ -117,20 +100,19 @@ def run(args: Arguments) -> None:
 
     # tokens may be made with a processor that is there, and files that this one lacks would stay
     check_new_folder(args.output)
-    recipe = read_recipe(args.recipe, needs=("sources",))
+    recipe = read_recipe(args.recipe, ("sources",), args.set, ("processor", "sources"))
     vq_model = open_image_tokenizer(args.image_tokenizer)
     if isinstance(vq_model, MomaVQModel):
         # rounded as the released weights are, so that the codes of the training data are those of the release
         vq_model = vq_model.to(torch.bfloat16)
-    size = image_size(args.image_size, vq_model)
-    if args.audio_codebooks is not None and args.audio_tokenizer is None:
-        raise InputError(
-            f"`--audio-codebooks` {args.audio_codebooks} is of an `--audio-tokenizer`, and none is given."
-        )
+    size = image_size(recipe.processor.image_size, vq_model)
+    codebooks = recipe.processor.audio_codebooks
+    if codebooks is not None and args.audio_tokenizer is None:
+        raise InputError(f"`processor.audio_codebooks` = {codebooks} is of an `--audio-tokenizer`, and none is given.")
     codecs = {}
     if args.audio_tokenizer is not None:
-        codecs[AUDIO] = open_audio_tokenizer(args.audio_tokenizer, args.audio_codebooks)
-    tokenizer = text_tokenizer(recipe, args.vocab_size, args.text_tokenizer)
+        codecs[AUDIO] = open_audio_tokenizer(args.audio_tokenizer, codebooks)
+    tokenizer = text_tokenizer(recipe)
     tokenizer = add_image_tokens(tokenizer, number_of_codes(vq_model.config))
     for modality, codec in codecs.items():
         tokenizer = add_modality_tokens(tokenizer, modality, codec.num_codes)

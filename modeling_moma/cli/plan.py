@@ -150,8 +150,8 @@ def compute(args: Arguments) -> "tuple[list[Plan], list[tuple[Layout, Memory]]]"
         raise InputError(
             f"no layout fits {args.gpus} GPUs of {hardware.memory / GIGA:g} GB: the smallest, {layout}, needs "
             f"{memory.total / GIGA:.1f} GB with one sequence of {args.sequence_length} at once, a GPU of "
-            f"{memory.total / hardware.headroom / GIGA:.1f} GB at a `headroom` of {hardware.headroom:g}. Take more GPUs, "
-            "larger ones, or shorter sequences."
+            f"{memory.total / hardware.headroom / GIGA:.1f} GB at a `headroom` of {hardware.headroom:g}. Take more "
+            "GPUs, larger ones, or shorter sequences."
         )
     return plans, misfits
 

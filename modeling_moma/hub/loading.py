@@ -110,9 +110,11 @@ def open_audio_tokenizer(place: str, num_codebooks: int | None = None, option: s
     return open_saved(AUDIO_TOKENIZER, option, place, lambda: load_audio_codec(place, num_codebooks))
 
 
-def open_text_tokenizer(place: str, option: str = "--text-tokenizer") -> Any:
+def open_text_tokenizer(place: str) -> Any:
     """Return a tokenizer of any model; see [`open_saved`]."""
-    return open_saved(TEXT_TOKENIZER, option, place, lambda: AutoTokenizer.from_pretrained(place))
+    return open_saved(
+        TEXT_TOKENIZER, "RECIPE, processor: text_tokenizer", place, lambda: AutoTokenizer.from_pretrained(place)
+    )
 
 
 def open_saved(saved: Saved, option: str, place: str, load: Callable[[], T]) -> T:

@@ -78,12 +78,19 @@ class ProcessorFields:
         do_pad (`bool`, *optional*, defaults to `False`):
             whether images are fitted into a white square, or whatever shape the model's have, in place of being
             cropped to it. It is the default of the image tokenizer's training, too.
+        image_size (`int | str`, *optional*):
+            size of all images in pixels, as 256 or, height first, 256x384; by default that of the image tokenizer,
+            which Emu3's lacks. A MomaVQModel takes its own alone.
+        audio_codebooks (`int`, *optional*):
+            codebooks of an EnCodec, a DAC or a Mimi that are used; by default the fewest that it can.
     """
 
     vocab_size: Count = 2000
     text_tokenizer: str | None = None
     text_rows: Count = 1_000_000
     do_pad: bool = False
+    image_size: Int | str | None = None
+    audio_codebooks: Count | None = None
 
 
 @dataclass(frozen=True)

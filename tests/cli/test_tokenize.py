@@ -38,7 +38,7 @@ def test_folders_of_something_else_are_left_as_they_are(tmp_path):
     # tokens may be made with the processor that lies there
     with pytest.raises(ValueError, match="`--output`.* has files in it already"):
         build_processor.main(
-            [recipe, "--image-tokenizer", str(tmp_path / "tokenizer"), "--vocab-size", "290", *output]
+            [recipe, "--image-tokenizer", str(tmp_path / "tokenizer"), *output, "--set", "processor.vocab_size=290"]
         )
     assert {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "processor").rglob("*"))} == before
 

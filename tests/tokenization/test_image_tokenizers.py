@@ -319,10 +319,10 @@ def test_commands_build_a_processor_of_its_codes(name, photos, images, tmp_path,
     given = [str(photos / "recipe.yaml"), "--image-tokenizer", str(tmp_path / "vq")]
     output = ["--output", str(tmp_path / "processor")]
     if name == "emu3":
-        with pytest.raises(ValueError, match="`--image-size` is needed: Emu3VQVAE takes images of any size"):
+        with pytest.raises(ValueError, match="`processor.image_size` is needed: Emu3VQVAE takes images of any size"):
             build_processor.main([*given, *output])
         assert not (tmp_path / "processor").exists()
-    build_processor.main([*given, *output, "--image-size", "16x24"])
+    build_processor.main([*given, *output, "--set", "processor.image_size=16x24"])
     assert "24 an image" in capsys.readouterr().out
     processor = MomaProcessor.from_pretrained(tmp_path / "processor")
     assert processor.encode_images(images) == library_processor(name, (16, 24)).encode_images(images)
@@ -335,15 +335,15 @@ def test_commands_build_a_processor_of_its_codes(name, photos, images, tmp_path,
 def test_sizes_that_are_none_are_refused(given, photos, tmp_path):
     library_model("emu3").save_pretrained(tmp_path / "vq")
     options = ["--image-tokenizer", str(tmp_path / "vq"), "--output", str(tmp_path / "processor")]
-    with pytest.raises(ValueError, match="`--image-size`.* is no size in pixels"):
-        build_processor.main([str(photos / "recipe.yaml"), *options, f"--image-size={given}"])
+    with pytest.raises(ValueError, match="image_size.* = .* (is no size in pixels|must be an integer or a text)"):
+        build_processor.main([str(photos / "recipe.yaml"), *options, "--set", f"processor.image_size={given}"])
 
 
 def test_own_image_tokenizer_keeps_its_size(photos, tmp_path):
     tiny_vq_model().save_pretrained(tmp_path / "vq")
     options = ["--image-tokenizer", str(tmp_path / "vq"), "--output", str(tmp_path / "processor")]
     with pytest.raises(ValueError, match=r"crop of \(32, 32\) do not fit the VQ model's resolution 16"):
-        build_processor.main([str(photos / "recipe.yaml"), *options, "--image-size", "32"])
+        build_processor.main([str(photos / "recipe.yaml"), *options, "--set", "processor.image_size=32"])
     build_processor.main([str(photos / "recipe.yaml"), *options])
     assert isinstance(MomaProcessor.from_pretrained(tmp_path / "processor").vq_model, MomaVQModel)
 
@@ -355,7 +355,7 @@ def test_the_chat_template_begins_as_the_text_tokenizer_does(photos, tmp_path, h
     if not has_bos:
         tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
     tokenizer.save_pretrained(tmp_path / "text")
-    options = ["--image-tokenizer", str(tmp_path / "vq"), "--text-tokenizer", str(tmp_path / "text")]
+    options = ["--image-tokenizer", str(tmp_path / "vq"), "--set", f"processor.text_tokenizer={tmp_path / 'text'}"]
     build_processor.main([str(photos / "recipe.yaml"), *options, "--output", str(tmp_path / "processor")])
     processor = MomaProcessor.from_pretrained(tmp_path / "processor")
     chat = [{"role": "user", "content": "red stripes"}]

@@ -301,15 +301,8 @@ def test_evaluation_reads_every_source_and_the_images_themselves(inputs, trained
 def test_processor_learns_the_words_of_every_source(inputs, tmp_path):
     tiny_processor().vq_model.save_pretrained(tmp_path / "tokenizer")
     recipe = str(inputs / "data" / "recipe.yaml")
-    options = [
-        "--image-tokenizer",
-        str(tmp_path / "tokenizer"),
-        "--vocab-size",
-        "290",
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    build_processor.main([recipe, *options])
+    options = ["--image-tokenizer", str(tmp_path / "tokenizer"), "--output", str(tmp_path / "out")]
+    build_processor.main([recipe, *options, "--set", "processor.vocab_size=290"])
     tokenizer = type(tiny_processor()).from_pretrained(tmp_path / "out").tokenizer
     vocabulary = set(tokenizer.get_vocab())
     assert any("castle" in token for token in vocabulary) or any("apple" in token for token in vocabulary)
