@@ -229,7 +229,7 @@ def upcycled(run: Run, work: Path) -> Path:
         steps = steps_of(SEED_MILLIONS)
         checkpoint = train(run, work, folder / "seed", steps, CONSTANT, num_experts=ONE)
         # the paper's noise on fresh routers, fading over as many steps as the seed took
-        noise = ["--gumbel-noise-steps", str(steps), "--seed", str(run.seed)]
+        noise = ["--set", f"model.gumbel_noise_steps={steps}", "--seed", str(run.seed)]
         upcycle.main(["--model", str(checkpoint), "--to", "4t4i", "--output", str(grown), *noise])
     return grown
 

@@ -173,7 +173,8 @@ def test_commands_lead_from_a_recipe_to_a_sound(tmp_path, capsys):
         heard.append(capsys.readouterr().out.strip())
     assert heard == list(TONES)
     output = str(tmp_path / "said" / "sound.flac")
-    ask = ["generate", "--model", place["run"], "--prompt", "low", "--mode", "audio", "--max-new-tokens", "40"]
+    ask = ["generate", "--model", place["run"], "--prompt", "low", "--mode", "audio"]
+    ask += ["--set", "sampling.max_new_tokens=40"]
     assert moma([*ask, "--prompt", "high", "--output", output]) == 0
     samples, rate = soundfile.read(tmp_path / "said" / "sound-1.flac")
     assert rate == RATE and 0 < len(samples) <= 40 * 80

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from ..errors_moma import InputError
-from ..utils.fields import annotations, choices, descriptions, read_field, read_fields
+from ..utils.fields import annotations, choices, descriptions, read_field, read_fields, refuse_unknown
 
 
 T = TypeVar("T")
@@ -29,6 +29,8 @@ class Flag:
             of the flag, where it is not that of the field.
         one_of (`str`, *optional*):
             name of a group of flags of which at most one may be given.
+        section (`str`, *optional*):
+            for a field that has no flag of its own, but is given as `--set section.field=value`.
     """
 
     metavar: str | None = None
@@ -36,6 +38,7 @@ class Flag:
     is_repeated: bool = False
     name: str | None = None
     one_of: str | None = None
+    section: str | None = None
 
 
 # fields by the command line, over those of a file or over defaults
@@ -49,8 +52,12 @@ class FlagParser(argparse.ArgumentParser):
         super().__init__(argument_default=argparse.SUPPRESS, allow_abbrev=False, **options)
         self.kind = kind
         holders: dict[str, Any] = {}
+        set_fields: dict[str, str] = {}
         for entry in dataclasses.fields(kind):
             flag, holder = flag_of(kind, entry.name), self
+            if flag.section is not None:
+                set_fields[title_of(kind, entry.name)] = help_of(kind, entry)
+                continue
             if flag.one_of is not None:
                 holder = holders.get(flag.one_of) or self.add_mutually_exclusive_group(
                     required=flag.one_of in required
@@ -58,6 +65,10 @@ class FlagParser(argparse.ArgumentParser):
                 holders[flag.one_of] = holder
             names, how = argument_of(kind, entry)
             holder.add_argument(*names, **how)
+        if set_fields:
+            help_text = "; ".join(f"{title}: {meaning}" for title, meaning in set_fields.items())
+            self.add_argument("--set", metavar="SECTION.FIELD=VALUE", action="extend", nargs="+", help=help_text)
+        self.set_fields = {title: title.rpartition(".")[2] for title in set_fields}
 
     def read(self, arguments: list[str] | None = None) -> dict[str, Any]:
         """Return the values that a command line gives, by field; end the program where one is not what it may be."""
@@ -66,6 +77,11 @@ class FlagParser(argparse.ArgumentParser):
     def checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Texts of a command line, or of a part of it, as their fields take them; see [`read`]."""
         try:
+            if self.set_fields:
+                changes = dict(split_change(change) for change in given.get("set", ()))
+                refuse_unknown(changes, self.set_fields, "--set", "this command")
+                given = {name: value for name, value in given.items() if name != "set"}
+                given |= {self.set_fields[title]: value for title, value in changes.items()}
             return {
                 name: read_field(self.kind, name, value, title_of(self.kind, name)) for name, value in given.items()
             }
@@ -80,15 +96,18 @@ def parse_fields(kind: type[T], description: str | None, arguments: list[str] | 
 
 def read_changes(kind: type[T], section: str, changes: Iterable[str]) -> T:
     """Return a dataclass with the fields that `--set section.field=value` changes."""
-    given = {}
-    for change in changes:
-        place, equals, value = change.partition("=")
-        start, _, name = place.partition(".")
-        if start != section or not equals:
-            example = dataclasses.fields(kind)[0].name  # pyright: ignore[reportArgumentType]
-            raise InputError(f"--set {change!r}: it is no {section}.field=value, such as {section}.{example}=...")
-        given[name] = value
-    return read_fields(kind, given, f"--set {section}", kind.__name__)
+    given = dict(split_change(change) for change in changes)
+    known = {f"{section}.{entry.name}": entry.name for entry in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    refuse_unknown(given, known, "--set", "this command")
+    return read_fields(kind, {known[title]: value for title, value in given.items()}, f"--set {section}")
+
+
+def split_change(change: str) -> tuple[str, str]:
+    """Return the place of a field, with its section, and its value."""
+    place, equals, value = change.partition("=")
+    if "." not in place or not equals:
+        raise InputError(f"--set {change!r}: it is no section.field=value.")
+    return place, value
 
 
 def flag_of(kind: type, name: str) -> Flag:
@@ -99,6 +118,8 @@ def flag_of(kind: type, name: str) -> Flag:
 def title_of(kind: type, name: str) -> str:
     """Return what a field is called on the command line."""
     flag = flag_of(kind, name)
+    if flag.section is not None:
+        return f"{flag.section}.{name}"
     return flag.metavar or name.upper() if flag.is_positional else flag.name or f"--{name.replace('_', '-')}"
 
 

@@ -21,6 +21,9 @@ from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 
 
+OfMemory = Flag(section="memory")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Flags of `moma build-memory`.
@@ -61,10 +64,10 @@ class Arguments:
     tags: str | None = None
     group: str | None = None
     least_groups: Count = 1
-    most: Count = 24
-    dimensions: Annotated[Int, Field(ge=2, le=4096)] | None = None
+    most: Annotated[Count, OfMemory] = 24
+    dimensions: Annotated[Annotated[Int, Field(ge=2, le=4096)] | None, OfMemory] = None
     extend: str | None = None
-    batch_size: Count = 64
+    batch_size: Annotated[Count, OfMemory] = 64
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:
@@ -84,7 +87,9 @@ def run(args: Arguments) -> None:
     if args.least_groups > 1 and args.group is None:
         raise InputError(f"--least-groups {args.least_groups}: name the column of the groups by --group.")
     if args.extend is not None and args.dimensions is not None:
-        raise InputError(f"--dimensions {args.dimensions}: a memory that is extended keeps its own; leave it out.")
+        raise InputError(
+            f"memory.dimensions = {args.dimensions}: a memory that is extended keeps its own; leave it out."
+        )
     output = Path(args.output) if args.output is not None else Path(args.model) / MEMORY_FILE
     if output.suffix != ".safetensors":
         raise InputError(f"--output: {str(output)!r} does not end in .safetensors, which it is.")

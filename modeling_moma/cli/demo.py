@@ -17,6 +17,7 @@ from ..utils.errors import needs_extra
 from ..utils.fields import Int
 from ..utils.messages import without_import_notices
 from .arguments import Flag, FlagParser
+from .label import OfLabeler
 
 
 RELEASED = Path("model_cards/moma-icons")
@@ -50,8 +51,8 @@ class Arguments:
     port: Annotated[Int, Field(ge=0, le=65535)] = 7860
     examples: str | None = None
     search: str | None = None
-    name_prompt: str = ""
-    tag_prompt: str = "tags:"
+    name_prompt: Annotated[str, OfLabeler] = ""
+    tag_prompt: Annotated[str, OfLabeler] = "tags:"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:

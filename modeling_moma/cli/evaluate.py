@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..errors_moma import InputError
-from ..utils.fields import Count, Float, Int, Seed, Share
+from ..utils.fields import Count, Int, Seed, Share
 from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields, title_of
-from .sampling import MOST_SCALE, check_sampling
+from .sampling import OfSampling, Scale, TopK, check_sampling
 
 
 # of `measure_sources`
@@ -76,10 +76,10 @@ class Arguments:
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: Seed = 0
     retrieval_pairs: Annotated[Int, Field(ge=2)] = 64
-    temperature: Annotated[Float, Field(ge=0, le=MOST_SCALE)] | None = None
-    top_k: Annotated[Int, Field(ge=0)] | None = None
-    top_p: Share | None = None
-    guidance_scale: Annotated[Float, Field(ge=0, le=MOST_SCALE)] | None = None
+    temperature: Annotated[Scale | None, OfSampling] = None
+    top_k: Annotated[TopK | None, OfSampling] = None
+    top_p: Annotated[Share | None, OfSampling] = None
+    guidance_scale: Annotated[Scale | None, OfSampling] = None
     output: str | None = None
 
 

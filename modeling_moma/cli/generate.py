@@ -17,15 +17,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
-
 from ..errors_moma import InputError
 from ..utils.atomic_files import check_place
 from ..utils.errors import needs_extra
-from ..utils.fields import Count, Float, Int, Seed, Share, check_utf8
+from ..utils.fields import Count, Seed, Share, check_utf8
 from ..utils.messages import one_line, without_import_notices
 from .arguments import Flag, parse_fields
-from .sampling import MOST_SCALE, check_sampling
+from .sampling import OfSampling, Scale, TopK, check_sampling
 
 
 # of `MomaForCausalLM.generate`
@@ -77,12 +75,12 @@ class Arguments:
     audio: Annotated[list[str], Flag(is_repeated=True)] = field(default_factory=list)
     mode: Mode | None = None
     output: str | None = None
-    max_new_tokens: Count | None = None
-    temperature: Annotated[Float, Field(ge=0, le=MOST_SCALE)] | None = None
-    top_k: Annotated[Int, Field(ge=0)] | None = None
-    top_p: Share | None = None
-    num_beams: Count | None = None
-    guidance_scale: Annotated[Float, Field(ge=0, le=MOST_SCALE)] | None = None
+    max_new_tokens: Annotated[Count | None, OfSampling] = None
+    temperature: Annotated[Scale | None, OfSampling] = None
+    top_k: Annotated[TopK | None, OfSampling] = None
+    top_p: Annotated[Share | None, OfSampling] = None
+    num_beams: Annotated[Count | None, OfSampling] = None
+    guidance_scale: Annotated[Scale | None, OfSampling] = None
     candidates: Count = 1
     seed: Seed = 0
 
@@ -161,7 +159,7 @@ def check_candidates(args: Arguments) -> None:
         raise InputError(f"--candidates {args.candidates}: only images are chosen, and the mode is {args.mode!r}.")
     if sampling_of(args)[0] == 0:
         raise InputError(
-            f"--candidates {args.candidates}: they would be alike, as nothing is sampled: give --temperature."
+            f"--candidates {args.candidates}: they would be alike, as nothing is sampled: give sampling.temperature."
         )
     if args.image or args.audio or not args.prompt or not all(prompt.strip() for prompt in args.prompt):
         raise InputError(

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from ..labelling.labeler import ImageLabeler
 
 
+OfLabeler = Flag(section="labeler")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FolderArguments:
     """Flags of commands that read a folder of images.
@@ -52,9 +55,9 @@ class FolderArguments:
     folder: Annotated[str, Flag(metavar="FOLDER", is_positional=True)]
     model: str
     output: str | None = None
-    name_prompt: str = ""
-    tag_prompt: str = "tags:"
-    batch_size: Count = 32
+    name_prompt: Annotated[str, OfLabeler] = ""
+    tag_prompt: Annotated[str, OfLabeler] = "tags:"
+    batch_size: Annotated[Count, OfLabeler] = 32
     views: Annotated[Count, Field(le=MOST_VIEWS)] = 1
     memory: str | None = None
     memory_share: Annotated[Float, Field(ge=0, le=1)] = 0.5

@@ -19,6 +19,9 @@ from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields
 
 
+OfLimits = Flag(section="limits")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Flags of `moma serve`.
@@ -49,9 +52,9 @@ class Arguments:
     host: str = "127.0.0.1"
     port: Annotated[Int, Field(ge=0, le=65535)] = 8000
     api_key: str | None = None
-    max_waiting: Annotated[Int, Field(ge=0)] = 32
-    max_new_tokens: Count = 4096
-    max_seconds: Annotated[Float, Field(gt=0)] = 120.0
+    max_waiting: Annotated[Int, Field(ge=0), OfLimits] = 32
+    max_new_tokens: Annotated[Count, OfLimits] = 4096
+    max_seconds: Annotated[Float, Field(gt=0), OfLimits] = 120.0
     device: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
 

@@ -4,11 +4,11 @@
 import json
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from ..utils.fields import Float, Int, Seed
 from ..utils.messages import without_import_notices
-from .arguments import parse_fields
+from .arguments import Flag, parse_fields
 
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # share of its logits' norm above which a move of text is told
 _TEXT_MOVED = 0.05
+OfModel = Flag(section="model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +57,10 @@ class Arguments:
     output: str
     preserve_function: bool = False
     keep_seed: bool = False
-    expert_intermediate_size: Int | None = None
+    expert_intermediate_size: Annotated[Int | None, OfModel] = None
     perturbation: Float = 0.0
-    gumbel_noise: Float | None = None
-    gumbel_noise_steps: Int | None = None
+    gumbel_noise: Annotated[Float | None, OfModel] = None
+    gumbel_noise_steps: Annotated[Int | None, OfModel] = None
     seed: Seed = 0
 
 

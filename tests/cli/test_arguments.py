@@ -26,6 +26,7 @@ class Arguments:
         repo_id: a name.
         folder: a place.
         tasks: how many.
+        views: codings of an image.
     """
 
     recipe: Annotated[str, Flag(metavar="RECIPE", is_positional=True)]
@@ -40,6 +41,7 @@ class Arguments:
     repo_id: Annotated[str | None, Flag(one_of="target")] = None
     folder: Annotated[str | None, Flag(one_of="target")] = None
     tasks: Count = 64
+    views: Annotated[Count, Flag(section="labeler")] = 1
 
 
 NEEDED = ["recipe.yaml", "--output", "out", "--folder", "here"]
@@ -54,6 +56,7 @@ def test_flags_give_the_fields():
     more = ["--prompt", "a", "--prompt", "b", "--sources", "x", "y", "--batch-size", "7", "--top-p", ".5"]
     args = parse(*NEEDED, *more, "--no-probe", "--resume", "--tasks=2", "--mode", "text")
     assert (args.prompt, args.sources, args.batch_size, args.top_p) == (["a", "b"], ["x", "y"], 7, 0.5)
+    assert parse(*NEEDED, "--set", "labeler.views=3", "--set", "labeler.views=5").views == 5
     assert (args.probe, args.resume, args.tasks, args.mode) == (False, True, 2, "text")
 
 
@@ -68,6 +71,9 @@ def test_only_what_is_given_is_read():
         ([*NEEDED, "--top-p", "2"], "--top-p = '2' must be between 0 and 1: share of the probability."),
         ([*NEEDED, "--batch-size", "0"], "--batch-size = '0' must be at least 1: rows at once."),
         ([*NEEDED, "--batch-size", "x"], "--batch-size = 'x' must be an integer: rows at once."),
+        ([*NEEDED, "--set", "labeler.views=0"], "labeler.views = '0' must be at least 1: codings of an image."),
+        ([*NEEDED, "--set", "labeler.view=2"], "Did you mean 'labeler.views'"),
+        ([*NEEDED, "--set", "views=2"], "it is no section.field=value"),
         ([*NEEDED, "--mode", "sound"], "argument --mode: invalid choice: 'sound'"),
         ([*NEEDED, "--repo-id", "a/b"], "argument --repo-id: not allowed with argument --folder"),
         ([*NEEDED, "--resum"], "unrecognized arguments: --resum"),
@@ -90,4 +96,5 @@ def test_help_is_the_docstring_with_the_defaults():
     assert "--top-p TOP_P share of the probability (default: 1.0)" in text
     assert "--sources NAME [NAME ...] these alone --mode {text,image} what comes out --batch-size" in text
     assert "--no-probe do not compare --repo-id" in text
-    assert text.endswith("--tasks TASKS how many (default: 64)")
+    assert "--tasks TASKS how many (default: 64)" in text
+    assert text.endswith("labeler.views: codings of an image (default: 1)")

@@ -59,7 +59,8 @@ def test_several_prompts_give_numbered_images_that_follow_the_seed(model_folder,
     pixels = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         call = ["--model", str(model_folder), *prompts, "--output", str(tmp_path / f"{name}.png"), "--seed", str(seed)]
-        sampling = ["--temperature", "0.9", "--top-k", "20", "--top-p", "0.9", "--guidance-scale", "2"]
+        sampling = ["--set", "sampling.temperature=0.9", "sampling.top_k=20", "sampling.top_p=0.9"]
+        sampling.append("sampling.guidance_scale=2")
         assert main([*call, *sampling]) == 0
         pixels[name] = [Image.open(tmp_path / f"{name}-{index}.png").tobytes() for index in range(2)]
     assert pixels["a"] == pixels["b"] != pixels["c"]
@@ -71,9 +72,13 @@ def test_images_are_drawn_as_the_model_has_it_where_no_flag_says_how(model_folde
     sampling = {"do_sample": True, "temperature": 0.5, "top_k": 4, "guidance_scale": 2.0}
     model.generation_config.image_sampling = sampling
     model.save_pretrained(own)
-    flags = ["--temperature", "0.5", "--top-k", "4", "--guidance-scale", "2"]
+    flags = ["--set", "sampling.temperature=0.5", "sampling.top_k=4", "sampling.guidance_scale=2"]
     pixels = {}
-    for name, folder, more in (("a", own, []), ("b", model_folder, flags), ("c", own, ["--guidance-scale", "1"])):
+    for name, folder, more in (
+        ("a", own, []),
+        ("b", model_folder, flags),
+        ("c", own, ["--set", "sampling.guidance_scale=1"]),
+    ):
         call = ["--model", str(folder), "--prompt", "apple", "--output", str(tmp_path / f"{name}.png"), *more]
         assert main(call) == 0
         pixels[name] = Image.open(tmp_path / f"{name}.png").tobytes()
@@ -96,7 +101,7 @@ def test_of_candidates_one_is_written_for_each_prompt(model_folder, tmp_path):
 
 def test_images_are_captioned_one_line_each(model_folder, image_file, capsys):
     call = ["--model", str(model_folder), "--image", str(image_file), "--image", str(image_file)]
-    assert main([*call, "--prompt", "noto:", "--num-beams", "2", "--max-new-tokens", "4"]) == 0
+    assert main([*call, "--prompt", "noto:", "--set", "sampling.num_beams=2", "sampling.max_new_tokens=4"]) == 0
     first, second, *rest = capsys.readouterr().out.split("\n")
     assert first == second and rest == [""]
 
@@ -106,7 +111,7 @@ def test_interleaved_output_is_written_or_said_to_be_missing(model_folder, image
     assert main([*call, "--output", str(tmp_path / "out.png")]) == 0
     capsys.readouterr()
     # no room for one
-    assert main([*call, "--output", str(tmp_path / "none.png"), "--max-new-tokens", "2"]) == 0
+    assert main([*call, "--output", str(tmp_path / "none.png"), "--set", "sampling.max_new_tokens=2"]) == 0
     assert f"no image came, and '{tmp_path}/none.png' is not written" in capsys.readouterr().err
     assert not (tmp_path / "none.png").exists()
 
@@ -151,16 +156,28 @@ def test_truncated_image_ends_with_a_message_and_no_traceback(model_folder, imag
         (["--prompt", "a", "--output", "x.xbm"], "cannot be written as .xbm (XBM)"),
         (["--prompt", "a", "--output", "x.h5"], "cannot be written as .h5 (HDF5)"),
         (["--prompt", "a", "--output", "/proc/x.png"], "--output: nothing can be written into '/proc'"),
-        (["--prompt", "a", "--max-new-tokens", "5"], "needs 18 new tokens, but there is room for 5"),
+        (["--prompt", "a", "--set", "sampling.max_new_tokens=5"], "needs 18 new tokens, but there is room for 5"),
         (["--image", "missing.png"], "missing.png"),
         (["--image", "http://127.0.0.1:1/x.png"], "Connection refused"),
         (["--image", "http://[::1/"], "images: 'http://[::1/' cannot be fetched"),
         (["--prompt", "apple " * 3000, "--mode", "text"], "leaves no room for 1 new token"),
         (["--prompt", "a \udcff"], r"--prompt 'a \udcff': it is no text in UTF-8 (character 2)"),
-        (["--prompt", "a", "--temperature", "1e-310"], "--temperature 1e-310: it is below 1e-06"),
-        (["--prompt", "a", "--mode", "text", "--top-k", "5"], "--top-k 5: nothing is sampled here"),
-        (["--prompt", "a", "--temperature", "0", "--top-p", "0.9"], "--top-p 0.9: nothing is sampled here"),
-        (["--prompt", "a", "--candidates", "2", "--num-beams", "2"], "--candidates 2: they would be alike"),
+        (
+            ["--prompt", "a", "--set", "sampling.temperature=1e-310"],
+            "sampling.temperature = 1e-310: it is below 1e-06",
+        ),
+        (
+            ["--prompt", "a", "--mode", "text", "--set", "sampling.top_k=5"],
+            "sampling.top_k = 5: nothing is sampled here",
+        ),
+        (
+            ["--prompt", "a", "--set", "sampling.temperature=0", "sampling.top_p=0.9"],
+            "sampling.top_p = 0.9: nothing is sampled here",
+        ),
+        (
+            ["--prompt", "a", "--candidates", "2", "--set", "sampling.num_beams=2"],
+            "--candidates 2: they would be alike",
+        ),
         (["--prompt", "<image>"], "images: the number of <image> tokens"),
         (["--prompt", "a", "--mode", "text", "--candidates", "2"], "--candidates 2: only images are chosen"),
         (["--prompt", "a", "--prompt", " ", "--candidates", "2"], "--candidates 2: images are chosen by the words"),
@@ -211,12 +228,12 @@ def test_the_address_that_is_not_reached_is_named(model_folder, image_file, caps
 @pytest.mark.parametrize(
     "option, values",
     [
-        ("--num-beams", ["0", "-1", "two"]),
-        ("--max-new-tokens", ["0", "-3"]),
-        ("--temperature", ["-1", "nan", "inf", "1e300"]),
-        ("--top-k", ["-1"]),
-        ("--top-p", ["1.5", "-0.1", "nan"]),
-        ("--guidance-scale", ["nan", "inf", "-2", "1e300"]),
+        ("--set=sampling.num_beams", ["0", "-1", "two"]),
+        ("--set=sampling.max_new_tokens", ["0", "-3"]),
+        ("--set=sampling.temperature", ["-1", "nan", "inf", "1e300"]),
+        ("--set=sampling.top_k", ["-1"]),
+        ("--set=sampling.top_p", ["1.5", "-0.1", "nan"]),
+        ("--set=sampling.guidance_scale", ["nan", "inf", "-2", "1e300"]),
         ("--seed", ["-1", "4294967296"]),
     ],
 )
@@ -226,13 +243,13 @@ def test_numbers_out_of_range_are_named(model_folder, capsys, option, values):
             main(["--model", str(model_folder), "--prompt", "a", f"{option}={value}"])
         assert ended.value.code == 2
         error = capsys.readouterr().err
-        assert option in error and value in error
+        assert option.removeprefix("--set=") in error and value in error
 
 
 @pytest.mark.parametrize("mode", ["image", "interleaved"])
 @pytest.mark.parametrize("prompt", ["<|begin_image|>", "a<|begin_image|><|image_3|><|image_4|>"])
 def test_an_image_that_the_prompt_begins_is_finished_and_written(model_folder, tmp_path, prompt, mode):
-    call = ["--model", str(model_folder), "--prompt", prompt, "--mode", mode, "--max-new-tokens", "20"]
+    call = ["--model", str(model_folder), "--prompt", prompt, "--mode", mode, "--set", "sampling.max_new_tokens=20"]
     assert main([*call, "--output", str(tmp_path / "image.png")]) == 0
     with Image.open(tmp_path / "image.png") as image:
         assert image.size == (SIDE, SIDE)

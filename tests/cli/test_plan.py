@@ -82,8 +82,8 @@ def test_where_nothing_fits_the_smallest_need_is_told(capsys):
     [
         (["--preset", "moma-90m-4t4i", "--gpus", "9"], "no whole number of nodes"),
         (["--preset", "moma-90m-4t4i", "--set", "hardware.utilization=2"], "`utilization` is a share"),
-        (["--preset", "moma-90m-4t4i", "--set", "hardware.flop=2"], "Did you mean 'flops'"),
-        (["--preset", "moma-90m-4t4i", "--set", "flops=2"], "it is no hardware.field=value"),
+        (["--preset", "moma-90m-4t4i", "--set", "hardware.flop=2"], "Did you mean 'hardware.flops'"),
+        (["--preset", "moma-90m-4t4i", "--set", "flops=2"], "it is no section.field=value"),
         (["--preset", "moma-90m-4t4i", "--set", "hardware.flops=many"], "flops = 'many' must be a number"),
         (["--config", "nowhere"], "nowhere"),
         (["--write", "nowhere.md"], "nowhere.md"),

@@ -39,7 +39,8 @@ def run(checkpoint, output, *more, to="4t4i"):
 def test_folder_is_a_model_with_its_receipt_and_the_position_in_the_data(checkpoint, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     output = tmp_path / "runs" / "upcycled"
-    run(checkpoint, output, "--gumbel-noise", "0.5", "--gumbel-noise-steps", "30", "--preserve-function")
+    noise = ["--set", "model.gumbel_noise=0.5", "model.gumbel_noise_steps=30"]
+    run(checkpoint, output, *noise, "--preserve-function")
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.config.num_experts == {"text": 4, "image": 4}
     assert (model.config.gumbel_noise, model.config.gumbel_noise_steps) == (0.5, 30)
@@ -101,7 +102,7 @@ def test_what_leaves_text_is_told_where_there_is_more_than_text():
 
 
 def test_seed_is_kept_beside_narrower_experts(wide_seed, tmp_path, capsys):
-    run(wide_seed, tmp_path / "kept", "--keep-seed", "--expert-intermediate-size", "8")
+    run(wide_seed, tmp_path / "kept", "--keep-seed", "--set", "model.expert_intermediate_size=8")
     model, seed = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "kept", wide_seed))
     assert model.config.shared_expert_intermediate_size == {"text": 24, "image": 24}
     assert model.config.expert_intermediate_size == {"text": 8, "image": 8}
@@ -119,7 +120,7 @@ def test_seed_is_kept_beside_narrower_experts(wide_seed, tmp_path, capsys):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--expert-intermediate-size", "8"], "`expert_intermediate_size` = 8 needs `keep_seed`"),
+        (["--set", "model.expert_intermediate_size=8"], "`expert_intermediate_size` = 8 needs `keep_seed`"),
         (["--keep-seed", "--perturbation", "0.1"], "`perturbation` = 0.1 does not go with `keep_seed`"),
         (["--keep-seed", "--preserve-function"], "`preserve_function` does not go with `keep_seed`"),
     ],

@@ -101,7 +101,7 @@ def test_generate_draws_and_writes_what_it_does_on_the_cpu(runs, tmp_path):
     pixels = []
     for on_device, name in ((True, "device"), (False, "cpu")):
         call = ["--model", runs / "cpu", "--prompt", "noto: red apple", "--prompt", "castle", "--seed", "1"]
-        draw = ["--mode", "image", "--guidance-scale", "2", "--output", tmp_path / f"{name}.png"]
+        draw = ["--mode", "image", "--set", "sampling.guidance_scale=2", "--output", tmp_path / f"{name}.png"]
         counts = moma(on_device, tmp_path, "generate", *call, *draw)
         pixels.append([Image.open(tmp_path / f"{name}-{index}.png").tobytes() for index in range(2)])
         assert not on_device or GUARD not in os.environ or counts["launches"] > 1000

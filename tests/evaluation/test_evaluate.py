@@ -133,7 +133,7 @@ def arguments(folder, *more):
 
 def test_the_command_writes_and_prints_every_measure(folder, tmp_path, capsys):
     pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `train` is not installed")
-    sampling = ["--temperature", "0.7", "--top-k", "5", "--guidance-scale", "2"]
+    sampling = ["--set", "sampling.temperature=0.7", "sampling.top_k=5", "sampling.guidance_scale=2"]
     output = ["--measures", *MEASURES, "--retrieval-pairs", "5", *sampling, "--output", str(tmp_path / "report.json")]
     main(arguments(folder, *output))
     report = json.loads((tmp_path / "report.json").read_text())
@@ -184,16 +184,16 @@ def test_weights_of_a_training_that_has_diverged_are_not_measured(folder, tmp_pa
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--measures drawings --temperature 1e308", "--temperature = '1e308' must be"),
-        ("--guidance-scale -2", "--guidance-scale = '-2' must be"),
-        ("--top-k -1", "--top-k = '-1' must be"),
-        ("--top-p 1.5", "--top-p = '1.5' must be"),
+        ("--measures drawings --set sampling.temperature=1e308", "sampling.temperature = '1e308' must be"),
+        ("--set sampling.guidance_scale=-2", "sampling.guidance_scale = '-2' must be"),
+        ("--set sampling.top_k=-1", "sampling.top_k = '-1' must be"),
+        ("--set sampling.top_p=1.5", "sampling.top_p = '1.5' must be"),
         ("--retrieval-pairs 1", "--retrieval-pairs = '1' must be"),
         ("--limit 0", "--limit = '0' must be at least 1"),
         ("--measures beauty", "drawings"),
-        ("--measures drawings --temperature 1e-320", "--temperature 1e-320: it is below"),
-        ("--measures drawings --temperature 0 --top-k 5", "--top-k 5: nothing is sampled here"),
-        ("--measures losses --guidance-scale 7", "--guidance-scale: it is read by `--measures drawings` alone"),
+        ("--measures drawings --set sampling.temperature=1e-320", "sampling.temperature = 1e-320: it is below"),
+        ("--measures drawings --set sampling.temperature=0 sampling.top_k=5", "top_k = 5: nothing is sampled here"),
+        ("--measures losses --set sampling.guidance_scale=7", "guidance_scale: it is read by `--measures drawings`"),
         ("--measures losses --retrieval-pairs 2", "--retrieval-pairs: it is read by `--measures retrieval` alone"),
         ("--output=", "--output '': it names no file"),
     ],
@@ -206,7 +206,7 @@ def test_flags_that_would_fail_or_change_nothing_are_refused_first(folder, more,
 
 def test_temperature_zero_draws_the_likeliest_codes(folder, tmp_path):
     pytest.importorskip("efficientnet_lite_pytorch", reason="the extra `train` is not installed")
-    output = ["--measures", "drawings", "--temperature", "0", "--output", str(tmp_path / "report.json")]
+    output = ["--measures", "drawings", "--set", "sampling.temperature=0", "--output", str(tmp_path / "report.json")]
     main(arguments(folder, *output))
     drawings = json.loads((tmp_path / "report.json").read_text())["sources"]["emoji"]["drawings"]
     assert drawings["sampling"] == {"do_sample": False, "guidance_scale": 1.0}
@@ -220,7 +220,7 @@ def test_images_are_drawn_as_the_model_has_it_where_no_flag_says_how(folder, tmp
     settings |= {"image_sampling": own, "_from_model_config": False}
     (copied / "generation_config.json").write_text(json.dumps(settings))
     sampling = {}
-    for flags in ((), ("--top-p", "0.9")):
+    for flags in ((), ("--set", "sampling.top_p=0.9")):
         output = ["--measures", "drawings", "--output", str(tmp_path / "report.json"), *flags]
         main(["--model", str(copied), *arguments(folder, *output)[2:]])
         report = json.loads((tmp_path / "report.json").read_text())

@@ -362,8 +362,11 @@ def test_a_file_that_is_no_memory_is_refused_by_its_name(tmp_path, harm):
         (["--least-groups", "2"], "--least-groups 2: name the column of the groups"),
         (["--output", "memory.bin"], "does not end in .safetensors"),
         (["--group", "family", "--least-groups", "3"], "none of its rows is kept"),
-        (["--tags", "family", "--dimensions", "1"], "--dimensions"),
-        (["--extend", "memory.safetensors", "--dimensions", "8"], "a memory that is extended keeps its own"),
+        (["--tags", "family", "--set", "memory.dimensions=1"], "memory.dimensions"),
+        (
+            ["--extend", "memory.safetensors", "--set", "memory.dimensions=8"],
+            "a memory that is extended keeps its own",
+        ),
     ],
 )
 def test_wrong_flags_are_told(data, model, flags, message, capsys):

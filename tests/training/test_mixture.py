@@ -327,7 +327,7 @@ def test_source_that_was_not_tokenized_is_named(inputs, tmp_path):
 def test_shares_are_those_of_the_weights_in_the_long_run(inputs):
     args = pretrain.parse_arguments(arguments(inputs, inputs / "none"))
     tokens = TokenFolder(args.tokens, tiny_processor())
-    stream = training_stream(args.recipe.data, tokens, args.recipe.sources, 500, args.seed)
+    stream = training_stream(args.recipe.data, tokens, args.recipe.sources, 500, args.trainer["seed"])
     counts = np.zeros(3)
     for index in range(500):
         source_ids = stream[index]["source_ids"]

@@ -98,7 +98,7 @@ def stream_of(inputs, name):
     """The examples of all steps, read in order by one process."""
     args = pretrain.parse_arguments(arguments(inputs, inputs / "none", name))
     tokens = TokenFolder(args.tokens, tiny_processor())
-    return training_stream(args.recipe.data, tokens, args.recipe.sources, STEPS * EXAMPLES, args.seed)
+    return training_stream(args.recipe.data, tokens, args.recipe.sources, STEPS * EXAMPLES, args.trainer["seed"])
 
 
 def steps_of(rows, starts):

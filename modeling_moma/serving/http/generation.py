@@ -57,7 +57,7 @@ class Engine:
         field = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
         most = getattr(request, field) or self.max_new_tokens
         if most > self.max_new_tokens:
-            raise RequestError(field, f"it must be at most {self.max_new_tokens} (`--max-new-tokens`).")
+            raise RequestError(field, f"it must be at most {self.max_new_tokens} (`limits.max_new_tokens`).")
         unknown = [token for token in request.logit_bias if int(token) >= self.model.config.vocab_size]
         if unknown:
             raise RequestError("logit_bias", f"{unknown[0]} is no token of the model.")
@@ -127,7 +127,7 @@ class Engine:
         ends = Ends(job.gone, self.max_seconds)
         ids = self._generate(inputs, request.seed, ends, generation_mode="image")
         if ends.is_cut:
-            reason = f"so many drawings take more than {self.max_seconds:g} s (`--max-seconds`)."
+            reason = f"so many drawings take more than {self.max_seconds:g} s (`limits.max_seconds`)."
             raise RequestError("n", reason)
         files = []
         for image in self.processor.decode_images(self.model.decode_image_tokens(ids)):
