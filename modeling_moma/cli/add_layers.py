@@ -34,7 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
 def run(args: Arguments) -> None:
     with without_import_notices():
         from ..hub.loading import open_model, require_plain_weights
-        from ..training.stages import LAYERS_FILE, save_next_stage
+        from ..training.checkpoints import LAYERS_FILE, save_next_stage
         from ..upcycling.layers import add_layers
         from ..utils.atomic_files import check_new_folder
 

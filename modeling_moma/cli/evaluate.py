@@ -15,7 +15,7 @@ from ..errors_moma import InputError
 from ..utils.fields import Count, Int, Seed, Share
 from ..utils.messages import without_import_notices
 from .arguments import Flag, parse_fields, title_of
-from .sampling import OfSampling, Scale, TopK, check_sampling
+from .generate import OfSampling, Scale, TopK, check_sampling
 
 
 # of `measure_sources`

@@ -57,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Run:
     """Return the command line with what its recipe says."""
     given = parse_fields(Arguments, __doc__, arguments)
     with without_import_notices():
-        from ..training.image_sources import read_image_sources
+        from ..training.image_store import read_image_sources
 
     sources, fields = read_image_sources(given.recipe, given.set)
     settings = read_fields(TokenizerSettings, fields, "image_tokenizer", "this section")

@@ -99,7 +99,7 @@ def run(args: Arguments) -> None:
         import torch
 
         from ..hub.loading import open_model, require_plain_weights
-        from ..training.stages import UPCYCLING_FILE, save_next_stage
+        from ..training.checkpoints import UPCYCLING_FILE, save_next_stage
         from ..upcycling.report import upcycling_receipt
         from ..upcycling.upcycle import parse_experts, upcycle
         from ..utils.atomic_files import check_new_folder

@@ -32,12 +32,18 @@ from ..hub.loading import open_processor, require_plain_weights
 from ..modeling_moma import MomaForCausalLM
 from ..utils.atomic_files import check_new_folder
 from ..utils.fields import Count, Int, NotNegative
-from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_incomplete_checkpoints
+from .checkpoints import (
+    check_kind,
+    checkpoint_step,
+    examples_a_step,
+    last_checkpoint,
+    set_attention,
+    without_incomplete_checkpoints,
+)
 from .fingerprints import Facts, RunFingerprint, check_output, run_facts
 from .muon import MUON
 from .output_lock import sole_run
 from .stage_trainer import ArgumentsOverrideState, ResumedTrainer
-from .stages import examples_a_step, set_attention
 from .trainer_settings import (
     Steps,
     TrainerFields,

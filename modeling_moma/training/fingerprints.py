@@ -19,8 +19,7 @@ from ..data.stream import MIXTURE_RULE, STREAM_RULE
 from ..errors_moma import InputError
 from ..utils.atomic_files import check_new_folder, check_writable, is_of_model
 from ..utils.records import files_digest, read_record
-from .checkpoints import read_state, whole_checkpoints
-from .stages import EARLIER_STEPS, RUN_FILE, data_order, examples_a_step
+from .checkpoints import EARLIER_STEPS, RUN_FILE, data_order, examples_a_step, read_state, whole_checkpoints
 
 
 # facts by name, in sections

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images decoded and resized once, in files that are read without being loaded: memory does not grow with them."""
+"""The images of a recipe's sources, decoded and resized once, in files of which only what is used is read."""
 
 import heapq
 import json
 import os
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,11 +20,159 @@ from tokenization import MomaImageProcessor
 
 from ..data.images import SkippedRow, read_image
 from ..data.jobs import source_digest
-from ..data.sources import Source
+from ..data.kinds import ImageKind
+from ..data.sources import HELD_OUT_RULE, TRAIN, VALIDATION, Source, placed_rows, row_place
 from ..errors_moma import InputError
 from ..utils.atomic_files import replace_folder
-from .array_file import ArrayWriter, read_whole_array
-from .image_sources import Candidate, candidates, image_fields
+from .recipe import read_recipe
+
+
+RECIPES = (".yaml", ".yml")
+# a recipe in JSON has no more bytes: data in JSON may have any number
+JSON_RECIPE_BYTES = 1 << 20
+# the column of a data set that stands in for a recipe
+IMAGE_COLUMN = "image"
+# fields of a source that change no image
+OF_TEXTS = ("weight", "text", "alternatives", "image_first", "without_caption", "codings")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An image before it is decoded."""
+
+    source: Source
+    split: str
+    row: int
+    index: int
+    is_held_out: bool
+    value: Any
+
+    def place(self) -> str:
+        """Return where it stands, for errors and reports."""
+        return f"source {self.source.name!r}, split {self.split!r}, row {self.row}, image {self.index}"
+
+
+def read_image_sources(place: str, changes: Sequence[str] = ()) -> tuple[list[Source], dict[str, Any]]:
+    """Return the sources with images that a recipe names, and its settings of the image tokenizer."""
+    if not _is_recipe(Path(place)):
+        settings = read_recipe(None, (), changes, ("image_tokenizer",)).image_tokenizer
+        return [Source(name="images", data=place, kind=ImageKind(IMAGE_COLUMN))], settings
+    recipe = read_recipe(place, (), changes, ("image_tokenizer", "processor", "sources"))
+    sources = [source for source in recipe.sources if source.kind.has_images]
+    if not sources:
+        kinds = {source.name: source.kind.name for source in recipe.sources}
+        raise InputError(
+            f"{place!r} has no source with images, but {kinds or 'no sources at all'}: an image tokenizer is "
+            "trained on sources of captions (`image`) or of interleaved documents (`segments`, `images`)."
+        )
+    of_processor = {"do_pad": True} if recipe.processor.do_pad else {}
+    return sources, of_processor | recipe.image_tokenizer
+
+
+def _is_recipe(path: Path) -> bool:
+    """Return whether a file is a recipe, and not rows of data."""
+    if path.suffix != ".json":
+        return path.suffix in RECIPES
+    if not path.is_file() or path.stat().st_size > JSON_RECIPE_BYTES:
+        return False
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    # lines of JSON, or nothing that can be read
+    except ValueError:
+        return False
+    return isinstance(content, dict) and isinstance(content.get("sources"), dict)
+
+
+def image_fields(source: Source) -> dict[str, Any]:
+    """Return what decides on which images a source gives, for a comparison with those of an earlier start."""
+    fields = {"name": source.name, "kind": source.kind.name, **source.fields()}
+    # by which rows are held out
+    if source.held_out:
+        fields["held_out_rule"] = HELD_OUT_RULE
+    if source.load.get("streaming"):
+        fields["places"] = row_place(0, 0)
+    return {name: value for name, value in fields.items() if name not in OF_TEXTS}
+
+
+def candidates(source: Source) -> Iterator[Candidate]:
+    """Yield a source's images in their order, first those of its split `train`.
+
+    Held out are those of its split `validation` or, where it has none, of the rows that [`Source.is_held_out`] names.
+    """
+    names = source.split_names()
+    for name in (TRAIN, VALIDATION):
+        if name not in names:
+            continue
+        rows = source.open(names[name])
+        for row, (place, columns) in enumerate(placed_rows(rows)):
+            is_held_out = name == VALIDATION or (VALIDATION not in names and source.is_held_out(place))
+            for index, value in enumerate(source.kind.row_images(columns)):
+                yield Candidate(source, names[name], row, index, is_held_out, value)
+
+
+class ArrayWriter:
+    """A `.npy` file that is written entry by entry, so that memory holds one of them at a time."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: type = np.uint8):
+        self.shape, self.dtype, self.count = shape, np.dtype(dtype), 0
+        self._file: BinaryIO = open(path, "wb")
+        self._write_header()
+        self._start = self._file.tell()
+        self._bytes = self.dtype.itemsize * int(np.prod(shape))
+
+    def __enter__(self) -> "ArrayWriter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Write how many entries there are, and close the file."""
+        self._file.seek(0)
+        self._write_header()
+        if self._file.tell() != self._start:
+            raise RuntimeError(f"numpy left no room for the number of entries ({self.count}) in the file's header.")
+        self._file.close()
+
+    def write(self, entry: np.ndarray, index: int | None = None) -> None:
+        """Append an entry, or replace that of an index."""
+        place = self.count if index is None else index
+        self._file.seek(self._start + place * self._bytes)
+        self._file.write(np.ascontiguousarray(entry, dtype=self.dtype).tobytes())
+        self.count = max(self.count, place + 1)
+
+    def extend(self, entries: np.ndarray) -> None:
+        """Append several entries, `(entries, *shape)`."""
+        self._file.seek(self._start + self.count * self._bytes)
+        self._file.write(np.ascontiguousarray(entries, dtype=self.dtype).tobytes())
+        self.count += len(entries)
+
+    def drop_last(self) -> None:
+        """Remove the last entry."""
+        self.count -= 1
+        self._file.truncate(self._start + self.count * self._bytes)
+
+    def _write_header(self) -> None:
+        # numpy pads it so that the first axis can grow
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self.dtype),
+            "fortran_order": False,
+            "shape": (self.count, *self.shape),
+        }
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Return the array of a `.npy` file, of which only what is used is read from the disk."""
+    # "c" and not "r": torch warns of arrays that it must not write to
+    return np.load(path, mmap_mode="c")
+
+
+def read_whole_array(path: Path, count: int) -> np.ndarray | None:
+    """Return what [`read_array`] does, or `None` where the file is missing, damaged or of another length."""
+    try:
+        array = read_array(path)
+    # an empty file, one that is cut short, or something else
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if len(array) == count else None
 
 
 TRAIN_FILE, HELD_OUT_FILE, REPORT_FILE = "train.npy", "held_out.npy", "images.json"

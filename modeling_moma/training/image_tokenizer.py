@@ -25,12 +25,10 @@ from ..utils.atomic_files import check_new_folder, is_of_model, replace_folder, 
 from ..utils.errors import MissingExtraError, needs_extra
 from ..utils.hardware import trains_in_bf16
 from ..utils.messages import one_line
-from .caption_words import CaptionTraining
 from .checkpoints import checkpoint_step, numbered_checkpoints
-from .image_sources import image_fields
-from .image_store import ImageStore, open_store, take, to_pixel_values
+from .image_store import ImageStore, image_fields, open_store, take, to_pixel_values
+from .image_targets import CaptionTraining, SemanticTargets
 from .reconstruction_measures import PERCEPTUAL_DISTANCE, SAMPLES_FILE, evaluate
-from .semantic_targets import SemanticTargets
 from .tokenizer_settings import DECISIVE, TokenizerSettings, check_resumed, check_same_images, check_used, read_config
 
 

@@ -27,24 +27,26 @@ from ..hub.loading import MODEL, check_saved, open_model, open_processor, requir
 from ..modeling_moma import MomaForCausalLM
 from ..routing_moma import MomaRouter
 from ..utils.atomic_files import atomic_write
-from .adapters import with_adapters
-from .checkpoints import check_kind, checkpoint_step, last_checkpoint, without_incomplete_checkpoints
+from .checkpoints import (
+    RUN_FILE,
+    check_kind,
+    checkpoint_step,
+    copy_checkpoint,
+    examples_a_step,
+    first_step,
+    last_checkpoint,
+    set_attention,
+    without_incomplete_checkpoints,
+)
 from .code_embeddings import initialize_code_embeddings
 from .fingerprints import Facts, RunFingerprint, check_output, check_same_data, finished_at, run_facts
-from .freezing import freeze_groups
+from .freezing import freeze_groups, with_adapters
 from .metrics_callback import MomaMetricsCallback, check_best_metric
 from .muon import MUON
 from .output_lock import sole_run
 from .recipe import DataFields, Recipe, SampleFields
 from .samples import SampleCallback, check_prompts
 from .stage_trainer import ArgumentsOverrideState, StageTrainer, StopAt
-from .stages import (
-    RUN_FILE,
-    copy_checkpoint,
-    examples_a_step,
-    first_step,
-    set_attention,
-)
 from .throughput_callback import ThroughputCallback
 from .trainer_settings import make_trainer, make_training_arguments, recorded, uses_muon
 

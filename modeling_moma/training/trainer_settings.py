@@ -17,8 +17,8 @@ from ..errors_moma import InputError
 from ..utils.fields import Count, Float, Int, NotNegative, Seed, read_fields
 from ..utils.hardware import check_precision, precision_fields
 from ..utils.messages import one_line
+from .checkpoints import feeding_fields
 from .muon import MUON
-from .stages import feeding_fields
 
 
 logger = logging.get_logger(__name__)

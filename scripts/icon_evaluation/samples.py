@@ -17,7 +17,7 @@ from modeling_moma.data.sources import Source
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.drawings import all_features
 from modeling_moma.evaluation.measures import encode_images, image_batches
-from modeling_moma.training.array_file import ArrayWriter, read_array
+from modeling_moma.training.image_store import ArrayWriter, read_array
 from modeling_moma.utils.atomic_files import atomic_write
 
 

@@ -33,7 +33,7 @@ from modeling_moma.data.sources import read_sources, source_texts
 from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.data.tokenizing import run_tasks
 from modeling_moma.errors_moma import InputError
-from modeling_moma.training.image_sources import candidates
+from modeling_moma.training.image_store import candidates
 from tokenization.text_tokenizer_moma import message_text
 
 

@@ -23,7 +23,7 @@ from modeling_moma.data.encoding import DocumentEncoder
 from modeling_moma.data.sources import read_sources, source_texts
 from modeling_moma.errors_moma import InputError
 from modeling_moma.evaluation.held_out import read_held_out
-from modeling_moma.training.image_sources import candidates
+from modeling_moma.training.image_store import candidates
 from modeling_moma.training.pretraining import training_stream
 from modeling_moma.training.recipe import DataFields, SampleFields
 from modeling_moma.training.samples import SampleCallback

@@ -15,9 +15,8 @@ from PIL import Image
 from modeling_moma.cli.train_image_tokenizer import main, parse_arguments
 from modeling_moma.errors_moma import InputError
 from modeling_moma.training import image_tokenizer
-from modeling_moma.training.caption_words import CaptionTraining, caption_words, read_captions
-from modeling_moma.training.image_sources import read_image_sources
-from modeling_moma.training.image_store import open_store
+from modeling_moma.training.image_store import open_store, read_image_sources
+from modeling_moma.training.image_targets import CaptionTraining, caption_words, read_captions
 from tokenization.configuration_moma_vq import MomaVQConfig
 from tokenization.modeling_moma_vq import MomaVQModel, MomaVQOutput
 

@@ -23,8 +23,7 @@ from modeling_moma.data.jobs import read_manifest
 from modeling_moma.data.kinds import ImageKind
 from modeling_moma.data.sources import Source
 from modeling_moma.training import image_store
-from modeling_moma.training.array_file import ArrayWriter, read_array
-from modeling_moma.training.image_store import open_store, to_pixel_values
+from modeling_moma.training.image_store import ArrayWriter, open_store, read_array, to_pixel_values
 from tokenization import MomaImageProcessor
 
 
@@ -200,7 +199,7 @@ def test_a_second_start_reads_no_image_and_other_sources_are_read_anew(tmp_path,
     np.testing.assert_array_equal(again.train, first.train)
     larger = open_store(tmp_path / "store", [source], 24, 100)
     assert len(reads) == 12 and larger.train.shape[1:] == (3, 24, 24)
-    monkeypatch.setattr("modeling_moma.training.image_sources.HELD_OUT_RULE", "another")
+    monkeypatch.setattr("modeling_moma.training.image_store.HELD_OUT_RULE", "another")
     open_store(tmp_path / "store", [source], 24, 100)
     assert len(reads) == 24
     assert {path.name for path in tmp_path.iterdir()} == {"data", "store"}

@@ -12,8 +12,8 @@ from modeling_moma import MomaForCausalLM, upcycle
 from modeling_moma.cli.pretrain import main, parse_arguments
 from modeling_moma.errors_moma import InputError
 from modeling_moma.hub.loading import open_model
-from modeling_moma.training.adapters import with_adapters
 from modeling_moma.training.checkpoints import last_checkpoint
+from modeling_moma.training.freezing import with_adapters
 
 
 pytest.importorskip("peft")

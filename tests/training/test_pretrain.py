@@ -24,9 +24,9 @@ from modeling_moma.data.stream import DocumentExamples
 from modeling_moma.errors_moma import InputError
 from modeling_moma.routing_moma import MomaRouter
 from modeling_moma.training import pretraining, stage_trainer
+from modeling_moma.training.checkpoints import data_order, examples_a_step, feeding_fields, first_step, set_attention
 from modeling_moma.training.fingerprints import check_output
 from modeling_moma.training.pretraining import build_trainer
-from modeling_moma.training.stages import data_order, examples_a_step, feeding_fields, first_step, set_attention
 from modeling_moma.training.trainer_settings import make_training_arguments
 from tokenization import MomaProcessor
 
@@ -557,7 +557,9 @@ def test_order_that_cannot_be_checked_is_warned_of(stages, inputs, tmp_path, cap
     start = ("--model", tmp_path / "model")
     trainer = build_trainer(parse_arguments(arguments(inputs, tmp_path / "out", start=start)))
     assert trainer.first_step == 3
-    (warning,) = [record.getMessage() for record in caplog.records if record.name == "modeling_moma.training.stages"]
+    (warning,) = [
+        record.getMessage() for record in caplog.records if record.name == "modeling_moma.training.checkpoints"
+    ]
     assert "run.json" in warning and "cannot be checked" in warning and "--restart-data" in warning
     # what trainer_state.json knows is checked all the same
     with pytest.raises(ValueError, match="per_device_train_batch_size.* = 2 is not the 4 .*--restart-data"):
@@ -569,7 +571,7 @@ def test_order_that_cannot_be_checked_is_warned_of(stages, inputs, tmp_path, cap
     caplog.clear()
     for start in (stages.start, ("--model", stages.stopped.output / "checkpoint-3")):
         build_trainer(parse_arguments(arguments(inputs, tmp_path / "out", start=start)))
-    assert not [record for record in caplog.records if record.name == "modeling_moma.training.stages"]
+    assert not [record for record in caplog.records if record.name == "modeling_moma.training.checkpoints"]
 
 
 def test_model_of_a_finished_training_is_refused_as_such_whatever_the_steps(stages, inputs, tmp_path):

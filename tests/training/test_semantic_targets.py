@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_moma.training.image_store import ImageStore, to_pixel_values
-from modeling_moma.training.semantic_targets import SemanticTargets
+from modeling_moma.training.image_targets import SemanticTargets
 from tokenization.perceptual_moma_vq import MomaVQPerceptualNetwork
 
 

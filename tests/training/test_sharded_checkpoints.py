@@ -19,8 +19,7 @@ from helpers.tiny import logged_losses, tiny_model, tiny_processor, trainer_flag
 from modeling_moma import MomaForCausalLM
 from modeling_moma.cli import pretrain
 from modeling_moma.errors_moma import InputError
-from modeling_moma.training.checkpoints import DEEPSPEED, SHARDS, WHOLE, check_kind
-from modeling_moma.training.stages import copy_checkpoint
+from modeling_moma.training.checkpoints import DEEPSPEED, SHARDS, WHOLE, check_kind, copy_checkpoint
 
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "scaling.md"
