@@ -4,7 +4,7 @@
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from ..utils.errors import MissingExtraError, needs_extra
 from ..utils.hardware import trains_in_bf16
 from ..utils.messages import one_line
 from .checkpoints import checkpoint_step, numbered_checkpoints
+from .fingerprints import difference
 from .image_store import ImageStore, image_fields, open_store, take, to_pixel_values
 from .image_targets import CaptionTraining, SemanticTargets
 from .reconstruction_measures import PERCEPTUAL_DISTANCE, SAMPLES_FILE, evaluate
-from .tokenizer_settings import DECISIVE, TokenizerSettings, check_resumed, check_same_images, check_used, read_config
+from .tokenizer_settings import TokenizerSettings, asked_fields, check_used, read_config
 
 
 STATE_FILE, METRICS_FILE, REPORT_FILE = "training_state.pt", "metrics.json", "report.json"
@@ -39,6 +40,9 @@ IMAGES_FOLDER = "images"
 CODEBOOK_LATENTS, CODEBOOK_IMAGES = 256 * 64, 32
 # steps between two such starts during warm-up
 CODEBOOK_INTERVAL = 20
+# settings without which a run would end elsewhere; the model's own are in its configuration
+DECISIVE = ("steps", "batch_size", "learning_rate", "warmup_steps", "seed")
+DECISIVE += ("caption_weight", "augmentation", "do_pad", "held_out_images")
 
 
 @functools.lru_cache(maxsize=2)
@@ -107,6 +111,27 @@ def check_folder(output: Path, resume: bool) -> None:
         check_new_folder(str(output), lambda path: not is_of_model(path))
 
 
+def check_resumed(output: Path, settings: TokenizerSettings, config: Any, begun: Mapping[str, Any]) -> None:
+    """Compare the settings with what a checkpoint was begun with; what they leave out is the checkpoint's."""
+    asked = asked_fields(settings)
+    if settings.config:
+        now = read_config(settings)
+        asked |= {name: getattr(now, name) for name in type(now).__annotations__}
+    then = {name: getattr(config, name) for name in asked} | dict(begun)
+    asked |= {name: getattr(settings, name) for name in begun}
+    # JSON knows no tuples, which are lists in a saved configuration
+    check_same(output, *(json.loads(json.dumps({"training": facts})) for facts in (then, asked)))
+
+
+def check_same(output: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise where a run would go on that was begun with other settings or images."""
+    if different := difference(dict(then), dict(now)):
+        raise InputError(
+            f"--resume: `--output` {str(output)!r} holds another run: {different}. Resume with the settings and the "
+            "data of the first start, or give a new `--output`."
+        )
+
+
 def save_model(output: Path, model: MomaVQModel, metrics: list[dict], report: dict[str, Any]) -> None:
     """Write the finished model, its metrics, and what became of the images."""
 
@@ -142,11 +167,11 @@ class TokenizerTraining:
         }
         # check first: opening the store may replace the images of the first start
         if state is not None:
-            check_same_images(str(output), self.facts, state["images"])
+            check_same(self.output, {"data": state["images"]}, {"data": self.facts})
         self.store = self._open_images()
         self.facts["images"] = len(self.store.train)
         if state is not None:
-            check_same_images(str(output), self.facts, state["images"])
+            check_same(self.output, {"data": state["images"]}, {"data": self.facts})
         self.captions = None
         if settings.caption_weight > 0:
             self.captions = CaptionTraining(
@@ -170,7 +195,7 @@ class TokenizerTraining:
         if resume and checkpoints(self.output):
             folder = checkpoints(self.output)[-1]
             self.model, state = read_checkpoint(folder)
-            check_resumed(str(self.output), settings, self.model.config, state.get("arguments", {}))
+            check_resumed(self.output, settings, self.model.config, state.get("arguments", {}))
             self.step, self.metrics = state["step"], state["metrics"]
             is_done = self.step >= settings.steps
             print("this run has taken all of its steps" if is_done else f"resuming from step {self.step}")

@@ -2,7 +2,6 @@
 """Settings of trainings of tokenizers: fields of a recipe, and what a resumed run must repeat."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -112,18 +111,6 @@ class AudioTokenizerSettings:
 
 # fields of the configuration that have a flag
 MODEL_SETTINGS = ("resolution", "semantic_weight", "perceptual_weight")
-# arguments without which a run would end elsewhere; the model's own are in its configuration
-DECISIVE = (
-    "steps",
-    "batch_size",
-    "learning_rate",
-    "warmup_steps",
-    "seed",
-    "caption_weight",
-    "augmentation",
-    "do_pad",
-    "held_out_images",
-)
 
 
 def read_config(settings: TokenizerSettings) -> "MomaVQConfig":
@@ -175,38 +162,3 @@ def check_used(settings: TokenizerSettings, config: "MomaVQConfig"):
             f"semantic_weight = {settings.semantic_weight}: `config` has no `semantic_dim`, so there is no semantic "
             "loss to weigh; give it `semantic_dim: 1280`, or leave the weight out."
         )
-
-
-def check_resumed(output: str, settings: TokenizerSettings, config: "MomaVQConfig", begun: Mapping[str, Any]):
-    """Compare the settings with what a checkpoint was begun with; what they leave out is the checkpoint's."""
-    asked = asked_fields(settings)
-    if settings.config:
-        now = read_config(settings)
-        asked |= {name: getattr(now, name) for name in type(now).__annotations__}
-    pairs: dict[str, tuple[Any, Any]] = {name: (getattr(config, name), value) for name, value in asked.items()}
-    pairs |= {name: (value, getattr(settings, name)) for name, value in begun.items()}
-    for name, (then, now) in pairs.items():
-        # JSON knows no tuples
-        is_same = list(then) == list(now) if isinstance(then, (list, tuple)) and now is not None else then == now
-        if not is_same:
-            raise InputError(
-                f"--resume: the run in `--output` {output!r} was begun with {name} = {then!r}, and this command "
-                f"asks for {now!r}. Resume with the arguments of the first start, or give a new `--output`."
-            )
-
-
-def check_same_images(output: str, now: Mapping[str, Any], begun: Mapping[str, Any]):
-    """Compare the images with those that a checkpoint was trained on."""
-    ways = "Resume with the data of the first start, or give a new `--output`."
-    for name, fact in now.items():
-        if name != "files" and fact != begun[name]:
-            raise InputError(
-                f"--resume: the run in `--output` {output!r} was begun with {name} = {begun[name]!r}, and now it is "
-                f"{fact!r}. {ways}"
-            )
-    for source, digest in now.get("files", {}).items():
-        if digest != begun["files"][source]:
-            raise InputError(
-                f"--resume: the files of source {source!r} have changed since the run in `--output` {output!r} was "
-                f"begun. {ways}"
-            )

@@ -160,7 +160,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(recipe, tmp_path):
         assert torch.equal(parts["captions"]["head"][name], tensor), name
     first, second = (MomaVQModel.from_pretrained(tmp_path / run).state_dict() for run in ("whole", "parts"))
     assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
-    with pytest.raises(ValueError, match="begun with caption_weight = 0.5"):
+    with pytest.raises(ValueError, match="caption_weight = 0.5 there and 0.0 now"):
         main([str(recipe), "--output", str(tmp_path / "whole"), "--set", "image_tokenizer.steps=8", "--resume"])
 
 
