@@ -44,15 +44,8 @@ def place(tmp_path_factory):
     return folder
 
 
-TRAINING = [
-    "--processor",
-    "processor",
-    "--tokens",
-    "tokens",
-    "--output",
-    "out",
-    *trainer_flags(max_steps=1, per_device_train_batch_size=2),
-]
+TRAINING = "--processor processor --tokens tokens --output out".split()
+TRAINING += trainer_flags(max_steps=1, per_device_train_batch_size=2)
 # by extra, commands that need it
 COMMANDS = {
     "train": ["train-image-tokenizer", "recipe.yaml", "--output", "vq", "--set", "image_tokenizer.steps=1"],

@@ -151,7 +151,7 @@ def write_training(folder: Path, codings: int = 1, **fields) -> MomaProcessor:
 
 
 def trainer_flags(**fields) -> list[str]:
-    """The flag that sets fields of a recipe's section `trainer`; no argument by its place may follow."""
+    """The flags that set fields of a recipe's section `trainer`."""
     return [text for name, value in fields.items() for text in ("--set", f"trainer.{name}={value}")]
 
 

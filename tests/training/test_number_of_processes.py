@@ -168,12 +168,8 @@ def evaluation(folder, processes, examples):
     """What is logged of the held-out documents before the first step, but for times and means of forwards."""
     output, log = folder / f"{processes}-{examples}", folder / "log.txt"
     paths = ["--processor", folder / "processor", "--tokens", folder / "tokens", "--output", output]
-    sizes = [
-        *trainer_flags(max_steps=1, per_device_train_batch_size=4 // processes),
-        "--eval-examples",
-        examples,
-        *trainer_flags(bf16=False),
-    ]
+    sizes = trainer_flags(max_steps=1, per_device_train_batch_size=4 // processes, bf16=False)
+    sizes += ["--eval-examples", examples]
     given = [*map(str, [folder / "recipe.json", *paths, *sizes])]
     for process in start_scripts(pretrain.main, given, log, processes):
         process.join(120)

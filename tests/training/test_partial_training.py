@@ -38,12 +38,9 @@ def inputs(tmp_path_factory):
 
 def arguments(inputs, shape, output, *more):
     paths = ["--processor", inputs / "processor", "--tokens", inputs / "tokens", "--output", output]
-    sizes = trainer_flags(
-        max_steps=6, per_device_train_batch_size=4, eval_steps=6, save_steps=3, logging_steps=1, warmup_steps=1
-    )
-    return [
-        str(text) for text in (inputs / f"{shape}.json", *paths, *sizes, *trainer_flags(learning_rate=0.01), *more)
-    ]
+    sizes = {"max_steps": 6, "per_device_train_batch_size": 4, "eval_steps": 6, "save_steps": 3, "warmup_steps": 1}
+    given = trainer_flags(**sizes, logging_steps=1, learning_rate=0.01)
+    return [str(text) for text in (inputs / f"{shape}.json", *paths, *given, *more)]
 
 
 def start(inputs, shape, folder):

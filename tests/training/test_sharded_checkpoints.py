@@ -129,19 +129,9 @@ def inputs(tmp_path_factory):
 
 def arguments(inputs, output, *more):
     paths = [text for name in ("processor", "tokens") for text in (f"--{name}", str(inputs / name))]
-    sizes = trainer_flags(
-        max_steps=STEPS, per_device_train_batch_size=1, save_steps=1, logging_steps=1, eval_steps=9, warmup_steps=1
-    )
-    return [
-        str(inputs / "recipe.json"),
-        *paths,
-        "--output",
-        str(output),
-        *sizes,
-        *trainer_flags(bf16=False),
-        "--resume",
-        *more,
-    ]
+    sizes = {"max_steps": STEPS, "per_device_train_batch_size": 1, "eval_steps": 9, "warmup_steps": 1, "bf16": False}
+    given = ["--output", str(output), *trainer_flags(**sizes, save_steps=1, logging_steps=1), "--resume"]
+    return [str(inputs / "recipe.json"), *paths, *given, *more]
 
 
 def run_sharded(folder, number, processes, dies_in, given):
