@@ -46,8 +46,7 @@ from .muon import MUON
 from .output_lock import sole_run
 from .recipe import DataFields, Recipe, SampleFields
 from .samples import SampleCallback, check_prompts
-from .stage_trainer import ArgumentsOverrideState, StageTrainer, StopAt
-from .throughput_callback import ThroughputCallback
+from .stage_trainer import ArgumentsOverrideState, StageTrainer, StopAt, ThroughputCallback
 from .trainer_settings import make_trainer, make_training_arguments, recorded, uses_muon
 
 

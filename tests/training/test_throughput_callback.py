@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.processes import run_group
-from modeling_moma.training.throughput_callback import ThroughputCallback
+from modeling_moma.training.stage_trainer import ThroughputCallback
 
 
 def fed(shares, rows, weights=None, **fields):
