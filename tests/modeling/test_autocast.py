@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from helpers.failures import must_not_raise
 from helpers.reference import GROUPS, assert_near
 from helpers.tiny import mixed_ids, tiny_model
 from modeling_moma import cpu_moma
@@ -15,7 +14,6 @@ from modeling_moma.routing_moma import MomaRouterBase
 
 
 MODELS = {
-    "dense": {"num_experts": 1},
     "layernorm": {"num_experts": 1, "qk_norm": "layernorm", "norm_placement": "pre"},
     "4t4i": {**GROUPS["4t4i"], "norm_placement": "pre"},
     "depth": {
@@ -30,9 +28,8 @@ RELATIVE = 5e-2
 cases = pytest.mark.parametrize(
     ("name", "weights", "autocast", "rows"),
     [
-        ("dense", torch.float16, torch.bfloat16, 1),
+        ("layernorm", torch.float16, torch.bfloat16, 1),
         ("layernorm", torch.float32, torch.float16, 3),
-        ("layernorm", torch.bfloat16, torch.bfloat16, 1),
         ("4t4i", torch.float32, torch.bfloat16, 1),
         ("4t4i", torch.bfloat16, torch.float16, 3),
         ("depth", torch.float32, torch.bfloat16, 3),
@@ -65,7 +62,7 @@ def test_a_forward_and_steps_equal_those_in_fp32(name, rows, weights, autocast):
     model, oracle = both(name, weights)
     ids = mixed_ids(rows=rows, seed=1)
     expected = oracle(ids).logits
-    with must_not_raise(RuntimeError), torch.autocast("cpu", autocast):
+    with torch.autocast("cpu", autocast):
         assert_near(model(ids).logits, expected, RELATIVE)
         cache = DynamicCache(config=model.config)
         parts = [model(ids[:, :4], cache=cache).logits]
@@ -78,11 +75,10 @@ def test_gradients_equal_those_in_fp32(name, rows, weights, autocast):
     model, oracle = both(name, weights)
     ids = mixed_ids(rows=rows, seed=1)
     oracle(ids, labels=ids).loss.backward()
-    with must_not_raise(RuntimeError):
-        with torch.autocast("cpu", autocast):
-            loss = model(ids, labels=ids).loss
-        loss.backward()
-        for (key, parameter), expected in zip(model.named_parameters(), oracle.parameters()):
-            if expected.grad is not None:
-                assert parameter.grad is not None, key
-                assert_near(parameter.grad, expected.grad, 0.15, floor=5e-2)
+    with torch.autocast("cpu", autocast):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    for (key, parameter), expected in zip(model.named_parameters(), oracle.parameters()):
+        if expected.grad is not None:
+            assert parameter.grad is not None, key
+            assert_near(parameter.grad, expected.grad, 0.15, floor=5e-2)

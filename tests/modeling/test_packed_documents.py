@@ -154,7 +154,6 @@ def test_documents_are_what_they_are_alone(
     [
         ("full", {}, True),
         ("depth", {"return_flash_attn_kwargs": True}, False),
-        ("depth", {"return_seq_idx": True}, True),
         ("full", {"return_seq_idx": True}, False),
     ],
 )

@@ -137,10 +137,8 @@ def test_a_training_step_waits_once(device, routing, groups, precision, skip_log
     [
         ("expert_choice", "sorted", False),
         ("threshold", "sorted", True),
-        ("expert_choice", "fixed", True),
-        ("token_choice", "fixed", False),
+        ("token_choice", "fixed", True),
         ("threshold", "counted", False),
-        ("token_choice", "counted", True),
     ],
 )
 def test_training_without_waiting_is_the_same(monkeypatch, request, routing, form, checkpointing):
