@@ -34,6 +34,7 @@ import make_text_model
 import modeling_moma
 import tokenization
 from helpers.released import skip_without_released_model, write_shallow
+from helpers.slow import slow
 from helpers.sounds import as_file, tone
 from modeling_moma.cli.main import SUBCOMMANDS
 from modeling_moma.cli.main import main as moma
@@ -73,6 +74,8 @@ WORKED_EXAMPLES = (
 FIRST_PAGES = ("README", "docs/quick-start")
 # commands of the shell itself
 SHELL = ("test",)
+# that take long, and show what tests of their own show
+SLOW_PAGES = ("docs/how-to/export.md", "docs/how-to/push.md", "docs/concepts/routing.md")
 # what makes a command small enough for a test
 SMALLER = {
     "make_text_model": {"--layers": "1"},
@@ -123,6 +126,11 @@ def blocks(page: Path, language: str) -> list[Block]:
 def name_of(page: Path) -> str:
     """A readable parameter id."""
     return str(page.relative_to(ROOT))
+
+
+def slow_if_long(case, name: str):
+    """A case of a test, which runs with RUN_SLOW=1 alone where it takes long."""
+    return pytest.param(case, marks=slow if name in SLOW_PAGES else ())
 
 
 def commands(code: str) -> list[list[str]]:
@@ -205,7 +213,9 @@ def shrunk(text: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [slow_if_long(page, name_of(page)) for page in PAGES if blocks(page, "python")], ids=name_of
+)
 def test_python_of_the_page_runs(page, workplace, monkeypatch):
     if page.name == "evaluate.md":
         # each report would read the thousands of tasks that the harness has
@@ -347,7 +357,11 @@ def shrink(name: str, arguments: list[str]) -> list[str]:
     return arguments
 
 
-@pytest.mark.parametrize("pages", WORKED_EXAMPLES, ids=lambda pages: pages[0].removesuffix(".md"))
+@pytest.mark.parametrize(
+    "pages",
+    [slow_if_long(pages, pages[0]) for pages in WORKED_EXAMPLES],
+    ids=lambda pages: pages[0].removesuffix(".md"),
+)
 def test_commands_of_the_worked_example_run_one_after_the_other(pages, workplace, monkeypatch):
     (workplace / "data").unlink()
     write_emoji(workplace / "data" / "emoji")

@@ -68,7 +68,8 @@ def run_on_both(nodes, folder, command, *work):
     wait_for(processes, logs)
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=slow)])
+@slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_layouts_of_two_nodes_equal_one_process_with_every_batch(nodes, tmp_path, processes):
     for name in NAMES:
         tiny_model(seed=SEED, **MODELS[name]).save_pretrained(tmp_path / name)

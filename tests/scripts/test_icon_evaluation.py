@@ -11,7 +11,8 @@ from PIL import Image
 import build_typical_icons
 import evaluate_icons
 from helpers.icons import NAMES, icon, write_icons
-from helpers.tiny import tiny_model, tiny_processor
+from helpers.slow import slow
+from helpers.tiny import tiny_model
 from icon_evaluation.samples import HELD_OUT, order
 from modeling_moma.cli import main as moma
 
@@ -29,13 +30,17 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def measured(data, tmp_path_factory):
-    """The folder of a tiny model after an evaluation that writes its card."""
+def folder(processor, tmp_path_factory):
+    """The folder of a tiny model."""
     folder = tmp_path_factory.mktemp("model")
-    processor = tiny_processor()
-    model = tiny_model(processor, num_experts={"text": 3, "image": 2}, initializer_range=0.3)
-    model.save_pretrained(folder)
+    tiny_model(processor, num_experts={"text": 3, "image": 2}, initializer_range=0.3).save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(data, folder, tmp_path_factory):
+    """The folder after an evaluation that writes its card."""
     assert moma.main(["build-memory", str(data), "--model", str(folder), "--tags", "keywords"]) == 0
     painted, typical = (tmp_path_factory.mktemp(name) for name in ("painted", "typical"))
     write_icons(painted, ["train"], colour="red")
@@ -48,6 +53,7 @@ def measured(data, tmp_path_factory):
     return folder
 
 
+@slow
 def test_everything_is_measured_and_shown(measured):
     report = json.loads((measured / "evaluation.json").read_text())
     for name in ("names", "tags", "search"):
@@ -88,12 +94,12 @@ def test_the_sheet_shows_each_name_once():
     assert [rows[place]["name"] for place in places] == sorted(NAMES, key=order)[:3] and max(places) < 5
 
 
-def test_bad_arguments_are_one_line(measured, tmp_path, monkeypatch, capsys):
+def test_bad_arguments_are_one_line(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         evaluate_icons.parse_arguments(["--model", "here", "--limit", "7"])
     assert "--limit 7: it must be at least 8" in capsys.readouterr().err
     monkeypatch.setattr(evaluate_icons, "feature_extractor", lambda device: patches)
-    words = ["--model", str(measured), "--data", str(tmp_path / "nowhere")]
+    words = ["--model", str(folder), "--data", str(tmp_path / "nowhere")]
     assert evaluate_icons.main(words) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "nowhere' is no folder: `make data` builds icons and emoji" in line

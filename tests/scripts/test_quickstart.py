@@ -122,6 +122,7 @@ def test_bad_arguments_are_one_line(model_folder, data_folder, recipe, tmp_path,
     assert told in capsys.readouterr().err
 
 
+@slow
 def test_what_a_newcomer_sees_are_losses_of_a_held_out_split_and_names(tmp_path, capsys, monkeypatch):
     skip_without_released_model()
     monkeypatch.chdir(ROOT)

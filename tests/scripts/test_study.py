@@ -231,6 +231,7 @@ def add_all(path, numbers):
         study.add_row(path, {"run": f"run {number}", "budget": 1, "value": number})
 
 
+@slow
 def test_rows_of_many_processes_are_all_kept(tmp_path):
     path = tmp_path / "runs.parquet"
     processes = [start_process(add_all, path, range(start, 12, 3)) for start in range(3)]

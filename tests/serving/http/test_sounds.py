@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`moma serve` with a model that hears: sounds in messages, and what is no sound."""
+"""The app of `moma serve` with a model that hears: sounds in messages, and what is no sound."""
 
 import base64
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from helpers.chat_requests import address_of, image_part, png
-from helpers.openai_client import client_of_server
 from helpers.sounds import RATE, THREE, as_file, processor_of_sounds, tone
 from helpers.tiny import noise_images, tiny_model
 
 
 openai = pytest.importorskip("openai")
-ROOT = Path(__file__).resolve().parents[3]
+for package in ("fastapi", "uvicorn", "httpx"):
+    pytest.importorskip(package, reason="the extra `serve` is missing")
+
+from fastapi.testclient import TestClient  # noqa: E402
+
+from modeling_moma.serving.http.generation import Engine  # noqa: E402
+from modeling_moma.serving.http.server import build_app  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +32,11 @@ def model(processor):
 
 
 @pytest.fixture(scope="module")
-def client(model, processor, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served")
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    with client_of_server(["-m", "modeling_moma", "serve", str(folder / "model")], folder, ROOT) as client:
-        client.model = str(folder / "model")
-        yield client
+def client(model, processor):
+    """The `openai` client of the server's app in this process."""
+    app, address = build_app(Engine(model.eval(), processor, "a/model")), "http://127.0.0.1"
+    with TestClient(app, base_url=address, raise_server_exceptions=False) as http:
+        yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, http_client=http)
 
 
 def part(content: bytes, **fields) -> dict:
@@ -43,7 +45,7 @@ def part(content: bytes, **fields) -> dict:
 
 def ask(client, parts, **kwargs):
     messages = [{"role": "user", "content": parts}]
-    return client.chat.completions.create(model=client.model, messages=messages, max_tokens=8, temperature=0, **kwargs)
+    return client.chat.completions.create(model="a/model", messages=messages, max_tokens=8, temperature=0, **kwargs)
 
 
 def test_answers_to_sounds_are_those_of_generate(client, model, processor, tmp_path):
