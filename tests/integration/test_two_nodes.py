@@ -49,11 +49,11 @@ def torchrun(nodes, node, processes=1):
     return [sys.executable, "-m", "torch.distributed.run", *size, *meeting]
 
 
-def accelerate(nodes, node, config="ddp", precision="no"):
+def accelerate(nodes, node, config="ddp"):
     """As [`torchrun`], by Accelerate, which hands on what stands in PET_LOCAL_ADDR."""
     machines = ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(node)]
     machines += ["--main_process_ip", nodes.addresses[0], "--main_process_port", "29500", "--rdzv_backend", "c10d"]
-    machines += ["--rdzv_conf", f"is_host={'true' if node == 0 else 'false'}", "--mixed_precision", precision]
+    machines += ["--rdzv_conf", f"is_host={'true' if node == 0 else 'false'}", "--mixed_precision", "no"]
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
     launch += ["--num_cpu_threads_per_process", "1"]
     return ["env", f"PET_LOCAL_ADDR={nodes.addresses[node]}", sys.executable, *launch, *machines]
@@ -99,29 +99,6 @@ def history(output):
     return json.loads((output / "trainer_state.json").read_text())["log_history"]
 
 
-def train_on_both_and_alone(launcher, kind, nodes, inputs, folder, bf16):
-    """Three steps on two nodes, and by one process that accumulates both batches: what each logged, side by side."""
-
-    def arguments(output, *more):
-        paths = [text for name in ("processor", "tokens") for text in (f"--{name}", str(inputs / name))]
-        sizes = trainer_flags(max_steps=3, per_device_train_batch_size=2, eval_steps=3, save_steps=3, logging_steps=1)
-        return [
-            *paths,
-            str(inputs / "data" / "recipe.yaml"),
-            "--output",
-            str(folder / output),
-            *sizes,
-            *trainer_flags(bf16=bf16),
-            *more,
-        ]
-
-    work = PRETRAIN if kind is None else SHARDED_PRETRAIN
-    run_on_both(nodes, folder, lambda node: launcher(nodes, node), *work, *arguments("two"))
-    check_kind(folder / "two" / "checkpoint-3", kind)
-    pretrain.main(arguments("one", *trainer_flags(gradient_accumulation_steps=2)))
-    return zip(history(folder / "two"), history(folder / "one"), strict=True)
-
-
 # a launcher, and what its checkpoints are under FSDP; by torchrun, under DDP, nodes die below
 LAUNCHERS = [
     pytest.param(torchrun, None, id="torchrun", marks=slow),
@@ -132,7 +109,17 @@ LAUNCHERS = [
 
 @pytest.mark.parametrize(("launcher", "kind"), LAUNCHERS)
 def test_pre_training_on_two_nodes_equals_one_process_that_accumulates(launcher, kind, nodes, inputs, tmp_path):
-    for two, one in train_on_both_and_alone(launcher, kind, nodes, inputs, tmp_path, False):
+    def arguments(output, **more):
+        paths = [text for name in ("processor", "tokens") for text in (f"--{name}", str(inputs / name))]
+        numbers = {"max_steps": 3, "per_device_train_batch_size": 2, "eval_steps": 3, "save_steps": 3}
+        flags = trainer_flags(**numbers, logging_steps=1, bf16=False, **more)
+        return [*paths, str(inputs / "data" / "recipe.yaml"), "--output", str(tmp_path / output), *flags]
+
+    work = PRETRAIN if kind is None else SHARDED_PRETRAIN
+    run_on_both(nodes, tmp_path, lambda node: launcher(nodes, node), *work, *arguments("two"))
+    check_kind(tmp_path / "two" / "checkpoint-3", kind)
+    pretrain.main(arguments("one", gradient_accumulation_steps=2))
+    for two, one in zip(history(tmp_path / "two"), history(tmp_path / "one"), strict=True):
         for key in ("loss", "grad_norm", "eval_loss"):
             if key in one:
                 assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), (key, one["step"])
