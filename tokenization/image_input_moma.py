@@ -4,7 +4,6 @@
 import base64
 import binascii
 import errno
-import functools
 import math
 import os
 import re
@@ -50,33 +49,38 @@ _BYTE_TYPES = (1, 2, 7)
 _AVERAGED = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
-def open_image(source: str) -> Image.Image:
-    """Open an image from a path, an `http(s)://` address, a `data:image/...` address or a base64 string.
+def open_image(source: str | bytes) -> Image.Image:
+    """Open an image from bytes, a path, an `http(s)://` address, a `data:image/...` address or a base64 string.
 
     Unlike `transformers.image_utils.load_image` the mode of the file is kept, so that transparency and 16-bit values
     reach the image processor.
     """
-    is_file = os.path.isfile(source)
-    is_address = not is_file and source.startswith(("http://", "https://"))
-    if is_file:
+    name, subject, is_file = repr(source[:200]), "the file", False
+    if isinstance(source, bytes):
+        data, name = source, f"{len(source):,} bytes"
+    elif is_file := os.path.isfile(source):
         data = Path(source).read_bytes()
-    elif is_address:
+    elif source.startswith(("http://", "https://")):
         data = _fetch(source)
     else:
-        data = _decode_base64(source)
-    refuse_costly_files(data, repr(source[:200]))
+        data, subject = _decode_base64(source), "no such file exists, and as base64 it"
+    if (scans := jpeg_scans(data)) > MOST_SCANS:
+        raise InputError(f"images: {name} has {scans} scans, more than {MOST_SCANS}: save the JPEG anew.")
+    if (listed := tiff_listed(data)) > MOST_LISTED:
+        raise InputError(
+            f"images: {name} lists {listed} numbers in its header, more than {MOST_LISTED}: save the TIFF anew, in "
+            "strips of several rows."
+        )
+    Image.init()
     try:
-        image = Image.open(BytesIO(data), formats=_known_formats())
+        image = Image.open(BytesIO(data), formats=tuple(_FORMATS.intersection(Image.OPEN)))
     # decoders raise errors of any type
     except Exception as error:
-        subject = "the file" if is_file or is_address else "no such file exists, and as base64 it"
         # of a file that Pillow does not know it says no more than where its bytes lie in memory
         detail = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
         is_large = isinstance(error, Image.DecompressionBombError)
         why = "too large" if is_large else "truncated, damaged or of another kind"
-        raise InputError(
-            f"images: {source[:200]!r} cannot be opened as an image: {subject} is {why}{detail}."
-        ) from error
+        raise InputError(f"images: {name} cannot be opened as an image: {subject} is {why}{detail}.") from error
     if is_file:
         # errors name the file by this attribute
         image.filename = source
@@ -109,12 +113,6 @@ def _decode_base64(source: str) -> bytes:
             f"images: {source[:200]!r} is neither an existing file, an http(s) address, a data:image address "
             "nor a base64 string."
         ) from error
-
-
-@functools.cache
-def _known_formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(_FORMATS.intersection(Image.OPEN))
 
 
 def holds_items(value: Any) -> bool:
@@ -242,17 +240,6 @@ def tiff_listed(content: bytes) -> int:
     num_entries = min(number(directory, head), max(0, len(content) - first) // entry)
     places = range(first, first + num_entries * entry, entry)
     return sum(number(place + 4, offset) for place in places if number(place + 2, 2) not in _BYTE_TYPES)
-
-
-def refuse_costly_files(content: bytes, name: str) -> None:
-    """Raise for a JPEG that would take minutes to decode, and for a TIFF that would take seconds to open."""
-    if (scans := jpeg_scans(content)) > MOST_SCANS:
-        raise InputError(f"images: {name} has {scans} scans, more than {MOST_SCANS}: save the JPEG anew.")
-    if (listed := tiff_listed(content)) > MOST_LISTED:
-        raise InputError(
-            f"images: {name} lists {listed} numbers in its header, more than {MOST_LISTED}: save the TIFF anew, in "
-            "strips of several rows."
-        )
 
 
 def shrink_by_averaging(image: Image.Image, factor: int) -> Image.Image:

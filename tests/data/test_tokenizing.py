@@ -87,6 +87,13 @@ def test_folder_with_an_archive_of_photos(processor, tmp_path):
         read_image({"bytes": None, "path": f"zip://gone.jpg::{path}"})
 
 
+def test_no_program_is_started_for_an_image_in_a_row():
+    postscript = BytesIO()
+    noise_images(1)[0].save(postscript, "EPS")
+    with pytest.raises(SkippedRow, match=r"image damaged: .* bytes cannot be opened .* damaged or of another kind"):
+        read_image({"bytes": postscript.getvalue(), "path": None})
+
+
 @pytest.mark.parametrize("form", [lambda path: path, lambda path: {"bytes": None, "path": path}])
 @pytest.mark.parametrize(
     "path", ["zip://0.png::http://127.0.0.1/a.zip", "file:///0.png", "zip://0.png::file:///a.zip", "zip://0.png"]
