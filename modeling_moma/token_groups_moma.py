@@ -318,9 +318,10 @@ class RoutingContext:
         if device != self.split.group_BT.device:
             self.split = self.split.to(device, non_blocking)
             self.modality_BT = moved(self.modality_BT, device, non_blocking)
-            rows = self.rows._asdict()
-            tensors = {name: moved(rows[name], device, non_blocking) for name in rows if name[-1].isupper()}
-            self.rows = self.rows._replace(**tensors)
+            rows = self.rows
+            tensors = rows.padding_BT, rows.document_BT, rows.own_mask_BHQS
+            padding_BT, document_BT, own_mask_BHQS = (moved(each, device, non_blocking) for each in tensors)
+            self.rows = Rows(padding_BT, document_BT, rows.lengths, own_mask_BHQS, rows.hidden)
         return self
 
     @property

@@ -85,8 +85,8 @@ def test_a_context_moves_whole_and_in_place_and_parts_share_what_routers_leave()
     assert context.to("cpu") is context and context.to("meta", non_blocking=True) is context
     left = [
         name
-        for values in (vars(context), vars(context.split), context.rows._asdict())
-        for name, value in values.items()
+        for values in (vars(context).items(), vars(context.split).items(), enumerate(context.rows))
+        for name, value in values
         if isinstance(value, torch.Tensor) and value.device.type != "meta"
     ]
     assert left == []
